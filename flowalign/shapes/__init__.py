@@ -1,0 +1,1 @@
+"""The scenes world: captioned pictures of coloured shapes, and a verifier that reads them back from pixels."""
