@@ -1,5 +1,8 @@
 """Trains the embedded pipeline from nothing: `python -m flowalign.shapes.pretrain` (`make pretrain`).
 
+`torchrun --nproc-per-node 2 -m flowalign.shapes.pretrain` shares each batch between processes of one thread, which on a
+busy machine is far quicker than two threads that wait for each other at every operation.
+
 Four phases, each leaving its result in the run folder and skipped where it is already there; the transformer phase
 also resumes from its own last checkpoint. The result is an ordinary diffusers folder.
 """
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -224,6 +227,20 @@ def optimisers(cfg: DictConfig, model: Generator) -> list[torch.optim.Optimizer]
     return [muon, torch.optim.AdamW(others, lr=cfg.train.adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
 
+def rank_and_world() -> tuple[int, int]:
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """The mean over processes; nothing to do for one."""
+    if distributed.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        distributed.all_reduce(flat)
+        for grad, mean in zip(grads, (flat / distributed.get_world_size()).split([g.numel() for g in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+
 def pace(step: int, cfg: DictConfig) -> float:
     """Warm-up, plateau, linear decay to zero over the last part: the plateau can be prolonged on resume."""
     decay = cfg.train.decay_share * cfg.train.steps
@@ -278,13 +295,14 @@ def train_generator(cfg: DictConfig, folder: Path, board: SummaryWriter, vae: Au
         for block in model.transformer.transformer_blocks:
             block.compile(dynamic=False)
     captions, base_lr = Captions(), [opt.param_groups[0]["lr"] for opt in opts] if start == 0 else [cfg.train.muon_lr, cfg.train.adam_lr]
+    rank, world = rank_and_world()
     began, sum_loss, seen = time.time(), 0.0, 0
     for step in range(start, cfg.train.steps):
-        rng = np.random.default_rng([cfg.seed, step])
+        rng = np.random.default_rng([cfg.seed, step, rank])
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
         size = 128 if step % cfg.data.every_128 == cfg.data.every_128 - 1 else 64
         latents, scenes = data[size]
-        batch = cfg.train.batch // 4 if size == 128 else cfg.train.batch
+        batch = cfg.train.batch // world // (4 if size == 128 else 1)
         rows = np.sort(rng.integers(len(latents), size=batch))
         x0 = torch.from_numpy(latents[rows].astype(np.float32))
         ids = captions.draw([scenes[r] for r in rows], cfg.train.caption_dropout, rng)
@@ -296,6 +314,7 @@ def train_generator(cfg: DictConfig, folder: Path, board: SummaryWriter, vae: Au
         for opt in opts:
             opt.zero_grad(set_to_none=True)
         loss.backward()
+        average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt, lr in zip(opts, base_lr, strict=True):
             opt.param_groups[0]["lr"] = lr * pace(step, cfg)
@@ -303,12 +322,13 @@ def train_generator(cfg: DictConfig, folder: Path, board: SummaryWriter, vae: Au
         decay = min(cfg.train.average, (1 + step) / (10 + step))
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(model.parameters()), 1 - decay)
-        sum_loss, seen = sum_loss + loss.item(), seen + batch
-        if (step + 1) % 50 == 0:
+        sum_loss, seen = sum_loss + loss.item(), seen + batch * world
+        if rank == 0 and (step + 1) % 50 == 0:
             board.add_scalar("generator/loss", sum_loss / 50, step + 1)
             log.info("step %d of %d: loss %.4f, %.0f images/s", step + 1, cfg.train.steps, sum_loss / 50, seen / (time.time() - began))
             sum_loss = 0.0
-        if (step + 1) % cfg.train.eval_every == 0 or step + 1 == cfg.train.steps:
+            began, seen = time.time(), 0
+        if rank == 0 and ((step + 1) % cfg.train.eval_every == 0 or step + 1 == cfg.train.steps):
             scores = evaluate(cfg, averaged, vae, cfg.train.eval_number)
             for name, value in scores.items():
                 board.add_scalar(f"generator/test_{name}", value, step + 1)
@@ -330,15 +350,16 @@ def save(path: Path, step: int, model: Generator, averaged: Generator, opts: lis
 
 
 def package(cfg: DictConfig, folder: Path, model: Generator, vae: AutoencoderKL) -> None:
-    """Phase 4. An ordinary StableDiffusion3Pipeline folder in bfloat16 (the VAE, which is tiny, in float32)."""
+    """Phase 4. An ordinary StableDiffusion3Pipeline folder; the transformer in bfloat16."""
     tok = tokenizer.build()
     pipe = StableDiffusion3Pipeline(
-        transformer=model.transformer.to(torch.bfloat16),
+        transformer=model.transformer.to(torch.bfloat16),  # halves the folder; the text encoders stay as they are, since
+        # transformers would load them in bfloat16 where a user asks for nothing
         scheduler=FlowMatchEulerDiscreteScheduler(shift=cfg.shift),
         vae=vae,
-        text_encoder=model.text_encoder.to(torch.bfloat16),
+        text_encoder=model.text_encoder,
         tokenizer=tok,
-        text_encoder_2=model.text_encoder_2.to(torch.bfloat16),
+        text_encoder_2=model.text_encoder_2,
         tokenizer_2=tok,
         text_encoder_3=None,
         tokenizer_3=None,
@@ -349,14 +370,22 @@ def package(cfg: DictConfig, folder: Path, model: Generator, vae: AutoencoderKL)
 @hydra.main(version_base="1.3", config_path=CONF, config_name="pretrain")
 def main(cfg: DictConfig) -> None:
     folder = Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
-    board = SummaryWriter(str(folder / "tensorboard"))
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
+    if "RANK" in os.environ:  # started by torchrun
+        distributed.init_process_group("gloo")
+    rank, world = rank_and_world()
+    board = SummaryWriter(str(folder / f"tensorboard_{rank}" if rank else folder / "tensorboard"))
+    if cfg.threads or world > 1:
+        torch.set_num_threads(cfg.threads or 1)
+    if world > 1 and not all((folder / name).exists() for name in ("vae", "latents_64.npy", "latents_128.npy")):
+        raise SystemExit("the first two phases run in one process: start without torchrun, and with it once the latents are cached.")
     vae = train_vae(cfg, folder, board)
     model = train_generator(cfg, folder, board, vae)
-    package(cfg, folder, model, vae)
+    if rank == 0:
+        package(cfg, folder, model, vae)
+        log.info("pipeline written to %s", folder / "pipeline")
     board.close()
-    log.info("pipeline written to %s", folder / "pipeline")
+    if world > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

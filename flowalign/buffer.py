@@ -1,0 +1,65 @@
+"""Training points of the current epoch, and the loader that yields indices into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from flowalign.geometry import Geometry
+from flowalign.keyed import keyed_generator
+from flowalign.types import Conditioning, Point
+
+ORDER_OF_SAMPLES = 9000  # stream of the permutations; the sample number in the key is the rank
+
+
+class Buffer:
+    """Points of one epoch on the training device; the conditioning is stored once a prompt, and points refer to it."""
+
+    def __init__(self) -> None:
+        self.epoch = -1
+
+    def fill(self, epoch: int, points: Point, cond: Conditioning, prompt_of_point: Tensor) -> None:
+        """cond has a row a prompt; prompt_of_point (points,) is the row of each point."""
+        if len(prompt_of_point) != len(points.x):
+            raise ValueError(f"{len(points.x)} points need as many prompt rows (got {len(prompt_of_point)}).")
+        self.epoch, self.points, self.cond, self.prompt_of_point = epoch, points, cond, prompt_of_point
+
+    def gather(self, idx: Tensor) -> tuple[Point, Conditioning]:
+        """Points and their conditioning; idx (b,) on any device."""
+        idx = idx.to(self.points.x.device)
+        return self.points.index(idx), self.cond.index(self.prompt_of_point[idx])
+
+    def split(self, size: int) -> Iterator[tuple[Point, Conditioning]]:
+        """Everything in order, `size` points at a time."""
+        for start in range(0, len(self.points.x), size):
+            yield self.gather(torch.arange(start, min(start + size, len(self.points.x))))
+
+
+class IndexLoader:
+    """Sized and re-iterable: yields (micro,) index tensors; the order is a function of (seed, epoch, rank).
+
+    Samples are shuffled and cut into updates; all points of a sample serve the same optimiser step, as in the methods'
+    own code. It is not a torch DataLoader, which would draw from the global generator and spoil exact resumption.
+    """
+
+    def __init__(self, geometry: Geometry, seed: int, rank: int) -> None:
+        self.geometry, self.seed, self.rank, self.epoch = geometry, seed, rank, 0
+        self.sampler = self  # Lightning calls loader.sampler.set_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.geometry.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Tensor]:
+        g = self.geometry
+        steps = torch.arange(g.points_per_sample)
+        for turn in range(g.batch.passes):
+            generator = keyed_generator(self.seed, self.epoch, self.rank, ORDER_OF_SAMPLES + turn)
+            for part in torch.randperm(g.samples_local, generator=generator).chunk(g.batch.updates):
+                # Step-major, so that a micro-batch spans samples rather than the neighbouring states of one.
+                points = (part[None, :] * g.points_per_sample + steps[:, None]).flatten()
+                yield from points.split(g.batch.micro)

@@ -1,0 +1,68 @@
+"""Progress of the three phases: bars on a terminal, one line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from flowalign.module import AlignModule
+from flowalign.report import Report
+
+
+class Bars(Report):
+    """A rich bar a phase; the last values stand beside it."""
+
+    def __init__(self, console: Console) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn()
+        self.progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True)
+        self.tasks: dict[str, TaskID] = {}
+        self.title = ""
+
+    def begin(self, phase: str, total: int) -> None:
+        self.progress.start()
+        self.tasks[phase] = self.progress.add_task(f"{self.title}{phase:9}", total=total, note="")
+
+    def advance(self, phase: str, done: int, **values: float) -> None:
+        if phase in self.tasks:
+            note = "  ".join(f"{name} so far {value:.3f}" for name, value in values.items())
+            self.progress.update(self.tasks[phase], completed=done, note=note)
+
+    def end(self, phase: str) -> None:
+        if phase in self.tasks:
+            self.progress.remove_task(self.tasks.pop(phase))
+        if not self.tasks:
+            self.progress.stop()
+
+
+class PhaseProgress(Callback):
+    """Shows rollout, optimisation and evaluation with the reward so far, and a line for every finished epoch."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self.last: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        del stage
+        if isinstance(pl_module, AlignModule) and trainer.is_global_zero and sys.stderr.isatty():
+            pl_module.report = self.bars = Bars(self.console)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        del pl_module
+        self.began = time.perf_counter()
+        if (bars := getattr(self, "bars", None)) is not None:
+            bars.title = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} "
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not isinstance(pl_module, AlignModule):
+            return
+        metrics = trainer.callback_metrics
+        shown = [f"reward {pl_module.stats['reward_mean']:.3f}"] if pl_module.stats else []
+        for key, name in (("train/loss", "loss"), ("train/ratio", "ratio"), ("val/reward", "val/reward"), ("val/strict", "val/strict")):
+            if key in metrics and (not key.startswith("val") or pl_module.evaluated_at == trainer.current_epoch):
+                shown.append(f"{name} {float(metrics[key]):.4g}")
+        seconds = time.perf_counter() - self.began
+        self.console.print(f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  {'  '.join(shown)}  ({seconds:.1f} s)")

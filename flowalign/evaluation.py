@@ -1,0 +1,57 @@
+"""How a policy is judged: fixed prompts, fixed noise, the ODE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.sampler import Sampling
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`weights` says whether the live network or its moving average is judged; `shown` pictures go into the grids."""
+
+    sampling: Sampling
+    num_val: int = 128
+    num_test: int = 512
+    shown: int = 16
+    weights: Literal["live", "ema"] = "live"
+    seed: int = 1234
+
+    @property
+    def copy(self) -> str | None:
+        return None if self.weights == "live" else self.weights
+
+
+class Positions:
+    """Loader of (b,) positions in the evaluation set, dealt to ranks round-robin in equal numbers of batches."""
+
+    def __init__(self, number: int, batch_size: int, rank: int, world_size: int) -> None:
+        if number % world_size:
+            raise ValueError(
+                f"{number} evaluation pictures cannot be dealt evenly to {world_size} ranks: use {number - number % world_size} or {number + world_size - number % world_size}."
+            )
+        self.mine = torch.arange(rank, number, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.mine.split(self.batch_size))
+
+
+@dataclass
+class Shown:
+    """The first pictures of an evaluation, with what they were asked to be and how they scored."""
+
+    images: Tensor
+    """(n, 3, H, W) on the CPU, in [0, 1]."""
+    prompts: list[str]
+    scores: dict[str, Tensor]
+    """(n,) each."""

@@ -1,0 +1,51 @@
+"""Randomness as a function of (seed, epoch, sample, stream).
+
+A draw depends neither on the batch a sample happens to sit in nor on the number of processes, and there is no state to
+save: a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INITIAL = 0
+"""Stream of the noise a walk starts from."""
+STEP = 1000
+"""Stream STEP + i: noise of step i."""
+POINT = 2000
+"""Stream POINT + j: noise of the j-th re-noised point of a sample."""
+ORDER = 3000
+"""Stream of the order in which a sample visits the noise levels."""
+CHOICE = 4000
+"""Stream of choices an epoch makes once for all samples."""
+
+
+def keyed_generator(seed: int, epoch: int, sample: int, stream: int) -> torch.Generator:
+    """A CPU generator of its own for one key of non-negative integers."""
+    # SeedSequence mixes the four numbers; a sum of them would give (0, 1) and (1, 0) the same noise. torch's CPU
+    # generator uses 32 bits of its seed, so that among many thousands of keys two can coincide, which does no harm.
+    state = np.random.SeedSequence((seed, epoch, sample, stream)).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def ids(sample_ids: Sequence[int] | Tensor) -> list[int]:
+    """Global sample numbers as Python integers."""
+    return sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)
+
+
+def keyed_randn(
+    seed: int,
+    epoch: int,
+    sample_ids: Sequence[int] | Tensor,
+    stream: int,
+    shape: Sequence[int],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard normal noise (B, *shape) in float32, drawn on the CPU so that every device sees the same numbers."""
+    samples = ids(sample_ids)
+    noise = torch.empty(len(samples), *shape)
+    for row, sample in zip(noise, samples, strict=True):
+        row.normal_(generator=keyed_generator(seed, epoch, sample, stream))
+    return noise.to(device)

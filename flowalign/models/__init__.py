@@ -1,0 +1,1 @@
+"""Model adapters: one per diffusers family, and the only importers of diffusers pipelines."""

@@ -1,0 +1,49 @@
+"""Loads a diffusers pipeline as users name it, and says in one sentence why it could not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+def resolve(pretrained: str) -> str:
+    """The folder of an embedded pipeline or of a local one, or else the hub id unchanged."""
+    embedded = ASSETS / pretrained
+    if "/" not in pretrained and (embedded / "model_index.json").is_file():
+        return str(embedded)
+    return pretrained
+
+
+def load_pipeline(
+    name: str, pretrained: str, revision: str | None, variant: str | None, dtype: torch.dtype, arguments: dict[str, Any]
+) -> Any:
+    """A diffusers pipeline of class `name`; honours HF_HOME and HF_HUB_OFFLINE through diffusers itself."""
+    import diffusers
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    where = resolve(pretrained)
+    index = Path(where) / "model_index.json"
+    if index.is_file():
+        found = json.loads(index.read_text())["_class_name"]
+        if found != name:
+            raise ValueError(f"{pretrained} holds a {found}, but this model adapter drives a {name}: choose another model=… or folder.")
+    elif Path(where).is_dir() or where.count("/") != 1 or where.startswith((".", "~")):
+        known = sorted(p.parent.name for p in ASSETS.glob("*/model_index.json"))
+        raise ValueError(
+            f"{pretrained} is neither a folder in diffusers layout (no model_index.json) nor a hub id like org/name; embedded pipelines: {', '.join(known)}."
+        )
+    try:
+        return getattr(diffusers, name).from_pretrained(where, revision=revision, variant=variant, torch_dtype=dtype, **arguments)
+    except GatedRepoError as error:
+        raise ValueError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"the hub has no model {pretrained} (or it is private and HF_TOKEN is not set).") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"{pretrained} could not be loaded: it is not in the local cache and the hub cannot be reached ({str(error).splitlines()[0]})."
+        ) from error

@@ -1,0 +1,66 @@
+"""Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline); the embedded tiny_sd3 is an instance of the same class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.models.base import NEGATIVE, FlowModel
+from flowalign.types import Conditioning
+
+
+class SD3(FlowModel):
+    """Time goes in as 1000 sigma, latents are not packed, and the prediction is v itself."""
+
+    pipeline = "StableDiffusion3Pipeline"
+    default_lora_targets = tuple(
+        f"attn.{name}"
+        for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    )
+
+    def __init__(self, pretrained: str, max_sequence_length: int = 256, without_t5: bool = False, **options: Any) -> None:
+        """`max_sequence_length` counts the T5 tokens. Without T5 they are zeros, and still as many."""
+        absent = {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}
+        super().__init__(pretrained, pipeline_kwargs=absent, **options)
+        self.max_sequence_length = max_sequence_length
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
+        tokens, negative_tokens, pooled, negative_pooled = self.pipe.encode_prompt(
+            prompt=list(prompts),
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=negatives is not None,
+            negative_prompt=None if negatives is None else list(negatives),
+            max_sequence_length=self.max_sequence_length,
+        )
+        cond = Conditioning({"tokens": tokens, "pooled": pooled})
+        if negatives is not None:
+            cond |= {f"{NEGATIVE}tokens": negative_tokens, f"{NEGATIVE}pooled": negative_pooled}
+        return cond
+
+    def schedule_arguments(self, num_steps: int, height: int, width: int, frames: int | None) -> dict[str, Any]:
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+        config = self.pipe.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return {}
+        _, rows, columns = self.latent_shape(height, width, frames)
+        patch = self.pipe.transformer.config.patch_size
+        shape = (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096), config.get("base_shift", 0.5))
+        return {"mu": calculate_shift((rows // patch) * (columns // patch), *shape, config.get("max_shift", 1.16))}
+
+    def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
+        transformer = self.pipe.transformer
+        dtype = transformer.dtype
+        return transformer(
+            hidden_states=x.to(dtype),
+            timestep=t,
+            encoder_hidden_states=branch["tokens"].to(dtype),
+            pooled_projections=branch["pooled"].to(dtype),
+            return_dict=False,
+        )[0]

@@ -1,0 +1,365 @@
+"""The LightningModule: an epoch is a rollout phase, then an optimisation phase over the points that it left.
+
+Mathematics is in dynamics/, points.py and algorithms/; this file moves tensors, logs, and keeps the promises about
+exact resumption: noise is keyed, the order of batches is a function of the epoch, copies are in the state dict.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from flowalign.algorithms.base import Algorithm
+from flowalign.buffer import Buffer, IndexLoader
+from flowalign.collect import Collector, Size
+from flowalign.conditioner import Conditioner
+from flowalign.credit import GroupCredit
+from flowalign.dynamics import ODE, Dynamics
+from flowalign.evaluation import Evaluation, Positions, Shown
+from flowalign.geometry import Batch, Geometry
+from flowalign.models.base import FlowModel
+from flowalign.points import default_num
+from flowalign.policy import Policy, Tune
+from flowalign.policy.follow import Follow
+from flowalign.prompts import Prompt, PromptSet
+from flowalign.report import Report
+from flowalign.sampler import Noise, Sampling, deterministic, walk
+from flowalign.schedule import Schedule
+from flowalign.scoring import Scorer
+from flowalign.steps.base import Steps
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """The training forward: its guidance (1 = off), points per sample (re-noised points; None = 99 % of the steps), and guards."""
+
+    guidance: float = 1.0
+    points_per_sample: int | None = None
+    on_policy_tolerance: float = 1e-3
+
+
+@dataclass
+class Recipe:
+    """Everything a run is composed of; one field a config group."""
+
+    model: FlowModel
+    algorithm: Algorithm
+    dynamics: Dynamics
+    steps: Steps
+    credit: GroupCredit
+    scorer: Scorer
+    tune: Tune
+    data: Mapping[str, PromptSet]
+    batch: Batch
+    rollout: Sampling
+    evaluation: Evaluation
+    optimisation: Optimisation
+    train_size: Size
+    eval_size: Size
+    frozen: Mapping[str, Follow]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    schedule: Schedule
+    seed: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class AlignModule(LightningModule):
+    """Trains `recipe.model` by `recipe.algorithm`. All randomness is keyed by recipe.seed and the epoch."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.policy: Policy | None = None
+        self.buffer = Buffer()
+        self.report = Report()
+        self.counts = {"samples": 0, "rollout": 0, "frozen": 0, "train": 0, "evaluation": 0}
+        self.baseline: dict[str, float] = {}
+        self.shown: dict[str, Shown] = {}
+        self.rollout_shown: Tensor | None = None
+        self.stats: dict[str, float] = {}
+        self.evaluated_at = -1
+        self.meters = nn.ModuleDict()
+        guided = max(recipe.rollout.guidance, recipe.evaluation.sampling.guidance, recipe.optimisation.guidance) > recipe.model.guidance_off
+        self.conditioner = Conditioner(recipe.model, guided)
+        self.eval_prompts: dict[str, list[Prompt]] = {
+            stage: [recipe.data[stage].prompts[i] for i in recipe.data[stage].fixed(number)]
+            for stage, number in (("val", recipe.evaluation.num_val), ("test", recipe.evaluation.num_test))
+        }
+        for size in (recipe.train_size, recipe.eval_size):
+            recipe.model.check_size(size.height, size.width)
+
+    # ------------------------------------------------------------ building
+
+    def configure_model(self) -> None:
+        if self.policy is not None:  # Lightning calls this at every fit, validate and test
+            return
+        r = self.recipe
+        kept = [name for name in r.frozen if name in r.algorithm.frozen or name == r.evaluation.copy]
+        missing = set(r.algorithm.frozen) - set(kept) - {"reference"}
+        if missing:
+            raise ValueError(f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights.")
+        copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
+        self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies)
+
+    @property
+    def live(self) -> Policy:
+        if self.policy is None:
+            raise RuntimeError("the policy is built by configure_model, which the Trainer calls.")
+        return self.policy
+
+    def setup(self, stage: str) -> None:
+        del stage
+        r = self.recipe
+        per_sample = len(r.steps(0, r.rollout.num_steps).trained)
+        if r.algorithm.point == "noised":
+            per_sample = r.optimisation.points_per_sample or default_num(r.rollout.num_steps)
+        self.geometry = Geometry(r.batch, per_sample, self.trainer.world_size)
+        self.collect = Collector(
+            r.model, r.algorithm, r.dynamics, r.steps, r.rollout, r.credit, r.scorer, r.data["train"],
+            self.conditioner, self.geometry, r.train_size, r.seed, per_sample,
+        )  # fmt: skip
+        if self.trainer.accumulate_grad_batches != self.geometry.accumulate and self.trainer.training:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches follows from the batch plan ({self.geometry.accumulate}): leave it unset, and set batch.micro and batch.updates."
+            )
+
+    def configure_optimizers(self) -> Any:
+        r = self.recipe
+        optimizer = r.optimizer(list(self.live.trained().values()))
+        total = self.geometry.steps_per_epoch * (self.trainer.max_epochs or 1)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(r.schedule, total=total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train_dataloader(self) -> IndexLoader:
+        return IndexLoader(self.geometry, self.recipe.seed, self.global_rank)
+
+    def val_dataloader(self) -> Positions:
+        return self._positions("val")
+
+    def test_dataloader(self) -> Positions:
+        return self._positions("test")
+
+    def _positions(self, stage: str) -> Positions:
+        batch = self.recipe.evaluation.sampling.batch_size
+        return Positions(len(self.eval_prompts[stage]), batch, self.global_rank, self.trainer.world_size)
+
+    # ------------------------------------------------------------ rollout phase
+
+    def on_train_epoch_start(self) -> None:
+        self._ensure_rollout()
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        del batch, batch_idx
+        self._ensure_rollout()  # Lightning skips on_train_epoch_start after some kinds of resumption
+
+    def _ensure_rollout(self) -> None:
+        if self.buffer.epoch == self.current_epoch:
+            return
+        self.recipe.model.to(self.device)
+        started = time.perf_counter()
+        g = self.geometry
+        self.report.begin("rollout", g.samples_local)
+        with torch.no_grad(), self._precision():
+            got = self.collect(self.current_epoch, self.global_rank, self.device, self._gather, self._rolled)
+            self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
+            self.report.end("rollout")
+            self._consult_frozen()
+        self.counts["samples"] += g.samples
+        self.counts["rollout"] += g.samples * self.recipe.rollout.num_steps
+        self.rollout_shown = got.images
+        seconds = time.perf_counter() - started
+        self.stats = got.stats | {"seconds": seconds, "images_per_s": g.samples / seconds}
+        # Straight to the loggers: these values belong to the start of the epoch, self.log would date them at its end.
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"rollout/{k}": v for k, v in self.stats.items()}, step=self.global_step)
+        self.report.begin("optimise", g.batches_per_epoch)
+
+    def _rolled(self, done: int, reward: float) -> None:
+        self.report.advance("rollout", done, reward=reward)
+
+    def _gather(self, local: Tensor) -> Tensor:
+        """(n,) on every rank to (n · ranks,) in global sample order, which was dealt round-robin."""
+        if self.trainer.world_size == 1:
+            return local
+        return self.all_gather(local).T.flatten()
+
+    def _precision(self) -> Any:
+        # Hooks run without the precision context; without it, log-probabilities would differ from training_step's.
+        return self.trainer.precision_plugin.forward_context()
+
+    def _consult_frozen(self) -> None:
+        """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
+        for name in self.recipe.algorithm.frozen:
+            with self.live.use(name):
+                parts = [self._velocity(p.x, p.sigma, cond) for p, cond in self.buffer.split(self.recipe.rollout.batch_size)]
+            self.buffer.points.frozen[name] = torch.cat(parts)
+            self.counts["frozen"] += len(self.buffer.points.x) * self.trainer.world_size
+
+    # ------------------------------------------------------------ optimisation phase
+
+    def _velocity(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+        return self.recipe.model.velocity(x, sigma, cond, self.recipe.optimisation.guidance)
+
+    def training_step(self, idx: Tensor, batch_idx: int) -> Tensor:
+        point, cond = self.buffer.gather(idx)
+        losses, metrics = self.recipe.algorithm.loss(point, self._velocity(point.x, point.sigma, cond))
+        self._guard(losses, metrics, idx, batch_idx)
+        self.counts["train"] += len(idx) * self.trainer.world_size
+        means = {f"train/{name}": value.mean() for name, value in metrics.items()} | {"train/loss": losses.detach().mean()}
+        self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
+        self.report.advance("optimise", batch_idx + 1)
+        return losses.mean()
+
+    def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> None:
+        finite = losses.isfinite()
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            sigma = float(self.buffer.points.sigma[idx[row].to(self.device)])
+            raise FloatingPointError(
+                f"the loss of {int((~finite).sum())} of {len(losses)} points is not finite (first: sigma {sigma:.3f}, epoch {self.current_epoch}, "
+                f"step {self.global_step}); a lower learning rate or fp32 helps, and algo.adv_clip bounds the credit."
+            )
+        first_update = batch_idx < self.geometry.accumulate
+        if first_update and "ratio" in metrics:
+            gap = float((metrics["ratio"] - 1).abs().max())
+            self.log("train/on_policy_gap", gap, on_step=False, on_epoch=True, reduce_fx="max")
+            if gap > self.recipe.optimisation.on_policy_tolerance:
+                raise RuntimeError(
+                    f"before the first update the importance ratio must be 1, but it is off by {gap:.2e}: rollout and training disagree "
+                    "(guidance, precision, dropout or resolution). optimisation.on_policy_tolerance sets the limit."
+                )
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._follow("step")
+
+    def on_train_epoch_end(self) -> None:
+        self.report.end("optimise")
+        self._follow("rollout")
+
+    def _follow(self, when: str) -> None:
+        for name, follow in self.recipe.frozen.items():
+            if name in self.live.copies and follow.every == when:
+                self.live.follow(name, follow.decay(self.global_step))
+
+    # ------------------------------------------------------------ evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_evaluation("test")
+
+    def validation_step(self, positions: Tensor, batch_idx: int) -> None:
+        del batch_idx
+        self._evaluate("val", positions)
+
+    def test_step(self, positions: Tensor, batch_idx: int) -> None:
+        del batch_idx
+        self._evaluate("test", positions)
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._end_evaluation("test")
+
+    def _begin_evaluation(self, stage: str) -> None:
+        self.recipe.model.to(self.device)
+        self.report.begin("evaluate", len(self._positions(stage).mine))
+        self.shown.pop(stage, None)
+        tags = sorted({str(p.metadata["tag"]) for p in self.eval_prompts[stage] if "tag" in p.metadata})
+        for name in ("reward", *self.recipe.scorer.held_out):
+            for key in (name, *(f"{name}/{tag}" for tag in tags)):
+                self._meter(f"{stage}/{key}").reset()
+
+    def _meter(self, key: str) -> MeanMetric:
+        key = key.replace(".", "_")
+        if key not in self.meters:
+            self.meters[key] = MeanMetric(nan_strategy="ignore").to(self.device)
+        return self.meters[key]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _evaluate(self, stage: str, positions: Tensor) -> None:
+        r, sampling = self.recipe, self.recipe.evaluation.sampling
+        ids = positions.tolist()
+        prompts = [self.eval_prompts[stage][i] for i in ids]
+        with self.live.use(r.evaluation.copy), self._precision():
+            media = self.generate(prompts, ids, r.evaluation.seed, sampling, r.eval_size)
+        self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size
+        scores = r.scorer.all(media, prompts)
+        for name, values in scores.items():
+            self._meter(f"{stage}/{name}").update(values)
+            for tag in {p.metadata.get("tag") for p in prompts} - {None}:
+                mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
+                self._meter(f"{stage}/{name}/{tag}").update(values[mine])
+        self._show(stage, media, prompts, scores)
+        self.report.advance("evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean()))
+
+    def generate(self, prompts: list[Prompt], ids: list[int], seed: int, sampling: Sampling, size: Size) -> Tensor:
+        """Pictures of the current weights by the ODE: (B, 3, H, W) in [0, 1]; sample `ids` key the noise."""
+        model = self.recipe.model
+        cond = self.conditioner(prompts, self.device)
+        sigmas = model.sigmas(sampling.num_steps, size.height, size.width, size.frames)
+        shape = model.latent_shape(size.height, size.width, size.frames)
+        noise = Noise(seed, 0, ids, shape, self.device)
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            return model.velocity(x, sigma, cond, sampling.guidance)
+
+        rollout = walk(velocity, sigmas, deterministic(sampling.num_steps), ODE(), sampling.solver, noise)
+        return model.decode(rollout.x0)
+
+    def _show(self, stage: str, media: Tensor, prompts: list[Prompt], scores: dict[str, Tensor]) -> None:
+        held = self.shown.get(stage)
+        room = self.recipe.evaluation.shown - (0 if held is None else len(held.images))
+        if room <= 0:
+            return
+        new = Shown(media[:room].cpu(), [p.text for p in prompts[:room]], {k: v[:room].cpu() for k, v in scores.items()})
+        if held is not None:
+            new = Shown(
+                torch.cat([held.images, new.images]),
+                held.prompts + new.prompts,
+                {k: torch.cat([held.scores[k], v]) for k, v in new.scores.items()},
+            )
+        self.shown[stage] = new
+
+    def _end_evaluation(self, stage: str) -> None:
+        self.report.end("evaluate")
+        self.evaluated_at = self.current_epoch
+        for key, meter in self.meters.items():
+            if key.startswith(f"{stage}/"):
+                self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")
+
+    # ------------------------------------------------------------ checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Only what is trained, and the frozen copies: the base is not ours to store."""
+        kept = {f"policy.{key}" for key in self.live.kept_keys()}
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in kept}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        kept = {f"policy.{key}" for key in self.live.kept_keys()}
+        differing = sorted(kept ^ set(state_dict))
+        if strict and differing:
+            raise ValueError(
+                f"the checkpoint does not fit this run ({len(differing)} entries differ, first {differing[0]}): "
+                "it was made with another tune, rank, model, or other frozen copies (algo, kl_beta)."
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["flowalign"] = {"config": self.recipe.config, "baseline": self.baseline, "counts": self.counts}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint.get("flowalign", {})
+        self.baseline = dict(kept.get("baseline", {}))
+        self.counts = dict(kept.get("counts", self.counts))

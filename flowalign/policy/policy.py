@@ -1,0 +1,86 @@
+"""The trained weights and their frozen copies, as one module.
+
+A frozen copy (reference, old policy, average) holds the *trained* parameters only: for adapters that is tiny, and the
+reference is then the adapter's own start. `use` exchanges values in place, so parameter identity, wrappers and
+compiled code are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from flowalign.policy.tune import Tune
+
+
+class Policy(nn.Module):
+    """`denoisers` by name, prepared by `tune`; `copies` names the frozen copies to keep, which all start at the live weights."""
+
+    def __init__(self, denoisers: dict[str, nn.Module], tune: Tune, targets: Sequence[str], copies: Sequence[str] = ()) -> None:
+        super().__init__()
+        for denoiser in denoisers.values():
+            tune(denoiser, targets)
+        self.denoisers = nn.ModuleDict(denoisers)
+        self.copies = nn.ModuleDict({name: self._copy() for name in copies})
+        self._active: str | None = None
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The live trained parameters by name, in a fixed order."""
+        return {name: p for name, p in self.denoisers.named_parameters() if p.requires_grad}
+
+    def _copy(self) -> nn.ParameterDict:
+        # Dots cannot stand in a parameter's own name.
+        frozen = {n.replace(".", "/"): nn.Parameter(p.detach().clone(), requires_grad=False) for n, p in self.trained().items()}
+        return nn.ParameterDict(frozen)
+
+    def _pairs(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        copy = self.copies[name]
+        live = self.trained()
+        return [p.data for p in live.values()], [copy[n.replace(".", "/")].data for n in live]
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[None]:
+        """Inside, the live network has the weights of a copy and no gradient is recorded; None means the live weights."""
+        with torch.no_grad():
+            if name is None:
+                yield
+                return
+            if self._active is not None:
+                raise RuntimeError(f"copy {self._active!r} is in use; copies cannot be nested.")
+            self._exchange(name)
+            self._active = name
+            try:
+                yield
+            finally:
+                self._active = None
+                self._exchange(name)
+
+    def _exchange(self, name: str) -> None:
+        for live, copy in zip(*self._pairs(name), strict=True):
+            held = live.clone()
+            live.copy_(copy)
+            copy.copy_(held)
+
+    @torch.no_grad()
+    def follow(self, name: str, decay: float) -> None:
+        """copy ← decay · copy + (1 - decay) · live."""
+        live, copy = self._pairs(name)
+        if decay == 0:  # exactly the live weights, which lerp gives only up to rounding
+            torch._foreach_copy_(copy, live)
+        elif decay != 1:
+            torch._foreach_lerp_(copy, live, 1 - decay)
+
+    def numbers(self) -> dict[str, int]:
+        """How many parameters there are in all and how many are trained."""
+        return {
+            "parameters": sum(p.numel() for p in self.denoisers.parameters()),
+            "trained": sum(p.numel() for p in self.trained().values()),
+        }
+
+    def kept_keys(self) -> set[str]:
+        """Keys of the state dict that a checkpoint holds: what is trained, and the frozen copies."""
+        kept = {f"denoisers.{name}" for name in self.trained()}
+        return kept | {key for key in self.state_dict() if key.startswith("copies.")}

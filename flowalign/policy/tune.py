@@ -1,0 +1,66 @@
+"""What is trained of a denoiser: low-rank adapters, or every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+
+class Tune(Protocol):
+    """Prepares a denoiser in place: afterwards exactly the trained parameters have requires_grad."""
+
+    kind: str
+
+    def __call__(self, denoiser: nn.Module, targets: Sequence[str]) -> None: ...
+
+
+class Lora:
+    """Low-rank adapters through peft on `targets` (default: the family's own list). B starts at 0, so the start is the base."""
+
+    kind = "lora"
+
+    def __init__(
+        self,
+        rank: int = 32,
+        alpha: float = 64,
+        dropout: float = 0.0,
+        init: Literal["gaussian", "kaiming"] = "gaussian",
+        targets: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if rank < 1:
+            raise ValueError(f"tune.rank must be at least 1 (got {rank}).")
+        if dropout:
+            # A dropped rollout and a differently dropped training pass would be two policies: the ratio would never be 1.
+            raise ValueError(f"tune.dropout must be 0 for reinforcement learning (got {dropout}).")
+        self.rank, self.alpha, self.init, self.targets, self.seed = rank, alpha, init, targets, seed
+
+    def __call__(self, denoiser: nn.Module, targets: Sequence[str]) -> None:
+        from peft import LoraConfig
+
+        denoiser.requires_grad_(False)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            init_lora_weights="gaussian" if self.init == "gaussian" else True,
+            target_modules=list(self.targets or targets),
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)  # the same start whatever was drawn before, on every rank
+            denoiser.add_adapter(config)
+        for parameter in denoiser.parameters():
+            if parameter.requires_grad:  # adapters learn in float32 also over a bfloat16 base
+                parameter.data = parameter.data.float()
+
+
+class Full:
+    """Every weight of the denoiser, in float32 unless the model says otherwise."""
+
+    kind = "full"
+
+    def __call__(self, denoiser: nn.Module, targets: Sequence[str]) -> None:
+        del targets
+        denoiser.requires_grad_(True)

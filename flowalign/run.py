@@ -1,0 +1,219 @@
+"""From a composed config to a finished run: check, instantiate, baseline, fit, final, summary."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from flowalign.checks import ConfigError, check_signatures, preflight
+from flowalign.compatibility import check_groups
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from flowalign.module import AlignModule, Recipe
+
+log = logging.getLogger("flowalign")
+CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
+
+
+def build_recipe(cfg: DictConfig) -> Recipe:
+    """Every part of a run, instantiated from its group."""
+    from flowalign.module import Recipe
+
+    def make(node: Any) -> Any:
+        return hydra.utils.instantiate(node, _convert_="object")
+
+    model = make(cfg.model)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    return Recipe(
+        model=model,
+        algorithm=make(cfg.algo),
+        dynamics=make(cfg.dynamics),
+        steps=make(cfg.steps),
+        credit=make(cfg.credit),
+        scorer=make(cfg.reward),
+        tune=make(cfg.tune),
+        data={stage: make(cfg.data[stage]) for stage in ("train", "val", "test")},
+        batch=make(cfg.batch),
+        rollout=make(cfg.rollout),
+        evaluation=make(cfg.evaluation),
+        optimisation=make(cfg.optimisation),
+        train_size=make(cfg.resolution.train),
+        eval_size=make(cfg.resolution.eval),
+        frozen={name: make(node) for name, node in cfg.frozen.items() if node is not None},
+        optimizer=make(cfg.optimizer),
+        schedule=make(cfg.schedule),
+        seed=cfg.seed,
+        config=plain,  # type: ignore[arg-type]
+    )
+
+
+def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
+    from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
+
+    callbacks = [hydra.utils.instantiate(node) for node in cfg.callbacks.values() if node is not None]
+    loggers = [hydra.utils.instantiate(node) for node in cfg.logger.values() if node is not None]
+    return hydra.utils.instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        accumulate_grad_batches=accumulate,
+        _convert_="object",
+    )
+
+
+def run(cfg: DictConfig) -> float | None:
+    """One run; returns the optimised metric of the final evaluation (None if it was not measured)."""
+    check_groups(cfg)
+    check_signatures(cfg)
+    import lightning
+    import torch
+
+    from flowalign.module import AlignModule
+    from flowalign.summary import Summary, show_config, show_plan
+
+    torch.set_float32_matmul_precision("high")
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    folder = Path(cfg.paths.output_dir)
+    show_config(cfg, folder)
+    recipe = build_recipe(cfg)
+    module = AlignModule(recipe)
+    trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
+    if trainer.fast_dev_run:
+        cfg = shrink(cfg, module)
+    log_hyperparameters(trainer, cfg)
+    summary = Summary(folder, cfg, module)
+    ckpt_path = find_checkpoint(cfg.ckpt_path)
+    if ckpt_path is None:
+        summary.baseline(evaluate(trainer, module, cfg.test))
+    else:
+        log.info("resuming from %s", ckpt_path)
+    if cfg.train:
+        show_plan(trainer, module)
+        trainer.fit(module, ckpt_path=ckpt_path)
+        summary.trained()
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        summary.final(evaluate(trainer, module, cfg.test))
+    elif ckpt_path is not None:
+        summary.final(evaluate(trainer, module, cfg.test, ckpt_path))
+    summary.write(trainer)
+    return optimised(cfg, summary)
+
+
+def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
+    """Micro-batches per optimiser step; Lightning wants to know it before it knows the module."""
+    from flowalign.geometry import Geometry
+    from flowalign.module import points_per_sample
+
+    ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(int(cfg.trainer.num_nodes), 1) * devices(cfg)
+    return Geometry(recipe.batch, points_per_sample(recipe), ranks).accumulate
+
+
+def devices(cfg: DictConfig) -> int:
+    given = cfg.trainer.devices
+    if isinstance(given, int) and given > 0:
+        return given
+    if isinstance(given, (list, tuple)):
+        return len(given)
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def shrink(cfg: DictConfig, module: AlignModule) -> DictConfig:
+    """fast_dev_run: Lightning runs one batch of everything, so the evaluations need only a handful of pictures."""
+    for prompts in module.eval_prompts.values():
+        del prompts[8:]
+    return cfg
+
+
+def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str | None = None) -> dict[str, float]:
+    """Validation and, if wanted, test metrics of the current weights (or of a checkpoint)."""
+    found = dict(trainer.validate(module, ckpt_path=ckpt_path, verbose=False)[0])
+    if test:
+        found |= trainer.test(module, ckpt_path=ckpt_path, verbose=False)[0]
+    return {key: float(value) for key, value in found.items()}
+
+
+def find_checkpoint(given: str | None) -> str | None:
+    """The file to resume from, or a sentence; `last` is the newest last.ckpt under outputs/."""
+    if given is None:
+        return None
+    if given == "last":
+        found = sorted(Path("outputs").glob("*/*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise ConfigError("ckpt_path=last: there is no outputs/*/*/checkpoints/last.ckpt below this folder.")
+        return str(found[-1])
+    if not Path(given).is_file():
+        nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
+        raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
+    return given
+
+
+def log_hyperparameters(trainer: Trainer, cfg: DictConfig) -> None:
+    """Flat, plain values: TensorBoard's hparams tab and every other logger take them."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    flat = flatten(OmegaConf.to_container(cfg, resolve=True))
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(flat, {"hp/val_reward": math.nan})
+        else:
+            logger.log_hyperparams(flat)
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        return {k: v for key, child in node.items() for k, v in flatten(child, f"{prefix}{key}.").items()}
+    key = prefix.rstrip(".")
+    return {key: node if isinstance(node, (int, float, str, bool)) else str(node)}
+
+
+def optimised(cfg: DictConfig, summary: Any) -> float | None:
+    metrics = summary.results["final"] or summary.results["baseline"]
+    if cfg.optimized_metric not in metrics:
+        if cfg.trainer.fast_dev_run:
+            return None
+        raise ConfigError(f"optimized_metric={cfg.optimized_metric} was not measured; there are {', '.join(sorted(metrics))}.")
+    return float(metrics[cfg.optimized_metric])
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def _main(cfg: DictConfig) -> float | None:
+    folder = HydraConfig.get().runtime.output_dir
+    try:
+        return run(cfg)
+    except (ConfigError, ValueError) as error:
+        # What a user can set right is one sentence; everything else keeps its trace.
+        log.debug("details", exc_info=True)
+        log.error("%s", error)
+        raise SystemExit(2) from None
+    finally:
+        log.info("output folder: %s", folder)
+
+
+def main() -> None:
+    """The entry point of `train.py` and `flowalign-train`."""
+    preflight(sys.argv[1:], CONF, "train", also=check_groups)
+    _main()
+
+
+def command(function: Callable[[], None]) -> None:
+    """Runs an entry point; a mistake of the user ends with a sentence and exit code 2."""
+    try:
+        function()
+    except (ConfigError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,25 @@
+"""Learning-rate schedules as plain functions of the optimiser step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Factor on the learning rate: linear warm-up over `warmup` steps, then constant, linear or cosine down to `floor`."""
+
+    kind: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = 0
+    floor: float = 0.0
+
+    def __call__(self, step: int, total: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.kind == "constant":
+            return 1.0
+        done = min((step - self.warmup) / max(total - self.warmup, 1), 1.0)
+        left = 1 - done if self.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.floor + (1 - self.floor) * left

@@ -1,0 +1,125 @@
+"""What travels between the parts: conditioning, a rollout, training points. B samples, T steps, S recorded steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+class Conditioning(dict[str, Tensor]):
+    """Everything the network is told beside x and sigma; each tensor has the sample as its leading dim.
+
+    A "neg." prefix marks the unconditional branch and a key that ends in "mask" the validity of a ragged dim 1.
+    """
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples."""
+        return next(iter(self.values())).shape[0]
+
+    def index(self, i: Tensor | slice) -> Conditioning:
+        """Rows i of every entry."""
+        return Conditioning({key: t[i] for key, t in self.items()})
+
+    def repeat_interleave(self, n: int) -> Conditioning:
+        """Each sample n times in a row: the order of a group of n images per prompt."""
+        return Conditioning({key: t.repeat_interleave(n, dim=0) for key, t in self.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        """Move every entry; dtype applies to the floating ones, so that masks and token ids survive it."""
+        return Conditioning(
+            {key: t.to(device=device, dtype=dtype if t.is_floating_point() else None) for key, t in self.items()}
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Join along samples. Where dim 1 differs (prompts of several lengths) it is padded with zeros on the right."""
+        for part in parts:
+            if differing := part.keys() ^ parts[0].keys():
+                raise ValueError(f"only conditionings with the same entries can be joined; {sorted(differing)} differ.")
+        return Conditioning({key: _cat_ragged([part[key] for part in parts]) for key in parts[0]})
+
+
+def _cat_ragged(tensors: list[Tensor]) -> Tensor:
+    if tensors[0].ndim < 2:
+        return torch.cat(tensors)
+    longest = max(t.shape[1] for t in tensors)
+    return torch.cat([_pad(t, longest) for t in tensors])
+
+
+def _pad(t: Tensor, length: int) -> Tensor:
+    missing = length - t.shape[1]
+    return torch.cat([t, t.new_zeros(t.shape[0], missing, *t.shape[2:])], dim=1) if missing else t
+
+
+@dataclass
+class Rollout:
+    """One walk from noise to data for B samples, with the steps which will be trained on."""
+
+    x0: Tensor
+    """(B, …) final latent."""
+    sigmas: Tensor
+    """(T+1,) the schedule that was walked, from 1 to 0. Stored because a recomputed one may differ in the last bit."""
+    steps: tuple[int, ...] = ()
+    """S indices into the schedule: the recorded steps, in the order of the S dims below."""
+    x: Tensor | None = None
+    """(B, S, …) state before each recorded step; None when nothing was recorded."""
+    x_next: Tensor | None = None
+    """(B, S, …) state after it."""
+    log_prob: Tensor | None = None
+    """(B, S) log-density of x_next under the policy that walked, mean over dims."""
+    mean: Tensor | None = None
+    """(B, S, …) mean of the step; kept only for the algorithms that ask (`keeps_mean`)."""
+
+
+@dataclass
+class Point:
+    """What a loss sees besides the live velocity: one state on the path per row, either replayed or re-noised."""
+
+    x: Tensor
+    """(B, …) the state."""
+    sigma: Tensor
+    """(B,) its noise level."""
+    advantage: Tensor
+    """(B,) credit of the sample, not clipped yet."""
+    x0: Tensor | None = None
+    """(B, …) noised points: the clean sample."""
+    eps: Tensor | None = None
+    """(B, …) noised points: the noise that was mixed in."""
+    x_next: Tensor | None = None
+    """(B, …) transition points: where the rollout went."""
+    sigma_next: Tensor | None = None
+    """(B,) transition points: the noise level there."""
+    sigma_max: Tensor | None = None
+    """(B,) transition points: second entry of the schedule, which Flow-SDE needs at sigma = 1."""
+    log_prob: Tensor | None = None
+    """(B,) transition points: recorded log-density."""
+    mean: Tensor | None = None
+    """(B, …) transition points: recorded mean of the step."""
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+    """Velocities (B, …) of frozen copies at x, e.g. "old" and "reference"."""
+
+    def index(self, i: Tensor | slice) -> Point:
+        """Rows i."""
+        return self._each(lambda t: t[i])
+
+    def to(self, device: torch.device | str) -> Point:
+        """The same point on another device."""
+        return self._each(lambda t: t.to(device))
+
+    def _each(self, f: Callable[[Tensor], Tensor]) -> Point:
+        given_fields = {name: f(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **given_fields, frozen={name: f(v) for name, v in self.frozen.items()})
+
+
+def given(value: Tensor | None, name: str) -> Tensor:
+    """The optional field `name` of a point or a rollout, for a caller that cannot do without it."""
+    if value is None:
+        raise ValueError(
+            f"`{name}` is needed here and missing: transition points come from a rollout that recorded its steps, "
+            "noised points from clean samples; see flowalign.points."
+        )
+    return value

@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+
+from flowalign.credit import GroupCredit, group_stats, weighted_sum
+
+NAN = float("nan")
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("reward", ["r1", "r2", "r3"])
+@pytest.mark.parametrize("std", ["global", "group"])
+def test_the_reference_advantages_are_reproduced(golden, agrees, reward, std):
+    d = golden("flowawr_energies")
+    theirs = d[f"adv_{reward}_{std}_soft_tau1"].clamp(-5, 5)
+    assert agrees(GroupCredit(std)(d[reward], d["group_id"]).clamp(-5, 5), theirs, 1e-12)
+
+
+def test_two_groups_by_hand():
+    rewards, group = f64(1, 3, 10, 14), torch.tensor([7, 7, 2, 2])
+    assert GroupCredit("group", eps=0)(rewards, group).tolist() == [-1, 1, -1, 1]
+    overall = math.sqrt(27.5)  # squares about the mean of 7: 36, 16, 9 and 49, by 4
+    expected = f64(-1, 1, -2, 2) / overall
+    torch.testing.assert_close(GroupCredit("global", eps=0)(rewards, group), expected)
+
+
+def test_eps_is_added_to_the_deviation_and_ddof_subtracted_from_the_count():
+    rewards, group = f64(0, 2), torch.zeros(2, dtype=torch.long)
+    torch.testing.assert_close(GroupCredit("group", eps=1.0)(rewards, group), f64(-0.5, 0.5))
+    torch.testing.assert_close(GroupCredit("group", eps=0, ddof=1)(rewards, group), f64(-1, 1) / math.sqrt(2))
+
+
+@pytest.mark.parametrize("std", ["global", "group"])
+@pytest.mark.parametrize("eps", [1e-4, 1e-8, 0.0])
+def test_a_group_without_spread_gets_exactly_zero(std, eps):
+    # The mean of three times 0.1 is not 0.1 in floating point: without care this divides rounding noise by eps.
+    advantage = GroupCredit(std, eps=eps)(torch.tensor([0.1, 0.1, 0.1, 0.0, 1.0]), torch.tensor([0, 0, 0, 1, 1]))
+    assert advantage[:3].tolist() == [0, 0, 0]
+    assert advantage[4] > 0
+
+
+@pytest.mark.parametrize("std", ["global", "group"])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_missing_scores_are_left_out_of_every_statistic(std, ddof):
+    credit = GroupCredit(std, ddof=ddof)
+    kept = credit(f64(1, 2, 4, 8), torch.tensor([0, 0, 1, 1]))
+    with_gaps = credit(f64(1, NAN, 2, 4, 8, 100), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([True] * 5 + [False]))
+    torch.testing.assert_close(with_gaps[[0, 2, 3, 4]], kept)
+    assert with_gaps[[1, 5]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("std", ["global", "group"])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_a_group_with_fewer_than_two_scores_gets_zero(std, ddof):
+    rewards, group = f64(5, 1, NAN, NAN, NAN, 0, 1), torch.tensor([0, 1, 1, 2, 2, 3, 3])
+    advantage = GroupCredit(std, ddof=ddof)(rewards, group)
+    assert advantage[:5].tolist() == [0] * 5
+    assert advantage[6] > 0
+
+
+def test_an_epoch_without_any_score_gives_zero():
+    assert GroupCredit()(f64(NAN, NAN), torch.tensor([0, 0])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("std", ["global", "group"])
+def test_credit_follows_the_samples_when_they_are_permuted(std):
+    rewards, group = torch.randn(24, dtype=torch.float64), torch.arange(24) % 4
+    order = torch.randperm(24)
+    credit = GroupCredit(std)
+    torch.testing.assert_close(credit(rewards[order], group[order]), credit(rewards, group)[order])
+
+
+def test_credit_is_blind_to_the_offset_of_a_group():
+    rewards, group = torch.randn(12, dtype=torch.float64), torch.arange(12) % 3
+    credit = GroupCredit("group")
+    torch.testing.assert_close(credit(rewards + 10.0 * group, group), credit(rewards, group))
+
+
+def test_credit_is_float64_for_float32_rewards():
+    assert GroupCredit()(torch.tensor([0.0, 1.0]), torch.tensor([0, 0])).dtype == torch.float64
+
+
+def test_an_infinite_reward_is_refused():
+    with pytest.raises(ValueError, match="infinite"):
+        GroupCredit()(f64(0, math.inf), torch.tensor([0, 0]))
+
+
+def test_an_unknown_normalisation_is_refused():
+    with pytest.raises(ValueError, match="batch"):
+        GroupCredit("batch")  # pyright: ignore[reportArgumentType]
+
+
+def test_weighted_sum_by_hand():
+    rewards = {"ocr": f64(1, 0, NAN), "style": f64(2, 4, 6)}
+    total = weighted_sum(rewards, {"ocr": 1.0, "style": 0.5})
+    assert total[:2].tolist() == [2, 2]
+    assert total[2].isnan()
+    assert weighted_sum(rewards, {"ocr": 0.0, "style": 0.5}).tolist() == [1, 2, 3]
+
+
+def test_weighted_sum_refuses_a_misspelt_weight():
+    with pytest.raises(ValueError, match="styles"):
+        weighted_sum({"style": f64(1)}, {"styles": 1.0})
+
+
+def test_group_stats_by_hand():
+    stats = group_stats(f64(0, 2, 5, 5, NAN, 8), torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert stats["mean"] == 4
+    assert stats["within_std"] == pytest.approx(1 / 3)  # deviations 1, 0 and 0
+    assert stats["zero_std_fraction"] == pytest.approx(2 / 3)
