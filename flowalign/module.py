@@ -71,6 +71,13 @@ class Recipe:
     config: dict[str, Any] = field(default_factory=dict)
 
 
+def points_per_sample(recipe: Recipe) -> int:
+    """Training points of one picture: the recorded steps of its walk, or its re-noised points."""
+    if recipe.algorithm.point == "transition":
+        return len(recipe.steps(0, recipe.rollout.num_steps).trained)
+    return recipe.optimisation.points_per_sample or default_num(recipe.rollout.num_steps)
+
+
 class AlignModule(LightningModule):
     """Trains `recipe.model` by `recipe.algorithm`. All randomness is keyed by recipe.seed and the epoch."""
 
@@ -118,9 +125,7 @@ class AlignModule(LightningModule):
     def setup(self, stage: str) -> None:
         del stage
         r = self.recipe
-        per_sample = len(r.steps(0, r.rollout.num_steps).trained)
-        if r.algorithm.point == "noised":
-            per_sample = r.optimisation.points_per_sample or default_num(r.rollout.num_steps)
+        per_sample = points_per_sample(r)
         self.geometry = Geometry(r.batch, per_sample, self.trainer.world_size)
         self.collect = Collector(
             r.model, r.algorithm, r.dynamics, r.steps, r.rollout, r.credit, r.scorer, r.data["train"],

@@ -73,6 +73,12 @@ class Policy(nn.Module):
         elif decay != 1:
             torch._foreach_lerp_(copy, live, 1 - decay)
 
+    @torch.no_grad()
+    def copy_into_live(self, name: str) -> None:
+        """The live weights become those of a copy, for export and sampling."""
+        live, copy = self._pairs(name)
+        torch._foreach_copy_(live, copy)
+
     def numbers(self) -> dict[str, int]:
         """How many parameters there are in all and how many are trained."""
         return {

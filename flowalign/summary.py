@@ -1,0 +1,152 @@
+"""What a run tells: the config at its start, the batch plan, and at its end what changed, on screen and on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.tree import Tree
+
+from flowalign.grid import grid
+
+if TYPE_CHECKING:
+    from flowalign.evaluation import Shown
+    from flowalign.module import AlignModule
+
+PACKAGES = ("flowalign", "torch", "lightning", "diffusers", "transformers", "peft", "hydra-core")
+_console = Console(highlight=False)
+
+
+@rank_zero_only
+def show_config(cfg: DictConfig, folder: Path) -> None:
+    """The composed config as a tree, on screen and in config_tree.log."""
+    tree = Tree("config")
+    for name in sorted(cfg, key=lambda n: isinstance(cfg[n], DictConfig)):
+        node = cfg[name]
+        text = OmegaConf.to_yaml(node, resolve=True).rstrip() if isinstance(node, DictConfig) else None
+        branch = tree.add(str(name) if text else f"{name}: {node}")
+        if text:
+            branch.add(Syntax(text, "yaml", background_color="default"))
+    _console.print(tree)
+    with (folder / "config_tree.log").open("w") as file:
+        Console(file=file, width=120).print(tree)
+
+
+@rank_zero_only
+def show_plan(trainer: Trainer, module: AlignModule) -> None:
+    """The batch plan and the sizes, before the first epoch."""
+    table = Table(title="batch plan", show_header=False)
+    for name, value in module.geometry.table().items():
+        table.add_row(name, value)
+    numbers = module.live.numbers()
+    table.add_row("parameters", f"{numbers['trained']:,} trained of {numbers['parameters']:,}")
+    table.add_row("frozen copies", ", ".join(module.live.copies) or "none")
+    table.add_row("epochs", f"{trainer.max_epochs}, evaluated every {trainer.check_val_every_n_epoch}")
+    _console.print(table)
+
+
+class Summary:
+    """Collects the results of a run and writes summary.json, before_after.png and the closing table."""
+
+    def __init__(self, folder: Path, cfg: DictConfig, module: AlignModule) -> None:
+        self.folder, self.cfg, self.module = folder, cfg, module
+        self.results: dict[str, dict[str, float]] = {"baseline": {}, "final": {}}
+        self.before: Shown | None = None
+        self.after: Shown | None = None
+        self.began = time.perf_counter()
+        self.train_s = 0.0
+
+    def baseline(self, metrics: dict[str, float]) -> None:
+        """The untouched policy. Its results travel in the checkpoints, so that a resumed run still has them."""
+        self.results["baseline"] = self.module.baseline = metrics
+        self.before = self._shown()
+        self.began_training = time.perf_counter()
+
+    def trained(self) -> None:
+        self.train_s = time.perf_counter() - getattr(self, "began_training", self.began)
+        self.results["baseline"] = self.module.baseline
+
+    def final(self, metrics: dict[str, float]) -> None:
+        self.results["final"] = metrics
+        self.after = self._shown()
+
+    def _shown(self) -> Shown | None:
+        return self.module.shown.get("test") or self.module.shown.get("val")
+
+    @rank_zero_only
+    def write(self, trainer: Trainer) -> None:
+        calls = {name: count for name, count in self.module.counts.items() if name != "samples"}
+        document = {
+            **{phase: {k: _number(v) for k, v in sorted(m.items())} for phase, m in self.results.items()},
+            "epochs": trainer.current_epoch,
+            "optimiser_steps": trainer.global_step,
+            "samples": self.module.counts["samples"],
+            "network_calls": {**calls, "total": sum(calls.values())},
+            "wall_s": round(time.perf_counter() - self.began, 2),
+            "train_s": round(self.train_s, 2),
+            "seed": self.cfg.seed,
+            "versions": {"python": platform.python_version(), **_versions()},
+            "git_commit": _commit(),
+        }
+        (self.folder / "summary.json").write_text(json.dumps(document, indent=2) + "\n")
+        if self.before and self.after:
+            sheet = grid(self.before, self.after, titles=("before", "after"))
+            Image.fromarray(sheet).save(self.folder / "before_after.png")
+        self._table(trainer)
+
+    def _table(self, trainer: Trainer) -> None:
+        before, after = self.results["baseline"], self.results["final"]
+        table = Table(title=f"{trainer.current_epoch} epochs, {trainer.global_step} optimiser steps, {self.train_s / 60:.1f} min of training")
+        for column in ("metric", "baseline", "final", "change"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        for key in sorted(before.keys() | after.keys()):
+            cells = [f"{m[key]:.3f}" if key in m else "" for m in (before, after)]
+            change = f"{after[key] - before[key]:+.3f}" if key in before and key in after else ""
+            table.add_row(key, *cells, change)
+        _console.print(table)
+        _console.print(f"folder    {self.folder}", soft_wrap=True)
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if last.exists():
+            _console.print(f"sample    flowalign sample ckpt={last} prompt='two red circles'", soft_wrap=True)
+            _console.print(f"export    flowalign export ckpt={last} to={self.folder / 'export'}", soft_wrap=True)
+            _console.print(f"go on     python train.py ckpt_path={last} trainer.max_epochs={2 * (trainer.max_epochs or 1)}", soft_wrap=True)
+        _console.print("watch     tensorboard --logdir outputs")
+
+
+def _number(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "from source"
+    return found
+
+
+def _commit() -> str | None:
+    """Of the source that runs, with a plus where it was changed; None outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}{'+' if git('status', '--porcelain', '--untracked-files=no') else ''}" if commit else None
+
