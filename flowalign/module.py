@@ -343,6 +343,9 @@ class AlignModule(LightningModule):
         for key, meter in self.meters.items():
             if key.startswith(f"{stage}/"):
                 self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")
+        if stage == "val":
+            reward = self._meter("val/reward")
+            self.log("hp/val_reward", reward, on_step=False, on_epoch=True, metric_attribute="meters.val/reward")
 
     # ------------------------------------------------------------ checkpoints
 
