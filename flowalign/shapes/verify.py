@@ -34,7 +34,9 @@ _LENGTH = np.linalg.norm(_OFFSET, axis=1)
 _DIRECTION = (_OFFSET / _LENGTH[:, None]).T
 _BACKGROUND = -1
 MIN_COVER = 0.45  # of the way from the background to the colour
-COLOUR_RADIUS = 0.22  # RGB distance of a thing's median colour; renders stay within 0.09, and two palette entries are 0.48 apart
+COLOUR_RADIUS = (
+    0.22  # RGB distance of a thing's median colour; renders stay within 0.09, and two palette entries are 0.48 apart
+)
 FAINT = 0.15  # RGB distance from the background that the eye sees as an object, were it large enough
 HALO = 0.045  # in sides: what is faint within this distance of a thing is its soft edge
 MIN_AREA = 0.006  # of the picture; less is a speck (25 pixels at 64)
@@ -45,7 +47,7 @@ MAX_HOLES = 0.04  # of the component's area
 EDGE = 2.0  # contrast of edges before shapes are compared, so that a soft edge is no other shape
 # Intersection over union with the best template, a little below what a render keeps when blurred by a 3x3 box at 64.
 MIN_OVERLAP = {"circle": 0.92, "square": 0.88, "triangle": 0.85, "cross": 0.84}
-MIN_LEAD = 0.06  # over the second best
+MIN_LEAD = 0.05  # over the second best
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,17 @@ _AREAS = {"circle": np.pi, "square": 1.76**2, "triangle": 1.9**2 / 2, "cross": 8
 _SINK = {"circle": 0.0, "square": 0.0, "triangle": 0.95 - 1.9 / 3, "cross": 0.0}
 
 
+def _parts(layer: np.ndarray) -> np.ndarray:
+    """(H, W) number of the connected part that each pixel of a mask belongs to, from 1; 0 outside the mask."""
+    parts = np.zeros(layer.shape, dtype=np.int32)
+    ndimage.label(layer, output=parts)
+    return parts
+
+
 def _holes(mask: np.ndarray) -> int:
     """Pixels enclosed by a component."""
-    outside, parts = ndimage.label(np.pad(~mask, 1, constant_values=True))
-    return 0 if parts == 1 else int((outside > 1).sum())  # the padding is part 1, being met first
+    outside = _parts(np.pad(~mask, 1, constant_values=True))
+    return int((outside > 1).sum())  # the padding is part 1, being met first
 
 
 def _overlaps(share: np.ndarray) -> np.ndarray:
@@ -82,7 +91,10 @@ def _overlaps(share: np.ndarray) -> np.ndarray:
     x = np.arange(width) - share.sum(0) @ np.arange(width) / area
     y = np.arange(height) - share.sum(1) @ np.arange(height) / area
     radii = [(area / _AREAS[shape]) ** 0.5 for shape in SHAPES]
-    masks = [coverage(s, x[None, :] / r, y[:, None] / r + _SINK[s], 1 / (EDGE * r)) for s, r in zip(SHAPES, radii, strict=True)]
+    masks = [
+        coverage(s, x[None, :] / r, y[:, None] / r + _SINK[s], 1 / (EDGE * r))
+        for s, r in zip(SHAPES, radii, strict=True)
+    ]
     return np.array([np.minimum(share, m).sum() / np.maximum(share, m).sum() for m in masks])
 
 
@@ -97,7 +109,7 @@ def _shape_of(mask: np.ndarray, share: np.ndarray) -> str | None:
 
 
 def _share(patch: np.ndarray, core: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """(h, w) how far each pixel is on the way from the background to a component's own colour, 0 to 1, contrast raised."""
+    """(h, w) how far each pixel is on the way from background to a component's own colour, 0 to 1, contrast raised."""
     offset = core - background
     return np.clip(0.5 + EDGE * ((patch - background) @ offset / max(offset @ offset, 1e-6) - 0.5), 0, 1)
 
@@ -143,12 +155,14 @@ def find(image: np.ndarray) -> list[Found]:
     layers = [labels == i for i in np.unique(labels[~empty])] + [_faint(image, labels, background)]
     found, specks, total = [], np.zeros(2), 0.0
     for number, layer in enumerate(layers, start=1):
-        components, _ = ndimage.label(layer)
+        components = _parts(layer)
         for region, box in enumerate(ndimage.find_objects(components), start=1):
             mask = components[box] == region
             rows, columns = np.nonzero(mask)
             area = len(rows) / labels.size
-            centre = np.array([columns.mean() + box[1].start + 0.5, rows.mean() + box[0].start + 0.5]) / labels.shape[::-1]
+            centre = (
+                np.array([columns.mean() + box[1].start + 0.5, rows.mean() + box[0].start + 0.5]) / labels.shape[::-1]
+            )
             if area < MIN_AREA:
                 specks, total = specks + area * centre, total + area
                 continue
@@ -160,13 +174,15 @@ def find(image: np.ndarray) -> list[Found]:
 
 
 def _relation_margin(spec: Spec, found: list[Found]) -> float:
-    """How far the relation holds, -1 to 1 in picture sides; -1 unless exactly one component is each of the two things."""
+    """How far the relation holds, -1 to 1 in sides of the picture; -1 unless exactly one component is each thing."""
     sides = [[f for f in found if (f.colour, f.shape) == thing] for thing in spec.things]
     if any(len(side) != 1 for side in sides):
         return -1.0
     (first,), (second,) = sides
     dx, dy = second.x - first.x, second.y - first.y
-    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[spec.relation or ""]
+    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[
+        spec.relation or ""
+    ]
     return along if along > abs(across) else min(along, 0.0)
 
 
@@ -174,7 +190,9 @@ def _agreement(spec: Spec, found: list[Found]) -> float:
     """Best matching of things to components: 1 for both attributes right, ½ for one; divided by the longer list."""
     if not found:
         return 0.0
-    worth = np.array([[((f.colour == colour) + (f.shape == shape)) / 2 for f in found] for colour, shape in spec.things])
+    worth = np.array(
+        [[((f.colour == colour) + (f.shape == shape)) / 2 for f in found] for colour, shape in spec.things]
+    )
     return float(worth[linear_sum_assignment(worth, maximize=True)].sum()) / max(worth.shape)
 
 

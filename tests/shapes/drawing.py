@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 from flowalign.shapes.render import render
 from flowalign.shapes.world import COLOURS
@@ -41,6 +42,11 @@ def specks(image: np.ndarray, number: int, side: int, colour: str, seed: int = 0
             out[row : row + side, column : column + side] = colour_of(colour)
             number -= 1
     return out
+
+
+def blurred(image: np.ndarray) -> np.ndarray:
+    """The mean of every three by three pixels."""
+    return ndimage.uniform_filter(image, 3, axes=(0, 1))
 
 
 def draw(placed: list, size: int = 64, colours: np.ndarray | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ def test_pictures_are_float32_within_zero_and_one():
     for spec, seed in SCENES:
         image = picture(spec, seed)
         assert image.dtype == np.float32 and image.shape == (64, 64, 3)
-        assert 0 <= image.min() and image.max() <= 1
+        assert image.min() >= 0 and image.max() <= 1
 
 
 def test_a_seed_is_one_scene_at_every_size():
@@ -42,6 +42,11 @@ def test_things_lie_inside_apart_and_in_their_relation(kind):
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) > a.radius + b.radius
         if spec.relation:
             first, second = placed
-            gap = {"left of": second.x - first.x, "right of": first.x - second.x, "above": second.y - first.y, "below": first.y - second.y}
+            gap = {
+                "left of": second.x - first.x,
+                "right of": first.x - second.x,
+                "above": second.y - first.y,
+                "below": first.y - second.y,
+            }
             assert gap[spec.relation] > 0.3
             assert sum(g > 0.5 * gap[spec.relation] for g in gap.values()) == 1  # no second relation to argue about

@@ -25,7 +25,9 @@ def tok():
 def test_another_process_with_another_hash_seed_gives_the_same_ids():
     def digest(seed: str) -> str:
         env = {**os.environ, "PYTHONHASHSEED": seed}
-        return subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True
+        ).stdout
 
     first = digest("1")
     assert len(first.strip()) == 64 and first == digest("31337")

@@ -2,8 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from drawing import LIGHT, canvas, colour_of, draw, paint, specks, superellipse
-from scipy import ndimage
+from drawing import LIGHT, blurred, canvas, colour_of, draw, paint, specks, superellipse
 
 from flowalign.shapes.render import Placed, picture, place
 from flowalign.shapes.verify import find, verify
@@ -35,7 +34,11 @@ def wrong(spec: Spec) -> list[Spec]:
     if spec.kind == "counting":
         swapped = [replace(spec, things=(thing,) * spec.count) for thing in ((new_colour, shape), (colour, new_shape))]
         return swapped + [replace(spec, things=spec.things[:1] * n) for n in (spec.count - 1, spec.count + 1)]
-    out = [replace(spec, things=(thing, *rest)) for thing in ((new_colour, shape), (colour, new_shape)) if thing not in rest]
+    out = [
+        replace(spec, things=(thing, *rest))
+        for thing in ((new_colour, shape), (colour, new_shape))
+        if thing not in rest
+    ]
     out += [Spec("two", (*spec.things, spec.things[0]))]
     if rest:
         out.append(Spec("single", spec.things[:1]))
@@ -98,7 +101,10 @@ def planted(placed: list[Placed]) -> dict[str, list[Placed]]:
     spots = [(x, y) for x in np.linspace(0.15, 0.85, 15) for y in np.linspace(0.15, 0.85, 15)]
     free = [s for s in spots if all(max(abs(s[0] - p.x), abs(s[1] - p.y)) > p.radius + 0.15 for p in placed)]
     if free:
-        errors |= {"one more": [*placed, Placed(first.thing, *free[0], 0.11)], "a stranger": [*placed, Placed(("green", "cross"), *free[-1], 0.11)]}
+        errors |= {
+            "one more": [*placed, Placed(first.thing, *free[0], 0.11)],
+            "a stranger": [*placed, Placed(("green", "cross"), *free[-1], 0.11)],
+        }
     return errors
 
 
@@ -151,8 +157,8 @@ def test_half_credit_does_not_depend_on_the_order_of_the_picture():
 def test_mild_noise_and_blur_do_not_matter(kind):
     rng, chosen = np.random.default_rng(0), scenes(kind, 100)
     noisy = [verify(np.clip(picture(s, i) + rng.normal(0, 0.02, (64, 64, 3)), 0, 1), s)[0] for s, i in chosen]
-    blurred = [verify(ndimage.uniform_filter(picture(s, i), (3, 3, 1)), s)[0] for s, i in chosen]
-    assert np.mean(noisy) >= 0.97 and np.mean(blurred) >= 0.97
+    soft = [verify(blurred(picture(s, i)), s)[0] for s, i in chosen]
+    assert np.mean(noisy) >= 0.97 and np.mean(soft) >= 0.97
 
 
 # ---------------------------------------------------------------- what an optimiser might try instead
@@ -171,7 +177,7 @@ def test_a_stretched_circle_is_no_circle(radius):
     assert refused(paint(canvas(), superellipse(64, 0.5, 0.5, radius, 1.5 * radius), "red"))
 
 
-@pytest.mark.parametrize("radius", [0.13, 0.18, 0.25])
+@pytest.mark.parametrize("radius", [0.15, 0.18, 0.25])  # at eight pixels or less the grid decides
 def test_between_circle_and_square_there_is_neither(radius):
     assert refused(paint(canvas(), superellipse(64, 0.5, 0.5, radius, radius, 4.0), "red"))
 
@@ -204,7 +210,7 @@ def test_a_faint_second_object_counts(strength, name):
 
 def test_a_uniform_background_of_any_light_tint_is_background():
     for tint in ((0.88, 0.92, 1.0), (1.0, 1.0, 1.0), (0.88, 0.88, 0.88)):
-        image = paint(np.broadcast_to(np.float32(tint), (64, 64, 3)), superellipse(64, 0.5, 0.5, 0.2, 0.2), "red")
+        image = paint(np.broadcast_to(np.array(tint), (64, 64, 3)), superellipse(64, 0.5, 0.5, 0.2, 0.2), "red")
         assert verify(image, CIRCLE)[0] == 1
 
 
@@ -215,7 +221,9 @@ def test_a_picture_full_of_one_colour_is_no_thing(thing):
     assert refused(paint(canvas(), np.pad(np.ones((60, 60)), 2), thing[0]), Spec("single", (thing,)))
 
 
-@pytest.mark.parametrize("colour", [(0, 0, 0), (0.5, 0.5, 0.5), (0.95, 0.6, 0.6), (0.4, 0.05, 0.05), (0.95, 0.5, 0.1), (0.1, 0.7, 0.7)])
+@pytest.mark.parametrize(
+    "colour", [(0, 0, 0), (0.5, 0.5, 0.5), (0.95, 0.6, 0.6), (0.4, 0.05, 0.05), (0.95, 0.5, 0.1), (0.1, 0.7, 0.7)]
+)
 def test_black_grey_pale_dark_and_mixed_colours_have_no_name(colour):
     image = paint(canvas(), superellipse(64, 0.5, 0.5, 0.2, 0.2), colour)
     assert refused(image, *(Spec("single", ((name, "circle"),)) for name in COLOURS))

@@ -1,6 +1,6 @@
 import pytest
 
-from flowalign.shapes.world import KINDS, RELATIONS, SPLITS, TEST_THINGS, Spec, specs
+from flowalign.shapes.world import COLOURS, KINDS, RELATIONS, SHAPES, SPLITS, TEST_THINGS, Spec, specs
 
 EVERY = [spec for kind in KINDS for spec in specs(kind)]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -32,9 +32,24 @@ def test_metadata_survives_the_prompt_file_s_extra_keys():
         {"include": ["red circle"]},
         {"include": [{"class": "bench", "count": 1, "color": "red"}]},
         {"include": [{"class": "circle", "count": 1}]},
-        {"include": [{"class": "circle", "color": "red"}, {"class": "cross", "color": "red", "position": ["beside", 0]}]},
-        {"include": [{"class": "circle", "color": "red"}, {"class": "cross", "color": "red", "position": ["above", 7]}]},
-        {"include": [{"class": "circle", "color": "red", "count": 2}, {"class": "cross", "color": "red", "position": ["above", 0]}]},
+        {
+            "include": [
+                {"class": "circle", "color": "red"},
+                {"class": "cross", "color": "red", "position": ["beside", 0]},
+            ]
+        },
+        {
+            "include": [
+                {"class": "circle", "color": "red"},
+                {"class": "cross", "color": "red", "position": ["above", 7]},
+            ]
+        },
+        {
+            "include": [
+                {"class": "circle", "color": "red", "count": 2},
+                {"class": "cross", "color": "red", "position": ["above", 0]},
+            ]
+        },
     ],
 )
 def test_metadata_of_another_world_is_refused(metadata):
@@ -71,9 +86,9 @@ def test_every_thing_relation_and_number_is_seen_in_training():
     train = [s for s in EVERY if s.split == "train"]
     assert {s.relation for s in train} == {None, *RELATIONS}
     assert {s.count for s in train} == {1, 2, 3, 4}
-    assert {part for s in train for thing in s.things for part in thing} == {part for s in EVERY for thing in s.things for part in thing}
+    assert {part for s in train for thing in s.things for part in thing} == {*COLOURS, *SHAPES}
 
 
 def test_an_unknown_kind_is_named_in_the_error():
-    with pytest.raises(ValueError, match="'colour'.*single, two, counting, position"):
+    with pytest.raises(ValueError, match=r"'colour'.*single, two, counting, position"):
         specs("colour")
