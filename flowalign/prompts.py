@@ -25,7 +25,8 @@ class Prompt:
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a file, in order.
 
-    .txt has one a line; .jsonl an object a line, with `prompt` and perhaps `negative_prompt`, the rest being metadata. Empty lines are skipped. A line that cannot be read raises ValueError "file:line: reason".
+    .txt has one a line; .jsonl an object a line, with `prompt` and perhaps `negative_prompt`, the rest being metadata.
+    Empty lines are skipped. A line that cannot be read raises ValueError "file:line: reason".
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
@@ -87,7 +88,7 @@ class PromptSet:
     def epoch(self, seed: int, epoch: int, number: int) -> list[int]:
         """Indices of this epoch's prompts, a function of the arguments alone: a resumed run goes on as it would have.
 
-        Each class is walked in shuffled passes that run on from epoch to epoch, so all of it is seen before any repeats;
+        Each class is walked in shuffled passes that run on from epoch to epoch, so all is seen before any repeats;
         within an epoch nothing repeats while its class has another prompt left.
         """
         chosen: list[int] = []

@@ -1,4 +1,4 @@
-"""Rewards of the scenes world, read from pixels on the CPU wherever these are; a video scores the mean of its frames."""
+"""Rewards of the scenes world, read from pixels on the CPU wherever these are; a video scores its frames' mean."""
 
 from __future__ import annotations
 
