@@ -1,36 +1,61 @@
 """Decides from pixels alone what a picture shows, and how far it agrees with a specification.
 
 Palette segmentation, connected components, template matching of each component, then the rules of GenEval: the right
-number of the right things, nothing else, and the relation between their centres.
+number of the right things, nothing else, and the relation between their centres. Because an optimiser will look for
+whatever passes, everything visible must be accounted for, and doubt counts against the picture:
+
+* a colour has a name only within COLOUR_RADIUS of the palette: pale, dark and mixed colours are "other";
+* a component has a shape only if it overlaps one template well and every other clearly less (no shape between circle
+  and square), is not stretched, has no hole, and is neither too small to read nor as large as a backdrop;
+* a faint object away from the others is a thing without shape or colour ("faint"), and specks too small to be things
+  are together one such thing ("specks") once they cover as much as the smallest;
+* things of one colour that touch are one component, and thus usually nothing. A thing slightly cut by the border is
+  judged by what is left of it. The tint of an even background is left to `quality`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 
-from flowalign.shapes.render import coverage
+from flowalign.shapes.render import CROSS_ARM, coverage
 from flowalign.shapes.world import COLOURS, SHAPES, Spec
 
 _NAMES = tuple(COLOURS)
+_PALETTE = np.array([*COLOURS.values()], dtype=np.float32)
 _LIGHT = np.float32(0.94)  # the mean background
 # A pixel on an anti-aliased edge lies on the line from the background to its colour, so colours are told apart by
 # their direction from the background; the nearest palette entry would call the edge of a red square yellow.
-_OFFSET = _LIGHT - np.array([*COLOURS.values()], dtype=np.float32)
+_OFFSET = _LIGHT - _PALETTE
 _LENGTH = np.linalg.norm(_OFFSET, axis=1)
 _DIRECTION = (_OFFSET / _LENGTH[:, None]).T
 _BACKGROUND = -1
 MIN_COVER = 0.45  # of the way from the background to the colour
-MIN_AREA = 0.006  # of the picture; smaller specks are no thing (25 pixels at 64)
-MIN_OVERLAP = 0.72  # intersection over union with the best template, below which a component has no shape
+COLOUR_RADIUS = (
+    0.22  # RGB distance of a thing's median colour; renders stay within 0.09, and two palette entries are 0.48 apart
+)
+FAINT = 0.15  # RGB distance from the background that the eye sees as an object, were it large enough
+HALO = 0.045  # in sides: what is faint within this distance of a thing is its soft edge
+MIN_AREA = 0.006  # of the picture; less is a speck (25 pixels at 64)
+MIN_READABLE = 0.011  # half of the smallest thing ever rendered
+MAX_READABLE = 0.4  # more is a backdrop; the largest thing ever rendered covers 0.25
+MAX_STRETCH = 1.25  # between the sides of the bounding box, which is square for every shape
+MAX_HOLES = 0.04  # of the component's area
+EDGE = 2.0  # contrast of edges before shapes are compared, so that a soft edge is no other shape
+# Intersection over union with the best template, a little below what a render keeps when blurred by a 3x3 box at 64.
+MIN_OVERLAP = {"circle": 0.92, "square": 0.88, "triangle": 0.85, "cross": 0.84}
+MIN_LEAD = 0.05  # over the second best
 
 
 @dataclass(frozen=True)
 class Found:
-    """A component: `shape` is None where no template fits; x, y its centre and area in units of the picture."""
+    """A component: `shape` is None where no template fits; x, y its centre and area in units of the picture.
+
+    `colour` is a name of the palette, or "other", "faint" or "specks".
+    """
 
     colour: str
     shape: str | None
@@ -39,28 +64,54 @@ class Found:
     area: float
 
 
-@lru_cache(maxsize=8192)
-def _templates(height: int, width: int) -> np.ndarray:
-    """(shapes, height * width) masks of the ideal shapes, each stretched to exactly this bounding box."""
-    spans = {"circle": (-1, 1, -1, 1), "square": (-0.88, 0.88, -0.88, 0.88), "cross": (-1, 1, -1, 1), "triangle": (-0.95, 0.95, -0.95, 0.95)}
-    masks = []
-    for shape in SHAPES:
-        x0, x1, y0, y1 = spans[shape]
-        x = x0 + (np.arange(width) + 0.5) / width * (x1 - x0)
-        y = y0 + (np.arange(height) + 0.5) / height * (y1 - y0)
-        masks.append(coverage(shape, x[None, :], y[:, None], 1e-6).ravel() > 0.5)
-    return np.stack(masks).astype(np.float32)
+# Of radius 1: the area, and how far the centroid lies below the centre.
+_AREAS = {"circle": np.pi, "square": 1.76**2, "triangle": 1.9**2 / 2, "cross": 8 * CROSS_ARM - 4 * CROSS_ARM**2}
+_SINK = {"circle": 0.0, "square": 0.0, "triangle": 0.95 - 1.9 / 3, "cross": 0.0}
 
 
-def _shape_of(mask: np.ndarray) -> str | None:
+def _parts(layer: np.ndarray) -> np.ndarray:
+    """(H, W) number of the connected part that each pixel of a mask belongs to, from 1; 0 outside the mask."""
+    parts = np.zeros(layer.shape, dtype=np.int32)
+    ndimage.label(layer, output=parts)
+    return parts
+
+
+def _holes(mask: np.ndarray) -> int:
+    """Pixels enclosed by a component."""
+    outside = _parts(np.pad(~mask, 1, constant_values=True))
+    return int((outside > 1).sum())  # the padding is part 1, being met first
+
+
+def _overlaps(share: np.ndarray) -> np.ndarray:
+    """(shapes,) intersection over union of a component's soft mask with the template of its own area and centroid.
+
+    Moments rather than the bounding box: a blurred triangle keeps its area and centre, but not its apex.
+    """
+    area, (height, width) = share.sum(), share.shape
+    x = np.arange(width) - share.sum(0) @ np.arange(width) / area
+    y = np.arange(height) - share.sum(1) @ np.arange(height) / area
+    radii = [(area / _AREAS[shape]) ** 0.5 for shape in SHAPES]
+    masks = [
+        coverage(s, x[None, :] / r, y[:, None] / r + _SINK[s], 1 / (EDGE * r))
+        for s, r in zip(SHAPES, radii, strict=True)
+    ]
+    return np.array([np.minimum(share, m).sum() / np.maximum(share, m).sum() for m in masks])
+
+
+def _shape_of(mask: np.ndarray, share: np.ndarray) -> str | None:
     height, width = mask.shape
-    if not 0.6 < width / height < 1 / 0.6:
+    if max(height, width) > MAX_STRETCH * min(height, width) or _holes(mask) > MAX_HOLES * mask.sum():
         return None
-    templates, flat = _templates(height, width), mask.ravel().astype(np.float32)
-    overlap = templates @ flat
-    scores = overlap / (templates.sum(1) + flat.sum() - overlap)
-    best = int(scores.argmax())
-    return SHAPES[best] if scores[best] >= MIN_OVERLAP else None
+    overlaps = _overlaps(share)
+    second, best = np.argsort(overlaps)[-2:]
+    clear = overlaps[best] >= MIN_OVERLAP[SHAPES[best]] and overlaps[best] - overlaps[second] >= MIN_LEAD
+    return SHAPES[best] if clear else None
+
+
+def _share(patch: np.ndarray, core: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """(h, w) how far each pixel is on the way from background to a component's own colour, 0 to 1, contrast raised."""
+    offset = core - background
+    return np.clip(0.5 + EDGE * ((patch - background) @ offset / max(offset @ offset, 1e-6) - 0.5), 0, 1)
 
 
 def _labels(image: np.ndarray) -> np.ndarray:
@@ -71,51 +122,78 @@ def _labels(image: np.ndarray) -> np.ndarray:
     return np.where(cover > MIN_COVER, colour, _BACKGROUND).reshape(image.shape[:2])
 
 
+def _faint(image: np.ndarray, labels: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """(H, W) mask of what stands out from the background without reaching a colour, away from what does."""
+    distance = np.linalg.norm(image - background, axis=-1)
+    reach = 2 * int(np.ceil(HALO * max(labels.shape))) + 1
+    near = ndimage.maximum_filter((labels != _BACKGROUND).view(np.uint8), reach)
+    return (ndimage.uniform_filter(distance, 3) > FAINT) & (near == 0)
+
+
+def _name(
+    image: np.ndarray, labels: np.ndarray, background: np.ndarray, mask: np.ndarray, box: tuple[slice, ...]
+) -> tuple[str, str | None]:
+    """Colour and shape of the component `mask` in `box`."""
+    core = np.median(image[box][mask], axis=0)
+    index = labels[box][mask][0]
+    colour = _NAMES[index] if np.linalg.norm(core - _PALETTE[index]) <= COLOUR_RADIUS else "other"
+    if not MIN_READABLE <= mask.sum() / labels.size <= MAX_READABLE:
+        return colour, None
+    wide = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)  # the soft edge lies outside the mask
+    inner = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide, strict=True))
+    own = labels[wide] == _BACKGROUND
+    own[inner] |= mask  # but no pixel of another component
+    return colour, _shape_of(mask, own * _share(image[wide], core, background))
+
+
 def find(image: np.ndarray) -> list[Found]:
     """Everything in a picture (H, W, 3) with values in [0, 1]."""
-    height, width = image.shape[:2]
-    labels = _labels(np.asarray(image, dtype=np.float32))
-    found = []
-    for index in np.unique(labels):
-        if index == _BACKGROUND:
-            continue
-        components, _ = ndimage.label(labels == index)
+    image = np.asarray(image, dtype=np.float32)
+    labels = _labels(image)
+    empty = labels == _BACKGROUND
+    background = np.median(image[empty], axis=0) if empty.any() else np.full(3, _LIGHT)
+    layers = [labels == i for i in np.unique(labels[~empty])] + [_faint(image, labels, background)]
+    found, specks, total = [], np.zeros(2), 0.0
+    for number, layer in enumerate(layers, start=1):
+        components = _parts(layer)
         for region, box in enumerate(ndimage.find_objects(components), start=1):
             mask = components[box] == region
-            area = mask.sum() / (height * width)
-            if area < MIN_AREA:
-                continue
             rows, columns = np.nonzero(mask)
-            y, x = (rows.mean() + box[0].start + 0.5) / height, (columns.mean() + box[1].start + 0.5) / width
-            found.append(Found(_NAMES[index], _shape_of(mask), float(x), float(y), float(area)))
+            area = len(rows) / labels.size
+            centre = (
+                np.array([columns.mean() + box[1].start + 0.5, rows.mean() + box[0].start + 0.5]) / labels.shape[::-1]
+            )
+            if area < MIN_AREA:
+                specks, total = specks + area * centre, total + area
+                continue
+            colour, shape = ("faint", None) if number == len(layers) else _name(image, labels, background, mask, box)
+            found.append(Found(colour, shape, float(centre[0]), float(centre[1]), area))
+    if total >= MIN_AREA:
+        found.append(Found("specks", None, float(specks[0] / total), float(specks[1] / total), total))
     return found
 
 
 def _relation_margin(spec: Spec, found: list[Found]) -> float:
-    """How far the relation holds, -1 to 1 in picture sides; -1 unless exactly one component is each of the two things."""
+    """How far the relation holds, -1 to 1 in sides of the picture; -1 unless exactly one component is each thing."""
     sides = [[f for f in found if (f.colour, f.shape) == thing] for thing in spec.things]
     if any(len(side) != 1 for side in sides):
         return -1.0
     (first,), (second,) = sides
     dx, dy = second.x - first.x, second.y - first.y
-    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[spec.relation or ""]
+    along, across = {"left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)}[
+        spec.relation or ""
+    ]
     return along if along > abs(across) else min(along, 0.0)
 
 
 def _agreement(spec: Spec, found: list[Found]) -> float:
-    """Greedy matching of things to components: 1 for both attributes right, ½ for one; divided by the longer list."""
-    score, rest = 0.0, list(found)
-    for worth in (1.0, 0.5):
-        open_things = []
-        for colour, shape in spec.things if worth == 1.0 else remaining:
-            hits = [f for f in rest if ((f.colour == colour) + (f.shape == shape)) / 2 == worth]
-            if hits:
-                rest.remove(hits[0])
-                score += worth
-            else:
-                open_things.append((colour, shape))
-        remaining = open_things
-    return score / max(len(spec.things), len(found))
+    """Best matching of things to components: 1 for both attributes right, ½ for one; divided by the longer list."""
+    if not found:
+        return 0.0
+    worth = np.array(
+        [[((f.colour == colour) + (f.shape == shape)) / 2 for f in found] for colour, shape in spec.things]
+    )
+    return float(worth[linear_sum_assignment(worth, maximize=True)].sum()) / max(worth.shape)
 
 
 def verify(image: np.ndarray, spec: Spec) -> tuple[float, float]:

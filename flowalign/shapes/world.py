@@ -91,7 +91,7 @@ class Spec:
             ordered = [related[0], include[related[0]["position"][1]]] if related else include
             things = tuple((e["color"], e["class"]) for e in ordered for _ in range(e.get("count", 1)))
             relation = related[0]["position"][0] if related else None
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(
                 "the shapes reward needs GenEval-style metadata (`tag` and `include` with class, color, count, position) "
                 f"with every prompt, and got {metadata!r}"
@@ -99,6 +99,8 @@ class Spec:
         unknown = [thing for thing in things if thing not in THINGS]
         if unknown or not things:
             raise ValueError(f"the scenes world has no {unknown or 'empty scene'}; colours: {[*COLOURS]}, shapes: {[*SHAPES]}")
+        if relation is not None and (relation not in RELATIONS or len(things) != 2):
+            raise ValueError(f"a position needs two things and one of {', '.join(RELATIONS)}; got {metadata!r}")
         return cls(metadata.get("tag", "position" if relation else "two"), things, relation)
 
 

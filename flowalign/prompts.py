@@ -1,0 +1,138 @@
+"""Prompt files, and which prompts an epoch or an evaluation uses."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt; `metadata` is whatever else its line holds, for the rewards; `source` is "file:line"."""
+
+    text: str
+    negative: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts of a file, in order.
+
+    .txt has one a line; .jsonl an object a line, with `prompt` and perhaps `negative_prompt`, the rest being metadata.
+    Empty lines are skipped. A line that cannot be read raises ValueError "file:line: reason".
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{path}: prompts are read from .txt or .jsonl files")
+    parse, prompts = _plain if path.suffix == ".txt" else _record, []
+    # Not splitlines(): that would also cut at rarer separators, which prompts scraped from the web contain.
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        source = f"{path}:{number}"
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if line:
+                prompts.append(parse(line, source))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+    if not prompts:
+        raise ValueError(f"{path}: no prompt in this file")
+    return prompts
+
+
+def _plain(line: str, source: str) -> Prompt:
+    return Prompt(line, source=source)
+
+
+def _record(line: str, source: str) -> Prompt:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+    text, negative = record.pop("prompt", None), record.pop("negative_prompt", None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"`prompt` must be a non-empty text, got {text!r}")
+    if not isinstance(negative, str | None):
+        raise ValueError(f"`negative_prompt` must be a text, got {negative!r}")
+    return Prompt(text, negative, record, source)
+
+
+class PromptSet:
+    """Chooses prompts by index; with `balance`, a metadata key (say "tag"), each of its values gets an equal share."""
+
+    def __init__(self, prompts: list[Prompt], balance: str | None = None) -> None:
+        if not prompts:
+            raise ValueError("a prompt set needs at least one prompt")
+        self.prompts = prompts
+        classes: dict[Any, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            if balance is not None and balance not in prompt.metadata:
+                known = ", ".join(sorted(prompt.metadata)) or "none"
+                raise ValueError(f"{prompt.source}: no {balance!r} to balance by; the keys of this prompt are: {known}")
+            classes.setdefault(
+                json.dumps(prompt.metadata[balance], sort_keys=True) if balance is not None else None, []
+            ).append(i)
+        self._classes = list(classes.values())
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+    def epoch(self, seed: int, epoch: int, number: int) -> list[int]:
+        """Indices of this epoch's prompts, a function of the arguments alone: a resumed run goes on as it would have.
+
+        Each class is walked in shuffled passes that run on from epoch to epoch, so all is seen before any repeats;
+        within an epoch nothing repeats while its class has another prompt left.
+        """
+        chosen: list[int] = []
+        share = -(-number // len(self._classes))
+        for index, members in enumerate(self._classes):
+            start, stop = self._taken(index, epoch * number), self._taken(index, (epoch + 1) * number)
+            size = len(members)
+            for i in range(start, stop):
+                chosen.append(members[_pass(size, share, (seed, index), i // size)[i % size]])
+        order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(len(chosen))
+        return [chosen[i] for i in order]
+
+    def fixed(self, number: int) -> list[int]:
+        """The same `number` indices always: classes in turn, each walked in its order and begun again when it ends."""
+        kinds = len(self._classes)
+        return [self._classes[i % kinds][i // kinds % len(self._classes[i % kinds])] for i in range(number)]
+
+    def _taken(self, index: int, total: int) -> int:
+        """How many of the first `total` prompts ever drawn belong to one class: every class in turn."""
+        return (total - index + len(self._classes) - 1) // len(self._classes)
+
+
+@lru_cache(maxsize=64)
+def _pass(size: int, window: int, key: tuple[int, int], number: int) -> list[int]:
+    """Pass `number` through range(size): shuffled, and such that no `window` successive draws hold an index twice."""
+    if window > size:  # repeats are unavoidable
+        return _shuffled(size, key, number).tolist()
+    order = _shuffled(size, key, 0).tolist()
+    for i in range(1, number + 1):
+        order = _next_pass(order, window, _shuffled(size, key, i))
+    return order
+
+
+def _shuffled(size: int, key: tuple[int, int], number: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence([*key, number])).permutation(size)
+
+
+def _next_pass(last: list[int], window: int, rank: np.ndarray) -> list[int]:
+    """Indices by rank, each waiting until its last use lies `window` draws back."""
+    ready: list[tuple[int, int]] = []
+    order: list[int] = []
+    for i in last[: len(last) - window]:
+        heapq.heappush(ready, (int(rank[i]), i))
+    for i in last[len(last) - window :]:
+        heapq.heappush(ready, (int(rank[i]), i))
+        order.append(heapq.heappop(ready)[1])
+    return order + [i for _, i in sorted(ready)]

@@ -1,0 +1,124 @@
+import json
+from collections import Counter
+
+import pytest
+
+from flowalign.prompts import Prompt, PromptSet, read_prompts
+
+
+def balanced(**sizes: int) -> PromptSet:
+    return PromptSet(
+        [Prompt(f"{tag} {i}", metadata={"tag": tag}) for tag, n in sizes.items() for i in range(n)], balance="tag"
+    )
+
+
+def plain(number: int) -> PromptSet:
+    return PromptSet([Prompt(str(i)) for i in range(number)])
+
+
+def test_text_files_have_one_prompt_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\n\n  a “dog”\u2028with a line separator  \n".encode())
+    assert [(p.text, p.source) for p in read_prompts(path)] == [
+        ("a cat", f"{path}:1"),
+        ("a “dog”\u2028with a line separator", f"{path}:3"),
+    ]
+
+
+def test_jsonl_keeps_everything_else_as_metadata(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    entry = {
+        "tag": "counting",
+        "include": [{"class": "bench", "count": 2}],
+        "exclude": [{"class": "bench", "count": 3}],
+    }
+    path.write_text(
+        json.dumps({**entry, "prompt": "two benches"})
+        + "\n"
+        + json.dumps({"prompt": "x", "negative_prompt": "blur"})
+        + "\n"
+    )
+    first, second = read_prompts(path)
+    assert (first.text, first.negative, first.metadata) == ("two benches", None, entry)
+    assert (second.text, second.negative, second.metadata) == ("x", "blur", {})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '"a cat"',
+        "[1]",
+        "{}",
+        '{"prompt": ""}',
+        '{"prompt": 3}',
+        '{"prompt": null}',
+        '{"prompt": "a", "negative_prompt": 1}',
+        b"\xff",
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "fine"}\n\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(ValueError) as error:
+        read_prompts(path)
+    assert str(error.value).startswith(f"{path}:3: ")
+
+
+def test_empty_and_unknown_files_are_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    for name, reason in (("empty.txt", "no prompt"), ("prompts.csv", ".txt or .jsonl")):
+        with pytest.raises(ValueError, match=reason):
+            read_prompts(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_prompts(tmp_path / "missing.txt")
+
+
+def test_an_epoch_depends_on_its_arguments_alone():
+    late = balanced(a=9, b=4).epoch(3, 41, 8)
+    prompts = balanced(a=9, b=4)
+    assert [prompts.epoch(3, e, 8) for e in range(42)][-1] == late
+    assert prompts.epoch(3, 40, 8) != late and prompts.epoch(4, 41, 8) != late
+
+
+@pytest.mark.parametrize(("size", "number"), [(10, 4), (10, 7), (10, 10), (7, 5), (100, 48), (5, 1)])
+def test_an_epoch_repeats_no_prompt(size, number):
+    for seed in range(3):
+        assert all(len(set(plain(size).epoch(seed, e, number))) == number for e in range(60))
+
+
+@pytest.mark.parametrize(("size", "number"), [(10, 4), (10, 7), (7, 5), (100, 48), (3, 8)])
+def test_everything_is_used_before_anything_repeats(size, number):
+    prompts, uses = plain(size), Counter(range(size))
+    for e in range(40):
+        uses.update(prompts.epoch(0, e, number))
+        # Within an epoch the order is free, so uses may differ by one at a pass's end.
+        assert max(uses.values()) - min(uses.values()) <= 1
+
+
+def test_passes_are_shuffled():
+    prompts = plain(50)
+    assert prompts.epoch(0, 0, 25) != prompts.epoch(0, 2, 25) and prompts.epoch(0, 0, 25) != list(range(25))
+
+
+def test_balanced_classes_get_equal_shares():
+    prompts = balanced(a=100, b=3, c=10)
+    for chosen in (*(prompts.epoch(0, e, 12) for e in range(10)), prompts.fixed(12)):
+        assert Counter(prompts[i].metadata["tag"] for i in chosen) == {"a": 4, "b": 4, "c": 4}
+    total = Counter(prompts[i].metadata["tag"] for e in range(9) for i in prompts.epoch(0, e, 10))
+    assert set(total.values()) == {30}
+
+
+def test_the_fixed_choice_begins_with_itself_and_cycles_evenly():
+    prompts = balanced(a=5, b=2)
+    assert prompts.fixed(20)[:7] == prompts.fixed(7) == [0, 5, 1, 6, 2, 5, 3]
+    uses = Counter(prompts.fixed(20))
+    assert {uses[i] for i in range(5)} == {2} and {uses[5], uses[6]} == {5}
+    assert len(set(plain(6).fixed(6))) == 6
+
+
+def test_a_prompt_without_the_key_to_balance_by_is_named():
+    with pytest.raises(ValueError, match=r"p.jsonl:2: no 'tag'.*include"):
+        PromptSet([Prompt("a", metadata={"include": []}, source="p.jsonl:2")], balance="tag")
+    with pytest.raises(ValueError, match="at least one"):
+        PromptSet([])
