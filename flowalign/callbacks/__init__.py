@@ -1,0 +1,1 @@
+"""What accompanies training: checkpoints, pictures, diagnostics."""
