@@ -7,7 +7,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from flowalign.checks import ConfigError, locate
+from flowalign.checks import ConfigError
+from flowalign.checks.signatures import locate
 
 
 def choice(group: str, cfg: DictConfig) -> str:
@@ -27,7 +28,7 @@ def check_groups(cfg: DictConfig) -> None:
         )
     if algorithm.stochastic and cfg.dynamics.get("eta", 1) == 0:
         raise ConfigError(f"dynamics.eta=0 makes dynamics={choice('dynamics', cfg)} deterministic, without a density: use dynamics.eta=0.7, or algo=nft.")
-    if algorithm.stochastic and not _same(cfg.algo.get("dynamics"), cfg.dynamics):
+    if algorithm.stochastic and cfg.algo.get("dynamics") != cfg.dynamics:
         raise ConfigError("algo.dynamics must be the dynamics that sampled the rollout: leave it at ${dynamics}.")
     if algorithm.stochastic and cfg.optimisation.guidance != cfg.rollout.guidance:
         raise ConfigError(
@@ -38,6 +39,3 @@ def check_groups(cfg: DictConfig) -> None:
     if isinstance(group_size, int) and group_size < 2:
         raise ConfigError(f"batch.group_size={group_size} gives every advantage 0, so nothing can be learnt: use at least 2 (8 to 24 are usual).")
 
-
-def _same(one: Any, other: Any) -> bool:
-    return one == other

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from flowalign.checks import ConfigError, check_signatures, preflight
+from flowalign.checks import ConfigError, check_signatures
+from flowalign.checks.preflight import preflight_or_exit
 from flowalign.compatibility import check_groups
 
 if TYPE_CHECKING:
@@ -205,15 +205,6 @@ def _main(cfg: DictConfig) -> float | None:
 
 
 def main() -> None:
-    """The entry point of `train.py` and `flowalign-train`."""
-    preflight(sys.argv[1:], CONF, "train", also=check_groups)
+    """The entry point of `train.py` and `flowalign-train`: exit code 2 and one sentence for a mistaken command line."""
+    sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "train", also=check_groups)
     _main()
-
-
-def command(function: Callable[[], None]) -> None:
-    """Runs an entry point; a mistake of the user ends with a sentence and exit code 2."""
-    try:
-        function()
-    except (ConfigError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

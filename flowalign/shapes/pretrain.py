@@ -294,7 +294,7 @@ def train_generator(cfg: DictConfig, folder: Path, board: SummaryWriter, vae: Au
     if cfg.train.compile:
         for block in model.transformer.transformer_blocks:
             block.compile(dynamic=False)
-    captions, base_lr = Captions(), [opt.param_groups[0]["lr"] for opt in opts] if start == 0 else [cfg.train.muon_lr, cfg.train.adam_lr]
+    captions, base_lr = Captions(), [cfg.train.muon_lr, cfg.train.adam_lr]
     rank, world = rank_and_world()
     began, sum_loss, seen = time.time(), 0.0, 0
     for step in range(start, cfg.train.steps):
