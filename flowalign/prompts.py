@@ -79,6 +79,14 @@ class PromptSet:
             ).append(i)
         self._classes = list(classes.values())
 
+    @classmethod
+    def read(cls, path: str, balance: str | None = None, limit: int | None = None) -> PromptSet:
+        """The first `limit` prompts of a file; a relative path that does not exist is looked up in the package's assets."""
+        embedded = Path(__file__).parent / "assets" / path
+        if not Path(path).is_file() and not embedded.is_file():
+            raise ValueError(f"there is no prompt file {path}: give the path of a .txt or .jsonl file.")
+        return cls(read_prompts(path if Path(path).is_file() else embedded)[:limit], balance)
+
     def __len__(self) -> int:
         return len(self.prompts)
 
