@@ -1,0 +1,67 @@
+"""Checkpoints that are whole or absent.
+
+Lightning's own writer keeps the file twice in memory and assembles it in the temporary folder. Often that is another
+disk, so the last move is a plain copy: with the disk full, or the job killed meanwhile, it destroys the previous file.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+PARTIAL = ".partial"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Trainer(plugins=[AtomicCheckpointIO()]): the previous checkpoint stays until the next is safely on the disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None):
+        if storage_options is not None or _is_remote(path):  # an object store replaces whole objects by itself
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with replacing(Path(str(path).removeprefix("file://"))) as file:
+            torch.save(checkpoint, file)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `target` when the block ends well, and vanishes when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}{PARTIAL}")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except BaseException:  # Ctrl-C too
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def sweep(folder: str | Path) -> list[Path]:
+    """Remove what killed runs left half written; call it before anything writes there. Returns what was removed."""
+    leftovers = sorted(Path(folder).glob(f".*{PARTIAL}"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return leftovers
+
+
+def _is_remote(path: str | Path) -> bool:
+    return "://" in str(path) and not str(path).startswith("file://")
+
+
+def _sync_folder(folder: Path) -> None:
+    # The new name itself must survive a power cut. Some network file systems cannot sync a folder; they need not.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

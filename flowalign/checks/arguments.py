@@ -1,0 +1,116 @@
+"""The command line before Hydra sees it: flags, overrides, and the runs of a sweep."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+
+from flowalign.checks.errors import ConfigError, one_line
+from flowalign.checks.suggest import nearest
+
+NUMBER = re.compile(r"\d[\d_.]*")
+VERSION_FLAG = "--version"  # argparse would print and leave
+
+
+def read_flags(argv: Sequence[str]) -> argparse.Namespace:
+    """Hydra's own parser, with a sentence instead of its usage page."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(_flag_problem(argv, message))
+
+    parser.error = refuse
+    return parser.parse_args(list(argv))
+
+
+def asks_hydra(argv: Sequence[str], flags: argparse.Namespace) -> bool:
+    """Whether Hydra will answer itself (help, printed config, completion, a rerun) without running anything new."""
+    asked = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion, flags.experimental_rerun)
+    return any(asked) or VERSION_FLAG in argv
+
+
+def quote_choices(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """The arguments with numeric options in quotes: resolution=64 becomes resolution='64'.
+
+    Hydra reads 64 as a number and then refuses it, because an option has to be a name. folders: where groups may be.
+    """
+    return [_quote_choice(word, folders) for word in argv]
+
+
+def _quote_choice(word: str, folders: Sequence[Path]) -> str:
+    key, _, value = word.partition("=")
+    group, options = key.lstrip("+").partition("@")[0], value.split(",")
+    if not group or not any(NUMBER.fullmatch(option) for option in options):
+        return word
+    if not any((folder / group).is_dir() for folder in folders):
+        return word
+    return f"{key}=" + ",".join(f"'{option}'" if NUMBER.fullmatch(option) else option for option in options)
+
+
+def parse(lines: Sequence[str], loader: ConfigLoader) -> list[Override]:
+    """The overrides; one that cannot be read is named."""
+    parser = OverridesParser.create(loader)
+    overrides = []
+    for i, line in enumerate(lines):
+        try:
+            parsed = parser.parse_overrides([line])
+            if not parsed[0].key_or_group:
+                raise HydraException("no key")
+            overrides += parsed
+        except HydraException as error:
+            raise ConfigError(_unreadable(lines, i, error)) from error
+    return overrides
+
+
+def alternatives(override: Override) -> list[str]:
+    """A sweep override as single ones. Of a range or an interval the two ends speak for the rest."""
+    key, swept = override.get_key_element(), override.value()
+    if isinstance(swept, IntervalSweep):
+        values = [str(swept.start), str(swept.end)]
+    else:
+        values = list(override.sweep_string_iterator())
+        if override.is_range_sweep():
+            values = values[:1] + values[1:][-1:]
+    if not values:
+        raise ConfigError(f"{override.input_line} gives no value to try")
+    return [f"{key}={value}" for value in values]
+
+
+def runs(overrides: Sequence[Override]) -> list[list[str]]:
+    """Override lists that between them try every value of a sweep: the first of each, then one change at a time."""
+    columns = [alternatives(o) if o.is_sweep_override() else [o.input_line or ""] for o in overrides]
+    first = [column[0] for column in columns]
+    changed = [[*first[:i], other, *first[i + 1 :]] for i, column in enumerate(columns) for other in column[1:]]
+    return [first, *changed]
+
+
+def _flag_problem(argv: Sequence[str], message: str) -> str:
+    known = [flag for action in get_args_parser()._actions for flag in action.option_strings]
+    dashed = [word for word in argv if word.startswith("-") and word.split("=")[0] not in known]
+    if dashed and "=" in dashed[0]:
+        return f"{dashed[0]} is not a flag: options are written without dashes; did you mean {dashed[0].lstrip('-')}?"
+    if dashed:
+        flag = nearest(dashed[0], known)
+        hope = f"did you mean {flag}?" if flag else "options are written key=value, without dashes"
+        return f"there is no flag {dashed[0]}; {hope}"
+    if message.startswith("unrecognized arguments"):
+        return f"{message}: write all key=value options side by side, with the flags before or after them"
+    return message
+
+
+def _unreadable(lines: Sequence[str], i: int, error: HydraException) -> str:
+    line, following = lines[i], "".join(lines[i + 1 : i + 2])
+    if line.startswith("="):
+        return f"{line} has no key: options are written key=value, without spaces around the equals sign"
+    if "=" not in line:
+        if following.startswith("="):
+            return f"{line} has no value: write {line}=value without spaces around the equals sign"
+        return f"{line} has no value: options are written key=value, so did you mean {line}=…?"
+    return f"{line} cannot be read: {one_line(error)} (put the value in quotes if it holds special characters)"

@@ -1,0 +1,165 @@
+"""Hydra's composition, made in advance and leaving no trace in Hydra's global state."""
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from flowalign.checks.errors import ConfigError
+from flowalign.checks.suggest import suggest
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Composes one config, and knows its groups."""
+
+    loader: ConfigLoaderImpl
+    repository: IConfigRepository  # sees hydra.searchpath too
+    name: str
+    made: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
+
+    def __call__(self, overrides: Sequence[str]) -> DictConfig:
+        """The config with its hydra node, which is also made current, so that ${hydra:…} resolves as in a run."""
+        key = tuple(overrides)
+        if key not in self.made:
+            self.made[key] = self._compose(key)
+        HydraConfig.instance().set_config(self.made[key])
+        return self.made[key]
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        cfg = compose(self.name, list(overrides), return_hydra_config=True)
+        runtime = {"runtime.output_dir": "outputs", "job.id": "0", "job.num": 0}  # known only once a run starts
+        with read_write(cfg), open_dict(cfg):
+            for key, value in runtime.items():
+                OmegaConf.update(cfg, f"hydra.{key}", value)
+        return cfg
+
+    def is_group(self, key: str) -> bool:
+        return self.repository.group_exists(key)
+
+    def has_option(self, group: str, option: str) -> bool:
+        return self.repository.config_exists(f"{group}/{option}")
+
+    def options(self, group: str) -> list[str]:
+        """Every option of a group, those in its sub-folders as folder/option."""
+        found = list(self.repository.get_group_options(group, ObjectType.CONFIG))
+        for folder in self.repository.get_group_options(group, ObjectType.GROUP):
+            found += [f"{folder}/{option}" for option in self.options(f"{group}/{folder}")]
+        return found
+
+    def configs(self) -> list[str]:
+        """What --config-name may name."""
+        return [name for name in self.repository.get_group_options("", ObjectType.CONFIG) if not name.startswith("_")]
+
+    def groups(self) -> list[str]:
+        return [group for group in self.repository.get_group_options("", ObjectType.GROUP) if group != "hydra"]
+
+    def can_be_merged(self, group: str) -> bool:
+        """Whether two options make sense together: not where each is one object, as two algorithms are."""
+        configs = [self.repository.load_config(f"{group}/{option}") for option in self.options(group)]
+        return not any("_target_" in loaded.config for loaded in configs if loaded is not None)
+
+
+@contextmanager
+def composer(conf_dir: Path, extra_dir: str | None, name: str, lines: Sequence[str]) -> Iterator[Composer]:
+    """Hydra, set up as the coming run will set it up. extra_dir: from --config-dir; lines: overrides, all readable."""
+    if not conf_dir.is_dir():
+        raise ConfigError(f"the config folder {conf_dir} does not exist")
+    if extra_dir is not None and not Path(extra_dir).is_dir():
+        raise ConfigError(f"--config-dir {extra_dir}: there is no such folder")
+    state = HydraConfig.instance()
+    before = state.cfg
+    with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself will repeat them
+        try:
+            loader = GlobalHydra.instance().config_loader()
+            assert isinstance(loader, ConfigLoaderImpl)
+            if extra_dir is not None:
+                path = f"file://{Path(extra_dir).resolve()}"
+                loader.config_search_path.prepend("command-line", path, SearchPathQuery(provider="schema"))
+                loader.repository.initialize_sources(loader.config_search_path)
+            made = Composer(loader, _repository(loader, name, lines), name)
+            if not made.repository.config_exists(name):
+                raise ConfigError(f"no config called {name} in {conf_dir}; {suggest(name, made.configs())}")
+            yield made
+        finally:
+            state.cfg = before
+
+
+def _repository(loader: ConfigLoaderImpl, name: str, lines: Sequence[str]) -> IConfigRepository:
+    try:
+        return loader._parse_overrides_and_create_caching_repo(name, list(lines))[1]
+    except Exception:  # a broken primary config is reported when it is composed
+        return loader.repository
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """The part that the task function will see."""
+    task = cfg.copy()
+    with read_write(task), open_dict(task):
+        task.pop("hydra", None)
+    return task
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """Nested dicts, interpolations left as text."""
+    raw = OmegaConf.to_container(without_hydra(cfg), resolve=False)
+    assert isinstance(raw, dict)
+    return {str(key): value for key, value in raw.items()}
+
+
+def parts(key: str) -> list[str]:
+    """'a.b[0]' → a, b, 0."""
+    return re.findall(r"[^.\[\]]+", key)
+
+
+def dotted(node: Any, prefix: str = "") -> list[str]:
+    """All keys of nested dicts, sections included."""
+    if not isinstance(node, dict):
+        return []
+    keys = []
+    for key, value in node.items():
+        full = f"{prefix}{key}"
+        keys += [full, *dotted(value, full + ".")]
+    return keys
+
+
+def walk(node: Any, key: str) -> list[Any]:
+    """The nodes along a dotted key, from the root down, as far as they exist."""
+    nodes = [node]
+    for part in parts(key):
+        here = nodes[-1]
+        if isinstance(here, dict) and part in here:
+            nodes.append(here[part])
+        elif isinstance(here, list) and part.isdigit() and int(part) < len(here):
+            nodes.append(here[int(part)])
+        else:
+            break
+    return nodes
+
+
+def exists(node: Any, key: str) -> bool:
+    return len(walk(node, key)) == len(parts(key)) + 1
+
+
+def belongs_to_class(node: Any, key: str) -> bool:
+    """Whether some section around the key names a class, whose signature then judges it."""
+    return any(isinstance(section, dict) and "_target_" in section for section in walk(node, key))
+
+
+def short(override: Override) -> str:
+    """The override as it was typed."""
+    return override.input_line or override.get_key_element()

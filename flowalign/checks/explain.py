@@ -1,0 +1,128 @@
+"""Why a config could not be composed, found by composing less of it until it can be."""
+
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig
+
+from flowalign.checks.composing import Composer, dotted, exists, parts, plain, short, walk
+from flowalign.checks.errors import ConfigError, one_line, root_cause
+from flowalign.checks.suggest import listing, nearest, suggest
+
+# Plugins add these options; without the plugin the option is simply absent.
+EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "sweep", "optuna": "sweep"}
+
+
+def explain(compose: Composer, overrides: Sequence[Override], error: Exception) -> ConfigError:
+    """The sentence for a failed composition of these overrides, none of which is a sweep."""
+    for override in overrides:
+        missing = missing_option(compose, override)
+        if missing:
+            return ConfigError(missing)
+    groups = [o for o in overrides if chooses(compose, o)]
+    values = [o for o in overrides if not chooses(compose, o)]
+    done, cfg = [], _try(compose, [])
+    if not isinstance(cfg, DictConfig):  # a group without a default: only the choices together can be composed
+        done, groups = [short(o) for o in groups], []
+        cfg = _try(compose, done)
+        if not isinstance(cfg, DictConfig):
+            return ConfigError(_sentence(cfg))
+    for override in [*groups, *values]:
+        following = _try(compose, [*done, short(override)])
+        if not isinstance(following, DictConfig):
+            return ConfigError(_why(compose, override, cfg, following))
+        done, cfg = [*done, short(override)], following
+    return ConfigError(_sentence(error))
+
+
+def chooses(compose: Composer, override: Override) -> bool:
+    """Whether the override picks an option of a group, rather than setting a value."""
+    return compose.is_group(override.key_or_group)
+
+
+def missing_option(compose: Composer, override: Override) -> str | None:
+    """'no algo called nftt; …' if the override names an option that its group does not have."""
+    group = override.key_or_group
+    if not chooses(compose, override) or override.is_delete() or override.is_sweep_override():
+        return None
+    named = override.value()
+    for option in named if isinstance(named, list) else [named]:
+        word = str(option).lower() if isinstance(option, bool) else str(option)
+        if option is not None and not isinstance(option, dict) and not compose.has_option(group, word):
+            return f"no {group} called {word}; {_hope(word, compose.options(group))}"
+    return None
+
+
+def unknown_key(compose: Composer, node: dict[str, Any], key: str) -> str:
+    """'unknown option algo.kl_bta; did you mean algo.kl_beta?'"""
+    way = walk(node, key)
+    if len(way) <= len(parts(key)) and len(way) > 1 and not isinstance(way[-1], dict | list | str | None):
+        owner = ".".join(parts(key)[: len(way) - 1])
+        return f"unknown option {key}: {owner} is a value, not a section; did you mean {owner}={way[-1]}?"
+    return f"unknown option {key}; {suggest_key(node, key, compose.groups())}"
+
+
+def suggest_key(node: dict[str, Any], key: str, groups: Sequence[str] = ()) -> str:
+    """The nearest keys: a slip in the last part, the right name in another section, or a slip anywhere."""
+    known = [k for k in dotted(node) if not k.rpartition(".")[2].startswith("_")]
+    parent, _, leaf = key.rpartition(".")
+    beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent] if parent else [*node, *groups]
+    sibling = nearest(leaf, beside)
+    if sibling:
+        return f"did you mean {parent + '.' if parent else ''}{sibling}?"
+    elsewhere = [k for k in known if k.rpartition(".")[2] == leaf]
+    if elsewhere:
+        elsewhere.sort(key=lambda k: -SequenceMatcher(None, k, key).ratio())
+        return f"did you mean {' or '.join(elsewhere[:2])}?"
+    close = nearest(key, known)
+    if close:
+        return f"did you mean {close}?"
+    return listing(f"{parent}.{name}" if parent and beside else name for name in beside or [*node, *groups])
+
+
+def _hope(option: str, options: Sequence[str]) -> str:
+    if option in EXTRAS:
+        return f"it comes with pip install 'flowalign[{EXTRAS[option]}]' ({listing(options)})"
+    close = nearest(option, options)
+    return f"did you mean {close}? ({listing(options)})" if close else listing(options)
+
+
+def _try(compose: Composer, lines: Sequence[str]) -> DictConfig | Exception:
+    try:
+        return compose(lines)
+    except Exception as error:  # Hydra raises its own, OmegaConf's, YAML's and ValueError
+        return error
+
+
+def _why(compose: Composer, override: Override, before: DictConfig, error: Exception) -> str:
+    if chooses(compose, override):
+        return _why_group(override, before, error)
+    key, node, bare = override.key_or_group, plain(before), short(override).lstrip("+~")
+    if "/" in key:
+        return f"unknown config group {key}; {suggest(key, compose.groups())}"
+    if key.startswith("hydra."):
+        return f"{short(override)}: {_sentence(error)}"
+    if override.type is OverrideType.ADD and exists(node, key):
+        return f"{key} exists already: write {bare}, without the plus"
+    if not override.is_add() and not override.is_force_add() and not exists(node, key):
+        return unknown_key(compose, node, key)
+    return f"{short(override)}: {_sentence(error)}"
+
+
+def _why_group(override: Override, before: DictConfig, error: Exception) -> str:
+    group, chosen = override.key_or_group, before.hydra.runtime.choices
+    if override.value() is None and not override.is_delete():
+        return f"{group}=null is not understood by Hydra: leave {group} out, or remove it with ~{group}"
+    if override.is_add() and group in chosen:
+        return f"{group} is in the defaults already: write {short(override).lstrip('+')}, without the plus"
+    if override.type is OverrideType.CHANGE and group not in chosen:
+        return f"{group} is not in the defaults: add it with +{short(override)}"
+    if override.is_force_add():
+        return f"{short(override)}: a group takes no plus signs; did you mean {short(override).lstrip('+')}?"
+    return f"{short(override)}: {_sentence(error)}"
+
+
+def _sentence(error: BaseException) -> str:
+    return one_line(root_cause(error))
