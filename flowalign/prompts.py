@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+ASSETS = Path(__file__).parent / "assets"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -78,6 +80,17 @@ class PromptSet:
                 json.dumps(prompt.metadata[balance], sort_keys=True) if balance is not None else None, []
             ).append(i)
         self._classes = list(classes.values())
+
+    @classmethod
+    def read(cls, path: str, balance: str | None = None, limit: int | None = None) -> PromptSet:
+        """The first `limit` prompts of a file; a path that does not exist here may name one inside this package."""
+        found = next((p for p in (Path(path).expanduser(), ASSETS / path) if p.is_file()), None)
+        if found is None:
+            known = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
+            raise ValueError(f"there is no prompt file {path}; embedded ones are {known}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit keeps the first prompts of a file and must be at least 1 (got {limit})")
+        return cls(read_prompts(found)[:limit], balance)
 
     def __len__(self) -> int:
         return len(self.prompts)
