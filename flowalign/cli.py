@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 import torch
 from omegaconf import OmegaConf
+
+from flowalign.run import instantiate
 
 if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
@@ -34,8 +35,8 @@ def load(path: str, weights: str) -> tuple[dict[str, Any], FlowModel, Policy]:
     copies = sorted({key.split(".")[1] for key in held if key.startswith("copies.")})
     if weights != "live" and weights not in copies:
         raise ValueError(f"weights={weights}: the checkpoint holds {', '.join(['live', *copies])}.")
-    model = hydra.utils.instantiate(OmegaConf.create(config["model"]), _convert_="object")
-    tune = hydra.utils.instantiate(OmegaConf.create(config["tune"]), _convert_="object")
+    model = instantiate(OmegaConf.create(config["model"]))
+    tune = instantiate(OmegaConf.create(config["tune"]))
     policy = Policy(model.denoisers(), tune, model.lora_targets, copies)
     outcome = policy.load_state_dict(held, strict=False)
     if outcome.unexpected_keys:
@@ -46,7 +47,9 @@ def load(path: str, weights: str) -> tuple[dict[str, Any], FlowModel, Policy]:
     return config, model, policy
 
 
-def sample(ckpt: str, prompt: str, to: str, seed: int, num: int, steps: int, guidance: float, size: int, weights: str) -> None:
+def sample(
+    ckpt: str, prompt: str, to: str, seed: int, num: int, steps: int, guidance: float, size: int, weights: str
+) -> None:
     """Writes pictures of a prompt by the ODE, as the evaluation would."""
     from PIL import Image
 
@@ -63,7 +66,9 @@ def sample(ckpt: str, prompt: str, to: str, seed: int, num: int, steps: int, gui
     noise = Noise(seed, 0, range(num), model.latent_shape(height, width))
     sigmas = model.sigmas(steps, height, width)
     with torch.no_grad():
-        x0 = walk(lambda x, s: model.velocity(x, s, cond, guidance), sigmas, deterministic(steps), ODE(), Euler(), noise).x0
+        x0 = walk(
+            lambda x, s: model.velocity(x, s, cond, guidance), sigmas, deterministic(steps), ODE(), Euler(), noise
+        ).x0
         images = (model.decode(x0).permute(0, 2, 3, 1) * 255).round().byte().numpy()
     target = Path(to)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +79,7 @@ def sample(ckpt: str, prompt: str, to: str, seed: int, num: int, steps: int, gui
 
 
 def export(ckpt: str, to: str, weights: str) -> None:
-    """Writes what plain diffusers loads: a LoRA folder (`load_lora_weights`), or the transformer (`from_pretrained`)."""
+    """Writes what plain diffusers loads: a folder for `load_lora_weights`, or a transformer for `from_pretrained`."""
     config, model, policy = load(ckpt, weights)
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +89,9 @@ def export(ckpt: str, to: str, weights: str) -> None:
     else:
         for name, denoiser in policy.denoisers.items():
             denoiser.save_pretrained(folder / name, safe_serialization=True)
-    (folder / "flowalign.json").write_text(json.dumps({"base": model.pretrained, "weights": weights, "config": config}, indent=2, default=str))
+    (folder / "flowalign.json").write_text(
+        json.dumps({"base": model.pretrained, "weights": weights, "config": config}, indent=2, default=str)
+    )
     (folder / "README.md").write_text(_card(model, lora, folder, weights))
     print(folder)
 
@@ -96,15 +103,27 @@ def _card(model: FlowModel, lora: bool, folder: Path, weights: str) -> str:
         else f'pipe.transformer = type(pipe.transformer).from_pretrained("{folder}/transformer")'
     )
     return (
-        f"# {folder.name}\n\nBase: `{model.pretrained}`, aligned with flowalign ({weights} weights; recipe in flowalign.json).\n\n"
-        f"```python\nfrom diffusers import {model.pipeline}\n\npipe = {model.pipeline}.from_pretrained(base)\n{load_line}\n```\n"
+        f"# {folder.name}\n\nBase: `{model.pretrained}`, aligned with flowalign ({weights} weights; recipe in "
+        "flowalign.json).\n\n"
+        f"```python\nfrom diffusers import {model.pipeline}\n\npipe = "
+        f"{model.pipeline}.from_pretrained(base)\n{load_line}\n```\n"
     )
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "sample": (
         sample,
-        {"ckpt": REQUIRED, "prompt": REQUIRED, "to": "sample.png", "seed": 0, "num": 1, "steps": 0, "guidance": 0.0, "size": 0, "weights": "live"},
+        {
+            "ckpt": REQUIRED,
+            "prompt": REQUIRED,
+            "to": "sample.png",
+            "seed": 0,
+            "num": 1,
+            "steps": 0,
+            "guidance": 0.0,
+            "size": 0,
+            "weights": "live",
+        },
     ),
     "export": (export, {"ckpt": REQUIRED, "to": REQUIRED, "weights": "live"}),
 }

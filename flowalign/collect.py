@@ -76,7 +76,7 @@ class Collector:
         gather: Callable[[Tensor], Tensor],
         report: Callable[[int, float], None],
     ) -> Collected:
-        """`gather` maps a local (n,) tensor to the global one in sample order; `report(pictures, mean reward so far)`."""
+        """`gather`: local (n,) to the global one in sample order; `report`: pictures done, mean reward so far."""
         chosen = self.prompts.epoch(self.seed, epoch, self.geometry.batch.prompts)
         local = self.geometry.local_samples(rank)
         rows = torch.tensor([sample // self.geometry.batch.group_size for sample in local], device=device)
@@ -87,11 +87,17 @@ class Collector:
         # The same prompt drawn twice is one group.
         groups = torch.tensor([chosen[s // self.geometry.batch.group_size] for s in range(self.geometry.samples)])
         if not everyone.isfinite().any():
-            raise RuntimeError("not a single picture of this epoch could be scored: every reward is NaN. Is the reward installed and reachable?")
+            raise RuntimeError(
+                "not a single picture of this epoch could be scored: every reward is NaN. Is the reward installed "
+                "and reachable?"
+            )
         advantage = self.credit(everyone.cpu(), groups)
         points = self._points(epoch, rollout, local, advantage[list(local)])
         stats = {
-            **{f"reward_{k}" if k != "zero_std_fraction" else k: float(v) for k, v in group_stats(everyone.cpu(), groups).items()},
+            **{
+                f"reward_{k}" if k != "zero_std_fraction" else k: float(v)
+                for k, v in group_stats(everyone.cpu(), groups).items()
+            },
             "reward_nan_fraction": float((~everyone.isfinite()).float().mean()),
             "advantage_abs": float(advantage.abs().mean()),
         }
@@ -132,5 +138,7 @@ class Collector:
             return transitions(rollout, advantage)
         order = permuted_steps(self.seed, epoch, local, self.sampling.num_steps, self.points_per_sample)
         shape = tuple(rollout.x0.shape[1:])
-        draws = [keyed_randn(self.seed, epoch, local, POINT + j, shape, rollout.x0.device) for j in range(order.shape[1])]
+        draws = [
+            keyed_randn(self.seed, epoch, local, POINT + j, shape, rollout.x0.device) for j in range(order.shape[1])
+        ]
         return noised(rollout.x0, rollout.sigmas, advantage, order.shape[1], torch.stack(draws, dim=1), order)

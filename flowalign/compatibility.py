@@ -23,19 +23,27 @@ def check_groups(cfg: DictConfig) -> None:
     algorithm, dynamics = locate(cfg.algo["_target_"]), locate(cfg.dynamics["_target_"])
     if algorithm.stochastic and not dynamics.stochastic:
         raise ConfigError(
-            f"algo={choice('algo', cfg)} needs per-step log-probabilities, but dynamics={choice('dynamics', cfg)} is deterministic: "
+            f"algo={choice('algo', cfg)} needs per-step log-probabilities, but dynamics={choice('dynamics', cfg)} "
+            "is deterministic: "
             "use dynamics=flow_sde, or algo=nft."
         )
     if algorithm.stochastic and cfg.dynamics.get("eta", 1) == 0:
-        raise ConfigError(f"dynamics.eta=0 makes dynamics={choice('dynamics', cfg)} deterministic, without a density: use dynamics.eta=0.7, or algo=nft.")
-    if algorithm.stochastic and cfg.algo.get("dynamics") != cfg.dynamics:
+        raise ConfigError(
+            f"dynamics.eta=0 makes dynamics={choice('dynamics', cfg)} deterministic, without a density: use "
+            "dynamics.eta=0.7, or algo=nft."
+        )
+    if algorithm.stochastic and not _same(cfg.algo.get("dynamics"), cfg.dynamics):
         raise ConfigError("algo.dynamics must be the dynamics that sampled the rollout: leave it at ${dynamics}.")
     if algorithm.stochastic and cfg.optimisation.guidance != cfg.rollout.guidance:
         raise ConfigError(
-            f"optimisation.guidance={cfg.optimisation.guidance} differs from rollout.guidance={cfg.rollout.guidance}, so the importance ratio could "
+            f"optimisation.guidance={cfg.optimisation.guidance} differs from "
+            f"rollout.guidance={cfg.rollout.guidance}, so the importance ratio could "
             f"never be 1: leave optimisation.guidance at ${{rollout.guidance}}."
         )
     group_size = cfg.batch.group_size
     if isinstance(group_size, int) and group_size < 2:
-        raise ConfigError(f"batch.group_size={group_size} gives every advantage 0, so nothing can be learnt: use at least 2 (8 to 24 are usual).")
+        raise ConfigError(
+            f"batch.group_size={group_size} gives every advantage 0, so nothing can be learnt: use at least 2 (8 to "
+            "24 are usual)."
+        )
 

@@ -34,7 +34,8 @@ class Positions:
     def __init__(self, number: int, batch_size: int, rank: int, world_size: int) -> None:
         if number % world_size:
             raise ValueError(
-                f"{number} evaluation pictures cannot be dealt evenly to {world_size} ranks: use {number - number % world_size} or {number + world_size - number % world_size}."
+                f"{number} evaluation pictures cannot be dealt evenly to {world_size} ranks: use "
+                f"{number - number % world_size} or {number + world_size - number % world_size}."
             )
         self.mine = torch.arange(rank, number, world_size)
         self.batch_size = batch_size

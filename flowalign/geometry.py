@@ -18,7 +18,8 @@ class Batch:
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ValueError(
-                f"batch.group_size={self.group_size} gives every advantage 0, so nothing can be learnt: use at least 2 (8 to 24 are usual)."
+                f"batch.group_size={self.group_size} gives every advantage 0, so nothing can be learnt: use at "
+                "least 2 (8 to 24 are usual)."
             )
         for name in ("prompts", "micro", "updates", "passes"):
             if getattr(self, name) < 1:
@@ -41,22 +42,29 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.samples % self.world_size:
             raise ValueError(
-                f"{self.batch.prompts} prompts × {self.batch.group_size} = {self.samples} samples cannot be dealt to {self.world_size} ranks: "
+                f"{self.batch.prompts} prompts × {self.batch.group_size} = {self.samples} samples cannot be dealt "
+                f"to {self.world_size} ranks: "
                 f"use batch.prompts={self._nearest_prompts()}."
             )
         if self.samples_local % self.batch.updates:
             raise ValueError(
-                f"{self.samples_local} samples on a rank cannot be cut into batch.updates={self.batch.updates} equal parts: "
+                f"{self.samples_local} samples on a rank cannot be cut into batch.updates={self.batch.updates} "
+                "equal parts: "
                 f"the nearest possible number is {nearest_divisor(self.samples_local, self.batch.updates)}."
             )
         if self.points_per_update % self.batch.micro:
             raise ValueError(
-                f"{self.points_per_update} training points of an update cannot be cut into batch.micro={self.batch.micro}: "
+                f"{self.points_per_update} training points of an update cannot be cut into "
+                f"batch.micro={self.batch.micro}: "
                 f"the nearest possible number is {nearest_divisor(self.points_per_update, self.batch.micro)}."
             )
 
     def _nearest_prompts(self) -> int:
-        fits = [p for p in range(1, self.batch.prompts + self.world_size + 1) if p * self.batch.group_size % self.world_size == 0]
+        fits = [
+            p
+            for p in range(1, self.batch.prompts + self.world_size + 1)
+            if p * self.batch.group_size % self.world_size == 0
+        ]
         return min(fits, key=lambda p: (abs(p - self.batch.prompts), -p))
 
     @property
@@ -98,7 +106,8 @@ class Geometry:
         return {
             "samples per epoch": f"{b.prompts} prompts × {b.group_size} = {self.samples}",
             "on each rank": f"{self.samples_local} of {self.world_size} rank(s)",
-            "training points": f"{self.samples_local} × {self.points_per_sample} steps = {self.samples_local * self.points_per_sample}",
+            "training points": f"{self.samples_local} × {self.points_per_sample} steps = "
+            "{self.samples_local * self.points_per_sample}",
             "optimiser steps per epoch": f"{b.updates} updates × {b.passes} pass(es) = {self.steps_per_epoch}",
             "one optimiser step": f"{self.accumulate} micro-batches × {b.micro} points",
         }

@@ -24,7 +24,10 @@ def _picture(image: Tensor) -> Image.Image:
 
 def _caption(shown: Shown, i: int) -> list[str]:
     scores = "  ".join(f"{name} {float(values[i]):.2f}" for name, values in shown.scores.items() if name != "reward")
-    return [*textwrap.wrap(shown.prompts[i], 22)[:3], *textwrap.wrap(scores or f"reward {float(shown.scores['reward'][i]):.2f}", 24)]
+    return [
+        *textwrap.wrap(shown.prompts[i], 22)[:3],
+        *textwrap.wrap(scores or f"reward {float(shown.scores['reward'][i]):.2f}", 24),
+    ]
 
 
 def grid(*rows_of: Shown, columns: int = 8, titles: tuple[str, ...] = ()) -> np.ndarray:
@@ -38,7 +41,9 @@ def grid(*rows_of: Shown, columns: int = 8, titles: tuple[str, ...] = ()) -> np.
     height = round(_CELL * ratio) + 5 * _LINE + _GAP
     left = 60 if titles else _GAP
     blocks = -(-number // columns)
-    sheet = Image.new("RGB", (left + min(columns, number) * (_CELL + _GAP), blocks * len(rows_of) * height + _GAP), "white")
+    sheet = Image.new(
+        "RGB", (left + min(columns, number) * (_CELL + _GAP), blocks * len(rows_of) * height + _GAP), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     for i in range(number):
         for j, shown in enumerate(rows_of):

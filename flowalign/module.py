@@ -39,7 +39,7 @@ from flowalign.steps.base import Steps
 
 @dataclass(frozen=True)
 class Optimisation:
-    """The training forward: its guidance (1 = off), points per sample (re-noised points; None = 99 % of the steps), and guards."""
+    """The training forward: its guidance (1 = off), re-noised points per sample (None = 99 % of the steps), a guard."""
 
     guidance: float = 1.0
     points_per_sample: int | None = None
@@ -94,7 +94,10 @@ class AlignModule(LightningModule):
         self.stats: dict[str, float] = {}
         self.evaluated_at = -1
         self.meters = nn.ModuleDict()
-        guided = max(recipe.rollout.guidance, recipe.evaluation.sampling.guidance, recipe.optimisation.guidance) > recipe.model.guidance_off
+        guided = (
+            max(recipe.rollout.guidance, recipe.evaluation.sampling.guidance, recipe.optimisation.guidance)
+            > recipe.model.guidance_off
+        )
         self.conditioner = Conditioner(recipe.model, guided)
         self.eval_prompts: dict[str, list[Prompt]] = {
             stage: [recipe.data[stage].prompts[i] for i in recipe.data[stage].fixed(number)]
@@ -112,7 +115,9 @@ class AlignModule(LightningModule):
         kept = [name for name in r.frozen if name in r.algorithm.frozen or name == r.evaluation.copy]
         missing = set(r.algorithm.frozen) - set(kept) - {"reference"}
         if missing:
-            raise ValueError(f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights.")
+            raise ValueError(
+                f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
+            )
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies)
 
@@ -133,7 +138,8 @@ class AlignModule(LightningModule):
         )  # fmt: skip
         if self.trainer.accumulate_grad_batches != self.geometry.accumulate and self.trainer.training:
             raise ValueError(
-                f"trainer.accumulate_grad_batches follows from the batch plan ({self.geometry.accumulate}): leave it unset, and set batch.micro and batch.updates."
+                f"trainer.accumulate_grad_batches follows from the batch plan ({self.geometry.accumulate}): leave "
+                "it unset, and set batch.micro and batch.updates."
             )
 
     def configure_optimizers(self) -> Any:
@@ -204,7 +210,9 @@ class AlignModule(LightningModule):
         """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
         for name in self.recipe.algorithm.frozen:
             with self.live.use(name):
-                parts = [self._velocity(p.x, p.sigma, cond) for p, cond in self.buffer.split(self.recipe.rollout.batch_size)]
+                parts = [
+                    self._velocity(p.x, p.sigma, cond) for p, cond in self.buffer.split(self.recipe.rollout.batch_size)
+                ]
             self.buffer.points.frozen[name] = torch.cat(parts)
             self.counts["frozen"] += len(self.buffer.points.x) * self.trainer.world_size
 
@@ -218,7 +226,9 @@ class AlignModule(LightningModule):
         losses, metrics = self.recipe.algorithm.loss(point, self._velocity(point.x, point.sigma, cond))
         self._guard(losses, metrics, idx, batch_idx)
         self.counts["train"] += len(idx) * self.trainer.world_size
-        means = {f"train/{name}": value.mean() for name, value in metrics.items()} | {"train/loss": losses.detach().mean()}
+        means = {f"train/{name}": value.mean() for name, value in metrics.items()} | {
+            "train/loss": losses.detach().mean()
+        }
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
         self.report.advance("optimise", batch_idx + 1)
         return losses.mean()
@@ -229,7 +239,8 @@ class AlignModule(LightningModule):
             row = int((~finite).nonzero()[0])
             sigma = float(self.buffer.points.sigma[idx[row].to(self.device)])
             raise FloatingPointError(
-                f"the loss of {int((~finite).sum())} of {len(losses)} points is not finite (first: sigma {sigma:.3f}, epoch {self.current_epoch}, "
+                f"the loss of {int((~finite).sum())} of {len(losses)} points is not finite (first: sigma "
+                f"{sigma:.3f}, epoch {self.current_epoch}, "
                 f"step {self.global_step}); a lower learning rate or fp32 helps, and algo.adv_clip bounds the credit."
             )
         first_update = batch_idx < self.geometry.accumulate
@@ -238,7 +249,8 @@ class AlignModule(LightningModule):
             self.log("train/on_policy_gap", gap, on_step=False, on_epoch=True, reduce_fx="max")
             if gap > self.recipe.optimisation.on_policy_tolerance:
                 raise RuntimeError(
-                    f"before the first update the importance ratio must be 1, but it is off by {gap:.2e}: rollout and training disagree "
+                    f"before the first update the importance ratio must be 1, but it is off by {gap:.2e}: rollout "
+                    "and training disagree "
                     "(guidance, precision, dropout or resolution). optimisation.on_policy_tolerance sets the limit."
                 )
 
@@ -307,7 +319,9 @@ class AlignModule(LightningModule):
                 mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
         self._show(stage, media, prompts, scores)
-        self.report.advance("evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean()))
+        self.report.advance(
+            "evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean())
+        )
 
     def generate(self, prompts: list[Prompt], ids: list[int], seed: int, sampling: Sampling, size: Size) -> Tensor:
         """Pictures of the current weights by the ODE: (B, 3, H, W) in [0, 1]; sample `ids` key the noise."""
@@ -328,7 +342,9 @@ class AlignModule(LightningModule):
         room = self.recipe.evaluation.shown - (0 if held is None else len(held.images))
         if room <= 0:
             return
-        new = Shown(media[:room].cpu(), [p.text for p in prompts[:room]], {k: v[:room].cpu() for k, v in scores.items()})
+        new = Shown(
+            media[:room].cpu(), [p.text for p in prompts[:room]], {k: v[:room].cpu() for k, v in scores.items()}
+        )
         if held is not None:
             new = Shown(
                 torch.cat([held.images, new.images]),

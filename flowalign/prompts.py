@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+ASSETS = Path(__file__).parent / "assets"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -81,11 +83,14 @@ class PromptSet:
 
     @classmethod
     def read(cls, path: str, balance: str | None = None, limit: int | None = None) -> PromptSet:
-        """The first `limit` prompts of a file; a relative path that does not exist is looked up in the package's assets."""
-        embedded = Path(__file__).parent / "assets" / path
-        if not Path(path).is_file() and not embedded.is_file():
-            raise ValueError(f"there is no prompt file {path}: give the path of a .txt or .jsonl file.")
-        return cls(read_prompts(path if Path(path).is_file() else embedded)[:limit], balance)
+        """The first `limit` prompts of a file; a path that does not exist here may name one inside this package."""
+        found = next((p for p in (Path(path).expanduser(), ASSETS / path) if p.is_file()), None)
+        if found is None:
+            known = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
+            raise ValueError(f"there is no prompt file {path}; embedded ones are {known}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit keeps the first prompts of a file and must be at least 1 (got {limit})")
+        return cls(read_prompts(found)[:limit], balance)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError, check_signatures
+from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight_or_exit
 from flowalign.compatibility import check_groups
 
@@ -26,13 +28,27 @@ log = logging.getLogger("flowalign")
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
 
 
+def instantiate(node: Any, **arguments: Any) -> Any:
+    """The object that a node describes. What its class refuses is said in the class's own words, not in Hydra's."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="object", **arguments)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+        if isinstance(cause, (ValueError, TypeError, MisconfigurationException)):
+            where = node._get_full_key(None) or str(node.get("_target_"))
+            raise ConfigError(f"{where}: {one_line(cause)}") from error
+        raise
+
+
 def build_recipe(cfg: DictConfig) -> Recipe:
     """Every part of a run, instantiated from its group."""
     from flowalign.module import Recipe
 
-    def make(node: Any) -> Any:
-        return hydra.utils.instantiate(node, _convert_="object")
-
+    make = instantiate
     model = make(cfg.model)
     plain = OmegaConf.to_container(cfg, resolve=True)
     return Recipe(
@@ -61,15 +77,12 @@ def build_recipe(cfg: DictConfig) -> Recipe:
 def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
     from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
 
-    callbacks = [hydra.utils.instantiate(node) for node in cfg.callbacks.values() if node is not None]
-    loggers = [hydra.utils.instantiate(node) for node in cfg.logger.values() if node is not None]
-    return hydra.utils.instantiate(
+    return instantiate(
         cfg.trainer,
-        callbacks=callbacks,
-        logger=loggers,
+        callbacks=[instantiate(node) for node in cfg.callbacks.values() if node is not None],
+        logger=[instantiate(node) for node in cfg.logger.values() if node is not None],
         plugins=[AtomicCheckpointIO()],
         accumulate_grad_batches=accumulate,
-        _convert_="object",
     )
 
 
@@ -86,6 +99,7 @@ def run(cfg: DictConfig) -> float | None:
     torch.set_float32_matmul_precision("high")
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     folder = Path(cfg.paths.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     show_config(cfg, folder)
     recipe = build_recipe(cfg)
     module = AlignModule(recipe)
@@ -93,10 +107,11 @@ def run(cfg: DictConfig) -> float | None:
     if trainer.fast_dev_run:
         cfg = shrink(cfg, module)
     log_hyperparameters(trainer, cfg)
-    summary = Summary(folder, cfg, module)
+    summary = Summary(folder, cfg.seed, module)
     ckpt_path = find_checkpoint(cfg.ckpt_path)
     if ckpt_path is None:
         summary.baseline(evaluate(trainer, module, cfg.test))
+        optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
     else:
         log.info("resuming from %s", ckpt_path)
     if cfg.train:
@@ -186,7 +201,9 @@ def optimised(cfg: DictConfig, summary: Any) -> float | None:
     if cfg.optimized_metric not in metrics:
         if cfg.trainer.fast_dev_run:
             return None
-        raise ConfigError(f"optimized_metric={cfg.optimized_metric} was not measured; there are {', '.join(sorted(metrics))}.")
+        raise ConfigError(
+            f"optimized_metric={cfg.optimized_metric} was not measured; there are {', '.join(sorted(metrics))}."
+        )
     return float(metrics[cfg.optimized_metric])
 
 
@@ -205,6 +222,6 @@ def _main(cfg: DictConfig) -> float | None:
 
 
 def main() -> None:
-    """The entry point of `train.py` and `flowalign-train`: exit code 2 and one sentence for a mistaken command line."""
+    """The entry point of `train.py` and `flowalign-train`."""
     sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "train", also=check_groups)
     _main()

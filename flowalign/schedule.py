@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """Factor on the learning rate: linear warm-up over `warmup` steps, then constant, linear or cosine down to `floor`."""
+    """Factor on the learning rate: linear warm-up over `warmup` steps, then constant, or down to `floor`."""
 
     kind: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = 0

@@ -33,6 +33,7 @@ class Scorer:
         scores = reward(media, [p.text for p in prompts], [p.metadata for p in prompts])
         if scores.shape != (len(prompts),):
             raise ValueError(
-                f"{type(reward).__name__} returned scores of shape {tuple(scores.shape)} for {len(prompts)} samples: a reward gives one number a sample."
+                f"{type(reward).__name__} returned scores of shape {tuple(scores.shape)} for {len(prompts)} "
+                "samples: a reward gives one number a sample."
             )
         return scores.to(media.device, torch.float32)

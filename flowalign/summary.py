@@ -61,8 +61,8 @@ def show_plan(trainer: Trainer, module: AlignModule) -> None:
 class Summary:
     """Collects the results of a run and writes summary.json, before_after.png and the closing table."""
 
-    def __init__(self, folder: Path, cfg: DictConfig, module: AlignModule) -> None:
-        self.folder, self.cfg, self.module = folder, cfg, module
+    def __init__(self, folder: Path, seed: int, module: AlignModule) -> None:
+        self.folder, self.seed, self.module = folder, seed, module
         self.results: dict[str, dict[str, float]] = {"baseline": {}, "final": {}}
         self.before: Shown | None = None
         self.after: Shown | None = None
@@ -97,7 +97,7 @@ class Summary:
             "network_calls": {**calls, "total": sum(calls.values())},
             "wall_s": round(time.perf_counter() - self.began, 2),
             "train_s": round(self.train_s, 2),
-            "seed": self.cfg.seed,
+            "seed": self.seed,
             "versions": {"python": platform.python_version(), **_versions()},
             "git_commit": _commit(),
         }
@@ -109,7 +109,10 @@ class Summary:
 
     def _table(self, trainer: Trainer) -> None:
         before, after = self.results["baseline"], self.results["final"]
-        table = Table(title=f"{trainer.current_epoch} epochs, {trainer.global_step} optimiser steps, {self.train_s / 60:.1f} min of training")
+        table = Table(
+            title=f"{trainer.current_epoch} epochs, {trainer.global_step} optimiser steps, "
+            f"{self.train_s / 60:.1f} min of training"
+        )
         for column in ("metric", "baseline", "final", "change"):
             table.add_column(column, justify="left" if column == "metric" else "right")
         for key in sorted(before.keys() | after.keys()):
@@ -122,7 +125,10 @@ class Summary:
         if last.exists():
             _console.print(f"sample    flowalign sample ckpt={last} prompt='two red circles'", soft_wrap=True)
             _console.print(f"export    flowalign export ckpt={last} to={self.folder / 'export'}", soft_wrap=True)
-            _console.print(f"go on     python train.py ckpt_path={last} trainer.max_epochs={2 * (trainer.max_epochs or 1)}", soft_wrap=True)
+            _console.print(
+                f"go on     python train.py ckpt_path={last} trainer.max_epochs={2 * (trainer.max_epochs or 1)}",
+                soft_wrap=True,
+            )
         _console.print("watch     tensorboard --logdir outputs")
 
 
@@ -144,9 +150,10 @@ def _commit() -> str | None:
     """Of the source that runs, with a plus where it was changed; None outside a git checkout."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD")
     return f"{commit}{'+' if git('status', '--porcelain', '--untracked-files=no') else ''}" if commit else None
-

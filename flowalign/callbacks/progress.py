@@ -61,8 +61,15 @@ class PhaseProgress(Callback):
             return
         metrics = trainer.callback_metrics
         shown = [f"reward {pl_module.stats['reward_mean']:.3f}"] if pl_module.stats else []
-        for key, name in (("train/loss", "loss"), ("train/ratio", "ratio"), ("val/reward", "val/reward"), ("val/strict", "val/strict")):
+        for key, name in (
+            ("train/loss", "loss"),
+            ("train/ratio", "ratio"),
+            ("val/reward", "val/reward"),
+            ("val/strict", "val/strict"),
+        ):
             if key in metrics and (not key.startswith("val") or pl_module.evaluated_at == trainer.current_epoch):
                 shown.append(f"{name} {float(metrics[key]):.4g}")
         seconds = time.perf_counter() - self.began
-        self.console.print(f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  {'  '.join(shown)}  ({seconds:.1f} s)")
+        self.console.print(
+            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  {'  '.join(shown)}  ({seconds:.1f} s)"
+        )

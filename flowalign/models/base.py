@@ -21,6 +21,14 @@ from flowalign.types import Conditioning
 NEGATIVE = "neg."  # key prefix of the unconditional branch in a Conditioning
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type called `name`."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    if name not in known:
+        raise ValueError(f"a dtype is one of {', '.join(known)} (got {name!r}).")
+    return known[name]
+
+
 class FlowModel(ABC):
     """A flow-matching pipeline, as rollouts, losses and evaluation see it.
 
@@ -46,9 +54,11 @@ class FlowModel(ABC):
     ) -> None:
         self.pretrained, self.revision = pretrained, revision
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
-        self.pipe = load_pipeline(self.pipeline, pretrained, revision, variant, getattr(torch, dtype), pipeline_kwargs or {})
+        self.pipe = load_pipeline(
+            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), pipeline_kwargs or {}
+        )
         for name in self.denoiser_names:
-            self.denoisers()[name].to(getattr(torch, train_dtype)).eval().requires_grad_(False)
+            self.denoisers()[name].to(torch_dtype(train_dtype)).eval().requires_grad_(False)
         for component in self.frozen_components():
             component.eval().requires_grad_(False)
 
@@ -82,7 +92,8 @@ class FlowModel(ABC):
         if height % m or width % m or min(height, width) < m:
             nearest = [max(m, round(side / m) * m) for side in (height, width)]
             raise ValueError(
-                f"{type(self).__name__} cannot make pictures of {height}×{width}: both must be multiples of {m}; the nearest is {nearest[0]}×{nearest[1]}."
+                f"{type(self).__name__} cannot make pictures of {height}×{width}: both must be multiples of {m}; "
+                f"the nearest is {nearest[0]}×{nearest[1]}."
             )
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
@@ -141,7 +152,7 @@ class FlowModel(ABC):
         return [block for blocks in lists for block in blocks]
 
     def save_lora(self, folder: Path) -> None:
-        """Writes the adapters of all denoisers so that `load_lora_weights(folder)` restores them with the right alpha."""
+        """Writes the adapters of all denoisers; `load_lora_weights(folder)` restores them with the right alpha."""
         from peft.utils import get_peft_model_state_dict
 
         arguments: dict[str, Any] = {}

@@ -31,19 +31,26 @@ def load_pipeline(
     if index.is_file():
         found = json.loads(index.read_text())["_class_name"]
         if found != name:
-            raise ValueError(f"{pretrained} holds a {found}, but this model adapter drives a {name}: choose another model=… or folder.")
+            raise ValueError(
+                f"{pretrained} holds a {found}, but this model adapter drives a {name}: choose another model=… or "
+                "folder."
+            )
     elif Path(where).is_dir() or where.count("/") != 1 or where.startswith((".", "~")):
         known = sorted(p.parent.name for p in ASSETS.glob("*/model_index.json"))
         raise ValueError(
-            f"{pretrained} is neither a folder in diffusers layout (no model_index.json) nor a hub id like org/name; embedded pipelines: {', '.join(known)}."
+            f"{pretrained} is neither a folder in diffusers layout (no model_index.json) nor a hub id like "
+            f"org/name; embedded pipelines: {', '.join(known)}."
         )
     try:
-        return getattr(diffusers, name).from_pretrained(where, revision=revision, variant=variant, torch_dtype=dtype, **arguments)
+        return getattr(diffusers, name).from_pretrained(
+            where, revision=revision, variant=variant, torch_dtype=dtype, **arguments
+        )
     except GatedRepoError as error:
         raise ValueError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"the hub has no model {pretrained} (or it is private and HF_TOKEN is not set).") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
-            f"{pretrained} could not be loaded: it is not in the local cache and the hub cannot be reached ({str(error).splitlines()[0]})."
+            f"{pretrained} could not be loaded: it is not in the local cache and the hub cannot be reached "
+            f"({str(error).splitlines()[0]})."
         ) from error

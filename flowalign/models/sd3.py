@@ -21,7 +21,9 @@ class SD3(FlowModel):
         for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     )
 
-    def __init__(self, pretrained: str, max_sequence_length: int = 256, without_t5: bool = False, **options: Any) -> None:
+    def __init__(
+        self, pretrained: str, max_sequence_length: int = 256, without_t5: bool = False, **options: Any
+    ) -> None:
         """`max_sequence_length` counts the T5 tokens. Without T5 they are zeros, and still as many."""
         absent = {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}
         super().__init__(pretrained, pipeline_kwargs=absent, **options)
@@ -51,7 +53,11 @@ class SD3(FlowModel):
             return {}
         _, rows, columns = self.latent_shape(height, width, frames)
         patch = self.pipe.transformer.config.patch_size
-        shape = (config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096), config.get("base_shift", 0.5))
+        shape = (
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+        )
         return {"mu": calculate_shift((rows // patch) * (columns // patch), *shape, config.get("max_shift", 1.16))}
 
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:

@@ -17,9 +17,11 @@ from flowalign.policy.tune import Tune
 
 
 class Policy(nn.Module):
-    """`denoisers` by name, prepared by `tune`; `copies` names the frozen copies to keep, which all start at the live weights."""
+    """`denoisers` by name, prepared by `tune`; `copies` names the frozen copies, which start at the live weights."""
 
-    def __init__(self, denoisers: dict[str, nn.Module], tune: Tune, targets: Sequence[str], copies: Sequence[str] = ()) -> None:
+    def __init__(
+        self, denoisers: dict[str, nn.Module], tune: Tune, targets: Sequence[str], copies: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         for denoiser in denoisers.values():
             tune(denoiser, targets)
@@ -33,7 +35,10 @@ class Policy(nn.Module):
 
     def _copy(self) -> nn.ParameterDict:
         # Dots cannot stand in a parameter's own name.
-        frozen = {n.replace(".", "/"): nn.Parameter(p.detach().clone(), requires_grad=False) for n, p in self.trained().items()}
+        frozen = {
+            n.replace(".", "/"): nn.Parameter(p.detach().clone(), requires_grad=False)
+            for n, p in self.trained().items()
+        }
         return nn.ParameterDict(frozen)
 
     def _pairs(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -43,7 +48,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Inside, the live network has the weights of a copy and no gradient is recorded; None means the live weights."""
+        """Inside, the live network has the weights of a copy (None: its own) and no gradient is recorded."""
         with torch.no_grad():
             if name is None:
                 yield

@@ -18,7 +18,7 @@ class Tune(Protocol):
 
 
 class Lora:
-    """Low-rank adapters through peft on `targets` (default: the family's own list). B starts at 0, so the start is the base."""
+    """Low-rank adapters through peft on `targets` (default: the family's). B starts at 0: the start is the base."""
 
     kind = "lora"
 
@@ -34,7 +34,7 @@ class Lora:
         if rank < 1:
             raise ValueError(f"tune.rank must be at least 1 (got {rank}).")
         if dropout:
-            # A dropped rollout and a differently dropped training pass would be two policies: the ratio would never be 1.
+            # Rollout and training would drop different things and be two policies: the ratio would never be 1.
             raise ValueError(f"tune.dropout must be 0 for reinforcement learning (got {dropout}).")
         self.rank, self.alpha, self.init, self.targets, self.seed = rank, alpha, init, targets, seed
 
