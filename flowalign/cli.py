@@ -38,9 +38,9 @@ def load(path: str, weights: str) -> tuple[dict[str, Any], FlowModel, Policy]:
     model = instantiate(OmegaConf.create(config["model"]))
     tune = instantiate(OmegaConf.create(config["tune"]))
     policy = Policy(model.denoisers(), tune, model.lora_targets, copies)
-    outcome = policy.load_state_dict(held, strict=False)
-    if outcome.unexpected_keys:
-        raise ValueError(f"ckpt={path} does not fit its own config: unexpected {outcome.unexpected_keys[0]}.")
+    if differing := sorted(policy.kept_keys() ^ set(held)):
+        raise ValueError(f"ckpt={path} does not fit its own config ({len(differing)} entries, first {differing[0]}).")
+    policy.load_state_dict(held, strict=False)
     if weights != "live":
         with torch.no_grad():
             policy.copy_into_live(weights)
@@ -55,19 +55,19 @@ def sample(
 
     from flowalign.dynamics import ODE
     from flowalign.sampler import Noise, deterministic, walk
-    from flowalign.solvers import Euler
 
     config, model, _ = load(ckpt, weights)
     evaluation, resolution = config["evaluation"]["sampling"], config["resolution"]["eval"]
     steps, guidance = steps or evaluation["num_steps"], guidance or evaluation["guidance"]
     height, width = (size, size) if size else (resolution["height"], resolution["width"])
     model.check_size(height, width)
+    solver = instantiate(OmegaConf.create(evaluation["solver"]))
     cond = model.encode([prompt], [""]).repeat_interleave(num)
     noise = Noise(seed, 0, range(num), model.latent_shape(height, width))
     sigmas = model.sigmas(steps, height, width)
     with torch.no_grad():
         x0 = walk(
-            lambda x, s: model.velocity(x, s, cond, guidance), sigmas, deterministic(steps), ODE(), Euler(), noise
+            lambda x, s: model.velocity(x, s, cond, guidance), sigmas, deterministic(steps), ODE(), solver, noise
         ).x0
         images = (model.decode(x0).permute(0, 2, 3, 1) * 255).round().byte().numpy()
     target = Path(to)
@@ -92,22 +92,32 @@ def export(ckpt: str, to: str, weights: str) -> None:
     (folder / "flowalign.json").write_text(
         json.dumps({"base": model.pretrained, "weights": weights, "config": config}, indent=2, default=str)
     )
-    (folder / "README.md").write_text(_card(model, lora, folder, weights))
+    (folder / "README.md").write_text(_card(model, lora, weights))
     print(folder)
 
 
-def _card(model: FlowModel, lora: bool, folder: Path, weights: str) -> str:
+def _card(model: FlowModel, lora: bool, weights: str) -> str:
+    """A model card whose code works from inside the folder."""
+    from flowalign.models.loading import resolve
+
+    absent = "".join(f", {name}=None" for name, part in model.pipe.components.items() if part is None and "text" in name)
+    base = model.pretrained if resolve(model.pretrained) == model.pretrained else f"flowalign/assets/{model.pretrained}"
     load_line = (
-        f'pipe.load_lora_weights("{folder}")'
+        'pipe.load_lora_weights(".")'
         if lora
-        else f'pipe.transformer = type(pipe.transformer).from_pretrained("{folder}/transformer")'
+        else 'pipe.transformer = type(pipe.transformer).from_pretrained("./transformer")'
     )
-    return (
-        f"# {folder.name}\n\nBase: `{model.pretrained}`, aligned with flowalign ({weights} weights; recipe in "
-        "flowalign.json).\n\n"
-        f"```python\nfrom diffusers import {model.pipeline}\n\npipe = "
-        f"{model.pipeline}.from_pretrained(base)\n{load_line}\n```\n"
-    )
+    return f"""# {"LoRA" if lora else "Transformer"} aligned with flowalign
+
+Base `{model.pretrained}`, {weights} weights; the whole recipe is in flowalign.json.
+
+```python
+from diffusers import {model.pipeline}
+
+pipe = {model.pipeline}.from_pretrained("{base}"{absent})
+{load_line}
+```
+"""
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class Collector:
         """Which steps are noisy: none for a deterministic dynamics, or those that the `steps` group chooses."""
         if not self.dynamics.stochastic:
             return deterministic(self.sampling.num_steps)
-        return self.steps(epoch, self.sampling.num_steps)
+        plan = self.steps(epoch, self.sampling.num_steps)
+        return plan if self.algorithm.point == "transition" else replace(plan, trained=())  # nothing to replay
 
     def __call__(
         self,
@@ -128,7 +129,7 @@ class Collector:
             part = walk(velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean)
             media = self.model.decode(part.x0)
             parts.append(part)
-            images.append(media[:1].cpu())
+            images.append(media[[i for i, s in enumerate(ids) if s % self.geometry.batch.group_size == 0]].cpu())
             rewards.append(self.scorer.reward(media, prompts[start : start + len(ids)]))
             report(start + len(ids), float(torch.cat(rewards).nanmean()))
         return join(parts), torch.cat(images), torch.cat(rewards)

@@ -32,7 +32,7 @@ def check_groups(cfg: DictConfig) -> None:
             f"dynamics.eta=0 makes dynamics={choice('dynamics', cfg)} deterministic, without a density: use "
             "dynamics.eta=0.7, or algo=nft."
         )
-    if algorithm.stochastic and not _same(cfg.algo.get("dynamics"), cfg.dynamics):
+    if algorithm.stochastic and cfg.algo.get("dynamics") != cfg.dynamics:
         raise ConfigError("algo.dynamics must be the dynamics that sampled the rollout: leave it at ${dynamics}.")
     if algorithm.stochastic and cfg.optimisation.guidance != cfg.rollout.guidance:
         raise ConfigError(

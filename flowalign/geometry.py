@@ -107,7 +107,7 @@ class Geometry:
             "samples per epoch": f"{b.prompts} prompts × {b.group_size} = {self.samples}",
             "on each rank": f"{self.samples_local} of {self.world_size} rank(s)",
             "training points": f"{self.samples_local} × {self.points_per_sample} steps = "
-            "{self.samples_local * self.points_per_sample}",
+            f"{self.samples_local * self.points_per_sample}",
             "optimiser steps per epoch": f"{b.updates} updates × {b.passes} pass(es) = {self.steps_per_epoch}",
             "one optimiser step": f"{self.accumulate} micro-batches × {b.micro} points",
         }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from flowalign.algorithms.base import Algorithm
+from flowalign.checks.errors import ConfigError, refusals
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.collect import Collector, Size
 from flowalign.conditioner import Conditioner
@@ -75,7 +76,13 @@ def points_per_sample(recipe: Recipe) -> int:
     """Training points of one picture: the recorded steps of its walk, or its re-noised points."""
     if recipe.algorithm.point == "transition":
         return len(recipe.steps(0, recipe.rollout.num_steps).trained)
-    return recipe.optimisation.points_per_sample or default_num(recipe.rollout.num_steps)
+    wanted, steps = recipe.optimisation.points_per_sample, recipe.rollout.num_steps
+    if wanted is not None and not 1 <= wanted <= steps:
+        raise ValueError(
+            f"optimisation.points_per_sample={wanted}: a picture has at most one re-noised point a noise level, "
+            f"so 1 to {steps}."
+        )
+    return default_num(steps) if wanted is None else wanted
 
 
 class AlignModule(LightningModule):
@@ -115,11 +122,12 @@ class AlignModule(LightningModule):
         kept = [name for name in r.frozen if name in r.algorithm.frozen or name == r.evaluation.copy]
         missing = set(r.algorithm.frozen) - set(kept) - {"reference"}
         if missing:
-            raise ValueError(
+            raise ConfigError(
                 f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
             )
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
-        self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies)
+        with refusals():
+            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies)
 
     @property
     def live(self) -> Policy:
@@ -146,6 +154,8 @@ class AlignModule(LightningModule):
         r = self.recipe
         optimizer = r.optimizer(list(self.live.trained().values()))
         total = self.geometry.steps_per_epoch * (self.trainer.max_epochs or 1)
+        if self.trainer.max_steps > 0:
+            total = min(total, self.trainer.max_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(r.schedule, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -178,8 +188,9 @@ class AlignModule(LightningModule):
         started = time.perf_counter()
         g = self.geometry
         self.report.begin("rollout", g.samples_local)
-        with torch.no_grad(), self._precision():
-            got = self.collect(self.current_epoch, self.global_rank, self.device, self._gather, self._rolled)
+        with self._precision():
+            with self.live.use(self.recipe.algorithm.samples_with):
+                got = self.collect(self.current_epoch, self.global_rank, self.device, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self.report.end("rollout")
             self._consult_frozen()
@@ -263,9 +274,11 @@ class AlignModule(LightningModule):
         self._follow("rollout")
 
     def _follow(self, when: str) -> None:
+        # Inside optimizer_step Lightning has not counted the step yet.
+        steps = self.global_step + (when == "step")
         for name, follow in self.recipe.frozen.items():
             if name in self.live.copies and follow.every == when:
-                self.live.follow(name, follow.decay(self.global_step))
+                self.live.follow(name, follow.decay(steps))
 
     # ------------------------------------------------------------ evaluation
 
@@ -374,7 +387,7 @@ class AlignModule(LightningModule):
         kept = {f"policy.{key}" for key in self.live.kept_keys()}
         differing = sorted(kept ^ set(state_dict))
         if strict and differing:
-            raise ValueError(
+            raise ConfigError(
                 f"the checkpoint does not fit this run ({len(differing)} entries differ, first {differing[0]}): "
                 "it was made with another tune, rank, model, or other frozen copies (algo, kl_beta)."
             )

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from flowalign.checks import ConfigError, check_signatures
+from flowalign.checks import ConfigError, check_signatures, refusals
 from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight_or_exit
 from flowalign.compatibility import check_groups
@@ -101,13 +101,14 @@ def run(cfg: DictConfig) -> float | None:
     folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     show_config(cfg, folder)
-    recipe = build_recipe(cfg)
-    module = AlignModule(recipe)
-    trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
+    with refusals():
+        recipe = build_recipe(cfg)
+        module = AlignModule(recipe)
+        trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
     if trainer.fast_dev_run:
-        cfg = shrink(cfg, module)
+        shrink(module)
     log_hyperparameters(trainer, cfg)
-    summary = Summary(folder, cfg.seed, module)
+    summary = Summary(folder, cfg.seed, module, HydraConfig.get().overrides.task)
     ckpt_path = find_checkpoint(cfg.ckpt_path)
     if ckpt_path is None:
         summary.baseline(evaluate(trainer, module, cfg.test))
@@ -122,7 +123,9 @@ def run(cfg: DictConfig) -> float | None:
             raise KeyboardInterrupt
         summary.final(evaluate(trainer, module, cfg.test))
     elif ckpt_path is not None:
-        summary.final(evaluate(trainer, module, cfg.test, ckpt_path))
+        metrics = evaluate(trainer, module, cfg.test, ckpt_path)
+        summary.trained()
+        summary.final(metrics)
     summary.write(trainer)
     return optimised(cfg, summary)
 
@@ -147,11 +150,10 @@ def devices(cfg: DictConfig) -> int:
     return max(torch.cuda.device_count(), 1)
 
 
-def shrink(cfg: DictConfig, module: AlignModule) -> DictConfig:
+def shrink(module: AlignModule) -> None:
     """fast_dev_run: Lightning runs one batch of everything, so the evaluations need only a handful of pictures."""
     for prompts in module.eval_prompts.values():
         del prompts[8:]
-    return cfg
 
 
 def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str | None = None) -> dict[str, float]:
@@ -167,9 +169,9 @@ def find_checkpoint(given: str | None) -> str | None:
     if given is None:
         return None
     if given == "last":
-        found = sorted(Path("outputs").glob("*/*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+        found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
         if not found:
-            raise ConfigError("ckpt_path=last: there is no outputs/*/*/checkpoints/last.ckpt below this folder.")
+            raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")
         return str(found[-1])
     if not Path(given).is_file():
         nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
@@ -212,8 +214,7 @@ def _main(cfg: DictConfig) -> float | None:
     folder = HydraConfig.get().runtime.output_dir
     try:
         return run(cfg)
-    except (ConfigError, ValueError) as error:
-        # What a user can set right is one sentence; everything else keeps its trace.
+    except ConfigError as error:  # what a user can set right is one sentence; everything else keeps its trace
         log.debug("details", exc_info=True)
         log.error("%s", error)
         raise SystemExit(2) from None

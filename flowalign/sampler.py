@@ -72,15 +72,16 @@ def walk(
         if not plan.noisy[i]:
             x = state.step(x, v, sigma, sigma_next, i == last)
             continue
+        state.push(x, v, sigma)
         step = dynamics.step(x, v, sigma, sigma_next, sigmas[1], noise(STEP + i))
         if i in plan.trained:
             log_prob = dynamics.log_prob(step.x_next, step.mean, step.std)
-            kept.append((x, step.x_next, log_prob, step.mean))
+            kept.append((x, step.x_next, log_prob, *([step.mean] if keep_mean else [])))
         x = step.x_next
     if not kept:
         return Rollout(x0=x, sigmas=sigmas)
-    before, after, log_probs, means = (torch.stack(column, dim=1) for column in zip(*kept, strict=True))
-    return Rollout(x, sigmas, tuple(sorted(plan.trained)), before, after, log_probs, means if keep_mean else None)
+    columns = [torch.stack(column, dim=1) for column in zip(*kept, strict=True)]
+    return Rollout(x, sigmas, tuple(sorted(plan.trained)), *columns)  # x, x_next, log_prob and, if kept, mean
 
 
 def join(parts: Sequence[Rollout]) -> Rollout:

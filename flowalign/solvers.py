@@ -22,6 +22,10 @@ class SolverState(Protocol):
         """The state at sigma_next, (B, …); `last` on the final step of the schedule."""
         ...
 
+    def push(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> None:
+        """Remember the prediction of a step that was taken by other means."""
+        ...
+
 
 class Euler:
     """x + (sigma_next - sigma) v: first order, without memory. DDIM is the same step on a straight path."""
@@ -29,6 +33,9 @@ class Euler:
     def start(self) -> "Euler":
         """Itself: there is nothing to remember."""
         return self
+
+    def push(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> None:
+        """Nothing to remember."""
 
     def step(self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool) -> Tensor:
         """One Euler step."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shlex
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,8 +63,8 @@ def show_plan(trainer: Trainer, module: AlignModule) -> None:
 class Summary:
     """Collects the results of a run and writes summary.json, before_after.png and the closing table."""
 
-    def __init__(self, folder: Path, seed: int, module: AlignModule) -> None:
-        self.folder, self.seed, self.module = folder, seed, module
+    def __init__(self, folder: Path, seed: int, module: AlignModule, overrides: Sequence[str] = ()) -> None:
+        self.folder, self.seed, self.module, self.overrides = folder, seed, module, overrides
         self.results: dict[str, dict[str, float]] = {"baseline": {}, "final": {}}
         self.before: Shown | None = None
         self.after: Shown | None = None
@@ -107,6 +109,11 @@ class Summary:
             Image.fromarray(sheet).save(self.folder / "before_after.png")
         self._table(trainer)
 
+    def _again(self) -> str:
+        """The command's own words, but for those that its continuation sets anew."""
+        kept = [w for w in self.overrides if not w.startswith(("ckpt_path=", "trainer.max_epochs="))]
+        return " ".join(shlex.quote(word) for word in kept)
+
     def _table(self, trainer: Trainer) -> None:
         before, after = self.results["baseline"], self.results["final"]
         table = Table(
@@ -126,7 +133,8 @@ class Summary:
             _console.print(f"sample    flowalign sample ckpt={last} prompt='two red circles'", soft_wrap=True)
             _console.print(f"export    flowalign export ckpt={last} to={self.folder / 'export'}", soft_wrap=True)
             _console.print(
-                f"go on     python train.py ckpt_path={last} trainer.max_epochs={2 * (trainer.max_epochs or 1)}",
+                f"go on     python train.py {self._again()} ckpt_path={last} "
+                f"trainer.max_epochs={2 * (trainer.max_epochs or 1)}",
                 soft_wrap=True,
             )
         _console.print("watch     tensorboard --logdir outputs")

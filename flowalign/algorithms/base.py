@@ -18,6 +18,9 @@ class Algorithm(ABC):
     keeps_mean: ClassVar[bool] = False
     """Whether the rollout has to keep the means of its steps."""
 
+    samples_with: ClassVar[str | None] = None
+    """The frozen copy that makes the rollouts; None for the live weights."""
+
     def __init__(self, kl_beta: float, adv_clip: float) -> None:
         if kl_beta < 0:
             raise ValueError(f"kl_beta weighs a penalty and must be ≥ 0, where 0 switches it off (got {kl_beta}).")

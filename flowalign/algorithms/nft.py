@@ -19,6 +19,7 @@ class NFT(Algorithm):
     """
 
     point: ClassVar[Literal["transition", "noised"]] = "noised"
+    samples_with: ClassVar[str | None] = "old"
 
     def __init__(
         self,

@@ -1,8 +1,22 @@
 """The one error that a user's config can cause."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ConfigError(ValueError):
     """A config that cannot work; the message is one sentence for the person who typed it."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Inside, a ValueError is a mistake of the user's and becomes a ConfigError; elsewhere it is a crash with its trace."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from error
 
 
 def one_line(error: BaseException) -> str:

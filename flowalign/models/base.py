@@ -40,6 +40,7 @@ class FlowModel(ABC):
     modality: ClassVar[str] = "image"
     denoiser_names: ClassVar[tuple[str, ...]] = ("transformer",)
     default_lora_targets: ClassVar[tuple[str, ...]]
+    default_max_sequence_length: ClassVar[int]
     guidance_off: ClassVar[float] = 1.0  # classifier-free guidance at or below this is off
 
     def __init__(
@@ -50,12 +51,15 @@ class FlowModel(ABC):
         dtype: str = "float32",
         train_dtype: str = "float32",
         lora_targets: Sequence[str] | None = None,
-        pipeline_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int | None = None,
+        absent: Sequence[str] = (),
     ) -> None:
+        """max_sequence_length counts text tokens (null = the pipeline's own default); `absent` components are not loaded."""
         self.pretrained, self.revision = pretrained, revision
+        self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
         self.pipe = load_pipeline(
-            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), pipeline_kwargs or {}
+            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent)
         )
         for name in self.denoiser_names:
             self.denoisers()[name].to(torch_dtype(train_dtype)).eval().requires_grad_(False)

@@ -16,18 +16,18 @@ class SD3(FlowModel):
     """Time goes in as 1000 sigma, latents are not packed, and the prediction is v itself."""
 
     pipeline = "StableDiffusion3Pipeline"
+    default_max_sequence_length = 256  # T5 tokens; without T5 they are zeros, and still as many
     default_lora_targets = tuple(
         f"attn.{name}"
         for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     )
 
-    def __init__(
-        self, pretrained: str, max_sequence_length: int = 256, without_t5: bool = False, **options: Any
-    ) -> None:
-        """`max_sequence_length` counts the T5 tokens. Without T5 they are zeros, and still as many."""
-        absent = {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}
-        super().__init__(pretrained, pipeline_kwargs=absent, **options)
-        self.max_sequence_length = max_sequence_length
+    def check_size(self, height: int, width: int) -> None:
+        super().check_size(height, width)
+        config = self.pipe.transformer.config
+        limit = config.pos_embed_max_size * config.patch_size * self.pipe.vae_scale_factor
+        if max(height, width) > limit:
+            raise ValueError(f"this model has positions for pictures up to {limit}×{limit} (got {height}×{width}).")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:

@@ -63,4 +63,10 @@ class Full:
 
     def __call__(self, denoiser: nn.Module, targets: Sequence[str]) -> None:
         del targets
+        if {p.dtype for p in denoiser.parameters()} != {torch.float32}:
+            # An update of 1e-4 of a weight is below the resolution of bfloat16 and would be rounded away.
+            raise ValueError(
+                "tune=full trains float32 weights: set model.train_dtype=float32 (and trainer.precision=bf16-mixed for "
+                "speed)."
+            )
         denoiser.requires_grad_(True)

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from omegaconf import OmegaConf
 
+from flowalign.shapes.pretrain import CONF
 from flowalign.shapes.verify import verify
 from flowalign.shapes.world import COLOURS, KINDS, SHAPES, THINGS, Spec, specs
 
@@ -56,18 +58,17 @@ def chance() -> dict[str, float]:
     return {"single": 1 / n, "two": 2 / (n * (n - 1)), "counting": 1 / (3 * n), "position": 1 / 4}
 
 
-def effort(run: Path) -> tuple[int, float]:
-    """Steps of the generator and minutes that they took, from the run's TensorBoard files."""
+def effort(run: Path, tag: str) -> tuple[int, float]:
+    """Steps of a phase and the minutes that they took, from the run's TensorBoard files; pauses do not count."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = [e for f in run.glob("tensorboard/events*") for e in _scalars(EventAccumulator(str(f)).Reload())]
+    events = [e for f in run.glob("tensorboard/events*") for e in _scalars(EventAccumulator(str(f)).Reload(), tag)]
     events.sort(key=lambda e: e[0])
     gaps = [b - a for (a, _), (b, _) in zip(events, events[1:], strict=False)]
     return max(step for _, step in events), sum(g for g in gaps if g < 300) / 60
 
 
-def _scalars(accumulator: object) -> list[tuple[float, int]]:
-    tag = "generator/loss"
+def _scalars(accumulator: object, tag: str) -> list[tuple[float, int]]:
     if tag not in accumulator.Tags()["scalars"]:  # type: ignore[attr-defined]
         return []
     return [(e.wall_time, e.step) for e in accumulator.Scalars(tag)]  # type: ignore[attr-defined]
@@ -95,7 +96,9 @@ def choose_shift(pipe: StableDiffusion3Pipeline, number: int) -> dict[float, flo
 def main() -> None:
     run, folder = Path(sys.argv[1]), sys.argv[2]
     pipe = load(folder)
-    steps, minutes = effort(run)
+    steps, minutes = effort(run, "generator/loss")
+    _, vae_minutes = effort(run, "vae/mse")
+    cfg = OmegaConf.load(f"{CONF}/pretrain.yaml")
     shift = pipe.scheduler.config.shift
     sizes = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")}
     shifts = choose_shift(pipe, 256)
@@ -114,8 +117,10 @@ pipe("a red circle left of a blue square", height=64, width=64, max_sequence_len
 `max_sequence_length=1` belongs to the model: it was trained with one empty T5 token, and 256 of them would drown the text.
 
 - **Weights**: {", ".join(f"{name} {n:,}" for name, n in sizes.items())} parameters.
-- **Training**: `make pretrain` (conf/pretrain.yaml): {steps} steps of flow matching with batch 128 on cached latents, every 16th at
-  128 pixels, 10 % of captions dropped; {minutes:.0f} minutes on two shared CPU cores, after 4 minutes for the VAE. Weights are a moving average.
+- **Training**: `make pretrain` (conf/pretrain.yaml): {steps} steps of flow matching with batch {cfg.train.batch} on {cfg.data.number_64:,} cached scenes,
+  every {cfg.data.every_128}th step at 128 pixels, {100 * cfg.train.caption_dropout:.0f} % of captions dropped. From step {cfg.train.guide_from} on the network learns its own
+  guidance (model guidance, weight {cfg.train.guide_weight}). {minutes:.0f} minutes on two shared CPU cores, after {vae_minutes:.0f} for the VAE. Weights are a
+  moving average. The first {cfg.train.guide_from} steps drew other times and the verifier was another one; the config is that of the end.
 - **Scheduler**: shift {shift}. On validation prompts, 10 steps, 256 pictures: {", ".join(f"shift {k} → {100 * v:.1f} %" for k, v in shifts.items())}.
 
 Strict share in percent on the test prompts (a colour–shape pair of every prompt is one that alignment never sees), {number} pictures,

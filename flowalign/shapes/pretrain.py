@@ -310,7 +310,14 @@ def train_generator(cfg: DictConfig, folder: Path, board: SummaryWriter, vae: Au
         t = torch.sigmoid(cfg.train.time_mean + cfg.train.time_std * torch.randn(batch, generator=noise))
         eps = torch.randn(x0.shape, generator=noise)
         weight = t.view(-1, 1, 1, 1)
-        loss = (model((1 - weight) * x0 + weight * eps, t, ids) - (eps - x0)).square().mean()
+        noisy, target = (1 - weight) * x0 + weight * eps, eps - x0
+        v = model(noisy, t, ids)
+        if step >= cfg.train.guide_from:
+            # Model guidance (arXiv:2502.12154): the network learns its own guided velocity, so that one call is enough;
+            # the fixed point of a weight w is guidance 1 / (1 - w). Rows without a caption keep the plain target.
+            with torch.no_grad():
+                target = target + cfg.train.guide_weight * (v - model(noisy, t, captions.ids[:1].expand(batch, -1)))
+        loss = (v - target).square().mean()
         for opt in opts:
             opt.zero_grad(set_to_none=True)
         loss.backward()
