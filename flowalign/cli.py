@@ -100,7 +100,9 @@ def _card(model: FlowModel, lora: bool, weights: str) -> str:
     """A model card whose code works from inside the folder."""
     from flowalign.models.loading import resolve
 
-    absent = "".join(f", {name}=None" for name, part in model.pipe.components.items() if part is None and "text" in name)
+    absent = "".join(
+        f", {name}=None" for name, part in model.pipe.components.items() if part is None and "text" in name
+    )
     base = model.pretrained if resolve(model.pretrained) == model.pretrained else f"flowalign/assets/{model.pretrained}"
     load_line = (
         'pipe.load_lora_weights(".")'

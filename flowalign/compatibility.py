@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -46,4 +44,3 @@ def check_groups(cfg: DictConfig) -> None:
             f"batch.group_size={group_size} gives every advantage 0, so nothing can be learnt: use at least 2 (8 to "
             "24 are usual)."
         )
-

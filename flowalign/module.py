@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from flowalign.algorithms.base import Algorithm
-from flowalign.checks.errors import ConfigError, refusals
 from flowalign.buffer import Buffer, IndexLoader
+from flowalign.checks.errors import ConfigError, refusals
 from flowalign.collect import Collector, Size
 from flowalign.conditioner import Conditioner
 from flowalign.credit import GroupCredit

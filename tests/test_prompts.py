@@ -78,7 +78,8 @@ def test_an_epoch_depends_on_its_arguments_alone():
     late = balanced(a=9, b=4).epoch(3, 41, 8)
     prompts = balanced(a=9, b=4)
     assert [prompts.epoch(3, e, 8) for e in range(42)][-1] == late
-    assert prompts.epoch(3, 40, 8) != late and prompts.epoch(4, 41, 8) != late
+    assert prompts.epoch(3, 40, 8) != late
+    assert prompts.epoch(4, 41, 8) != late
 
 
 @pytest.mark.parametrize(("size", "number"), [(10, 4), (10, 7), (10, 10), (7, 5), (100, 48), (5, 1)])
@@ -98,7 +99,8 @@ def test_everything_is_used_before_anything_repeats(size, number):
 
 def test_passes_are_shuffled():
     prompts = plain(50)
-    assert prompts.epoch(0, 0, 25) != prompts.epoch(0, 2, 25) and prompts.epoch(0, 0, 25) != list(range(25))
+    assert prompts.epoch(0, 0, 25) != prompts.epoch(0, 2, 25)
+    assert prompts.epoch(0, 0, 25) != list(range(25))
 
 
 def test_balanced_classes_get_equal_shares():
@@ -113,7 +115,8 @@ def test_the_fixed_choice_begins_with_itself_and_cycles_evenly():
     prompts = balanced(a=5, b=2)
     assert prompts.fixed(20)[:7] == prompts.fixed(7) == [0, 5, 1, 6, 2, 5, 3]
     uses = Counter(prompts.fixed(20))
-    assert {uses[i] for i in range(5)} == {2} and {uses[5], uses[6]} == {5}
+    assert {uses[i] for i in range(5)} == {2}
+    assert {uses[5], uses[6]} == {5}
     assert len(set(plain(6).fixed(6))) == 6
 
 

@@ -51,7 +51,9 @@ def load_pipeline(
         raise ValueError(f"the hub has no model {pretrained} (or it is private and HF_TOKEN is not set).") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if index.is_file():
-            raise ValueError(f"the folder {pretrained} is incomplete or damaged ({str(error).splitlines()[0]}).") from error
+            raise ValueError(
+                f"the folder {pretrained} is incomplete or damaged ({str(error).splitlines()[0]})."
+            ) from error
         raise ValueError(
             f"{pretrained} could not be loaded: it is not in the local cache and the hub cannot be reached "
             f"({str(error).splitlines()[0]})."

@@ -21,7 +21,9 @@ STEPS, GUIDANCE = (10, 20, 40), (1.0, 3.0)
 
 
 def load(folder: str) -> StableDiffusion3Pipeline:
-    pipe = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        folder, text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -32,7 +34,9 @@ def questions(split: str, number: int) -> list[Spec]:
     return [pools[kind][i * 7919 % len(pools[kind])] for kind in KINDS for i in range(number // len(KINDS))]
 
 
-def measure(pipe: StableDiffusion3Pipeline, chosen: list[Spec], steps: int, guidance: float, size: int = 64) -> dict[str, float]:
+def measure(
+    pipe: StableDiffusion3Pipeline, chosen: list[Spec], steps: int, guidance: float, size: int = 64
+) -> dict[str, float]:
     """Strict share in all and by kind, through the pipeline's own call with seed 0."""
     right: dict[str, list[float]] = {kind: [] for kind in KINDS}
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +104,10 @@ def main() -> None:
     _, vae_minutes = effort(run, "vae/mse")
     cfg = OmegaConf.load(f"{CONF}/pretrain.yaml")
     shift = pipe.scheduler.config.shift
-    sizes = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")}
+    sizes = {
+        name: sum(p.numel() for p in getattr(pipe, name).parameters())
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
+    }
     shifts = choose_shift(pipe, 256)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     number = 512
@@ -118,9 +125,9 @@ pipe("a red circle left of a blue square", height=64, width=64, max_sequence_len
 
 - **Weights**: {", ".join(f"{name} {n:,}" for name, n in sizes.items())} parameters.
 - **Training**: `make pretrain` (conf/pretrain.yaml): {steps} steps of flow matching with batch {cfg.train.batch} on {cfg.data.number_64:,} cached scenes,
-  every {cfg.data.every_128}th step at 128 pixels, {100 * cfg.train.caption_dropout:.0f} % of captions dropped. From step {cfg.train.guide_from} on the network learns its own
-  guidance (model guidance, weight {cfg.train.guide_weight}). {minutes:.0f} minutes on two shared CPU cores, after {vae_minutes:.0f} for the VAE. Weights are a
-  moving average. The first {cfg.train.guide_from} steps drew other times and the verifier was another one; the config is that of the end.
+  every {cfg.data.every_128}th step at 128 pixels, {100 * cfg.train.caption_dropout:.0f} % of captions dropped. In its last stage
+  the network learns its own guidance (model guidance, weight {cfg.train.stages[-1].guide_weight}), so one call a step is enough. {minutes:.0f} minutes on two
+  shared CPU cores, after {vae_minutes:.0f} for the VAE. Weights are a moving average.
 - **Scheduler**: shift {shift}. On validation prompts, 10 steps, 256 pictures: {", ".join(f"shift {k} → {100 * v:.1f} %" for k, v in shifts.items())}.
 
 Strict share in percent on the test prompts (a colour–shape pair of every prompt is one that alignment never sees), {number} pictures,

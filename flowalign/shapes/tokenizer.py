@@ -17,7 +17,9 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def words() -> list[str]:
     """Every word of every caption, sorted."""
-    return sorted({word for kind in KINDS for spec in specs(kind) for caption in spec.captions() for word in caption.split()})
+    return sorted(
+        {word for kind in KINDS for spec in specs(kind) for caption in spec.captions() for word in caption.split()}
+    )
 
 
 def _byte_alphabet() -> list[str]:
@@ -52,4 +54,6 @@ def build() -> CLIPTokenizer:
     """The tokenizer, the same in every process."""
     alphabet, learnt = _byte_alphabet(), merges(words())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in learnt), START, END]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(dict.fromkeys(tokens))}, merges=learnt, model_max_length=MAX_LENGTH)
+    return CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(dict.fromkeys(tokens))}, merges=learnt, model_max_length=MAX_LENGTH
+    )

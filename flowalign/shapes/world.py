@@ -98,7 +98,9 @@ class Spec:
             ) from error
         unknown = [thing for thing in things if thing not in THINGS]
         if unknown or not things:
-            raise ValueError(f"the scenes world has no {unknown or 'empty scene'}; colours: {[*COLOURS]}, shapes: {[*SHAPES]}")
+            raise ValueError(
+                f"the scenes world has no {unknown or 'empty scene'}; colours: {[*COLOURS]}, shapes: {[*SHAPES]}"
+            )
         if relation is not None and (relation not in RELATIONS or len(things) != 2):
             raise ValueError(f"a position needs two things and one of {', '.join(RELATIONS)}; got {metadata!r}")
         return cls(metadata.get("tag", "position" if relation else "two"), things, relation)

@@ -23,7 +23,8 @@ def media() -> torch.Tensor:
 @pytest.mark.parametrize("reward", REWARDS)
 def test_one_float32_per_sample(reward, media):
     scores = reward(media, PROMPTS, METADATA)
-    assert scores.shape == (3,) and scores.dtype == torch.float32
+    assert scores.shape == (3,)
+    assert scores.dtype == torch.float32
     assert ((scores >= 0) & (scores <= 1)).all()
 
 
@@ -47,7 +48,8 @@ def test_a_broken_picture_is_nan_and_leaves_the_others_alone(reward, bad, media)
     expected = reward(media, PROMPTS, METADATA)
     media[1, 0, 3, 5] = bad
     scores = reward(media, PROMPTS, METADATA)
-    assert scores[1].isnan() and scores[[0, 2]].equal(expected[[0, 2]])
+    assert scores[1].isnan()
+    assert scores[[0, 2]].equal(expected[[0, 2]])
 
 
 def test_a_video_scores_the_mean_of_its_frames(media):

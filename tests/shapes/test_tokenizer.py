@@ -30,13 +30,15 @@ def test_another_process_with_another_hash_seed_gives_the_same_ids():
         ).stdout
 
     first = digest("1")
-    assert len(first.strip()) == 64 and first == digest("31337")
+    assert len(first.strip()) == 64
+    assert first == digest("31337")
 
 
 def test_every_word_of_the_world_is_one_token(tok):
     for word in tokenizer.words():
         start, *ids, end = tok(word)["input_ids"]
-        assert (start, end) == (tok.bos_token_id, tok.eos_token_id) and len(ids) == 1
+        assert (start, end) == (tok.bos_token_id, tok.eos_token_id)
+        assert len(ids) == 1
 
 
 @pytest.mark.parametrize("text", ["mauve", "dodecahedron", "naïve", "红色", "blue-green?"])

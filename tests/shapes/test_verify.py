@@ -57,14 +57,16 @@ def test_renders_are_what_they_were_drawn_as(kind, size, number):
     scores = np.array([verify(picture(spec, seed, size), spec) for spec, seed in scenes(kind, number)])
     assert scores[:, 0].mean() >= 0.995
     assert (scores[scores[:, 0] == 1, 1] == 1).all()
-    assert (scores >= 0).all() and (scores <= 1).all()
+    assert (scores >= 0).all()
+    assert (scores <= 1).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_wrong_captions_are_refused(kind):
     scores = np.array([verify(image, w) for s, i in scenes(kind, 40) for image in [picture(s, i)] for w in wrong(s)])
     assert scores[:, 0].mean() <= 0.01
-    assert (scores >= 0).all() and (scores < 1).all()
+    assert (scores >= 0).all()
+    assert (scores < 1).all()
 
 
 def test_a_position_satisfies_its_pair_and_the_mirrored_relation():
@@ -82,7 +84,8 @@ def test_find_reports_colour_shape_centre_and_area():
 
 
 def test_an_empty_picture_shows_nothing():
-    assert find(canvas()) == [] and find(canvas(128)) == []
+    assert find(canvas()) == []
+    assert find(canvas(128)) == []
     assert verify(canvas(), specs("single")[0]) == (0.0, 0.0)
 
 
@@ -127,7 +130,8 @@ def test_a_reversed_relation_costs_its_share():
         reversed_ = [replace(first, x=second.x, y=second.y), replace(second, x=first.x, y=first.y)]
         reversed_ = [replace(p, radius=0.13) for p in reversed_]
         strict, partial = verify(draw(reversed_), spec)
-        assert strict == 0 and np.isclose(partial, 0.7)
+        assert strict == 0
+        assert np.isclose(partial, 0.7)
 
 
 def test_a_second_error_never_pays():
@@ -158,7 +162,8 @@ def test_mild_noise_and_blur_do_not_matter(kind):
     rng, chosen = np.random.default_rng(0), scenes(kind, 100)
     noisy = [verify(np.clip(picture(s, i) + rng.normal(0, 0.02, (64, 64, 3)), 0, 1), s)[0] for s, i in chosen]
     soft = [verify(blurred(picture(s, i)), s)[0] for s, i in chosen]
-    assert np.mean(noisy) >= 0.97 and np.mean(soft) >= 0.97
+    assert np.mean(noisy) >= 0.97
+    assert np.mean(soft) >= 0.97
 
 
 # ---------------------------------------------------------------- what an optimiser might try instead
@@ -205,7 +210,8 @@ def test_strewn_specks_are_not_ignored(side):
 def test_a_faint_second_object_counts(strength, name):
     image = draw([Placed(("red", "circle"), 0.3, 0.3, 0.17)])
     ghost = paint(image, superellipse(64, 0.7, 0.7, 0.13, 0.13), name, strength)
-    assert refused(ghost) and {f.colour for f in find(ghost)} == {"red", "faint"}
+    assert refused(ghost)
+    assert {f.colour for f in find(ghost)} == {"red", "faint"}
 
 
 def test_a_uniform_background_of_any_light_tint_is_background():
@@ -264,7 +270,8 @@ def test_a_thing_cut_by_the_border_is_judged_by_what_is_left():
         return paint(canvas(), np.clip(0.5 - distance * 64, 0, 1), "red")
 
     assert verify(cut(0.19), CIRCLE)[0] == 1
-    assert refused(cut(0.0)) and refused(cut(0.08))
+    assert refused(cut(0.0))
+    assert refused(cut(0.08))
 
 
 def test_tiny_copies_are_too_small_to_read():
