@@ -61,8 +61,10 @@ class FlowModel(ABC):
         self.pipe = load_pipeline(
             self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent)
         )
-        for name in self.denoiser_names:
-            self.denoisers()[name].to(torch_dtype(train_dtype)).eval().requires_grad_(False)
+        for denoiser in self.denoisers().values():
+            if denoiser.dtype != torch_dtype(train_dtype):  # diffusers warns of every cast, also of an empty one
+                denoiser.to(torch_dtype(train_dtype))
+            denoiser.eval().requires_grad_(False)
         for component in self.frozen_components():
             component.eval().requires_grad_(False)
 

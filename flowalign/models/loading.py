@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,20 @@ def resolve(pretrained: str) -> str:
     if "/" not in pretrained and (embedded / "model_index.json").is_file():
         return str(embedded)
     return pretrained
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without diffusers' bar over the components of a pipeline, which would stand before every message of ours."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_pipeline(
@@ -42,9 +58,10 @@ def load_pipeline(
             f"org/name; embedded pipelines: {', '.join(known)}."
         )
     try:
-        return getattr(diffusers, name).from_pretrained(
-            where, revision=revision, variant=variant, torch_dtype=dtype, **arguments
-        )
+        with quietly():
+            return getattr(diffusers, name).from_pretrained(
+                where, revision=revision, variant=variant, dtype=dtype, **arguments
+            )
     except GatedRepoError as error:
         raise ValueError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
