@@ -56,3 +56,8 @@ class Shown:
     prompts: list[str]
     scores: dict[str, Tensor]
     """(n,) each."""
+
+    def followed_by(self, more: Shown) -> Shown:
+        """These and then those of a later batch."""
+        scores = {name: torch.cat([self.scores[name], values]) for name, values in more.scores.items()}
+        return Shown(torch.cat([self.images, more.images]), self.prompts + more.prompts, scores)

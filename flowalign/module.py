@@ -358,13 +358,7 @@ class AlignModule(LightningModule):
         new = Shown(
             media[:room].cpu(), [p.text for p in prompts[:room]], {k: v[:room].cpu() for k, v in scores.items()}
         )
-        if held is not None:
-            new = Shown(
-                torch.cat([held.images, new.images]),
-                held.prompts + new.prompts,
-                {k: torch.cat([held.scores[k], v]) for k, v in new.scores.items()},
-            )
-        self.shown[stage] = new
+        self.shown[stage] = new if held is None else held.followed_by(new)
 
     def _end_evaluation(self, stage: str) -> None:
         self.report.end("evaluate")
@@ -384,8 +378,10 @@ class AlignModule(LightningModule):
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in kept}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        kept = {f"policy.{key}" for key in self.live.kept_keys()}
-        differing = sorted(kept ^ set(state_dict))
+        own = self.state_dict()
+        differing = sorted(own.keys() ^ state_dict.keys()) or [
+            k for k, t in own.items() if t.shape != state_dict[k].shape
+        ]
         if strict and differing:
             raise ConfigError(
                 f"the checkpoint does not fit this run ({len(differing)} entries differ, first {differing[0]}): "

@@ -161,7 +161,7 @@ def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str |
     found = dict(trainer.validate(module, ckpt_path=ckpt_path, verbose=False)[0])
     if test:
         found |= trainer.test(module, ckpt_path=ckpt_path, verbose=False)[0]
-    return {key: float(value) for key, value in found.items()}
+    return {key: float(value) for key, value in found.items() if not key.startswith("hp/")}
 
 
 def find_checkpoint(given: str | None) -> str | None:

@@ -1,0 +1,258 @@
+"""The LightningModule on the embedded model: what an epoch computes, counts, refuses and survives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowalign.run import build_recipe, build_trainer, plan_accumulation
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+    from omegaconf import DictConfig
+
+    from flowalign.module import AlignModule, Recipe
+
+
+@dataclass
+class Run:
+    """A recipe that may still be changed, and what is made of it."""
+
+    cfg: DictConfig
+    recipe: Recipe
+    module: Any = None
+    trainer: Any = None
+
+    def build(self, *callbacks: Any) -> tuple[AlignModule, Trainer]:
+        from flowalign.module import AlignModule
+
+        self.module = AlignModule(self.recipe)
+        self.trainer = build_trainer(self.cfg, plan_accumulation(self.cfg, self.recipe))
+        self.trainer.callbacks.extend(callbacks)
+        return self.module, self.trainer
+
+    def fit(self) -> AlignModule:
+        module, trainer = self.build()
+        trainer.fit(module)
+        return module
+
+
+@pytest.fixture
+def prepared(tiny: Callable[..., DictConfig]) -> Callable[..., Run]:
+    def prepare(*overrides: str) -> Run:
+        cfg = tiny("trainer.check_val_every_n_epoch=99", *overrides)
+        return Run(cfg, build_recipe(cfg))
+
+    return prepare
+
+
+class Reward:
+    """The number of calls decides which samples cannot be scored; the others get their mean brightness."""
+
+    def __init__(self, missing: Callable[[int], bool]) -> None:
+        self.missing, self.seen = missing, 0
+
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        scores = media.mean(dim=(1, 2, 3))
+        for i in range(len(scores)):
+            if self.missing(self.seen):
+                scores[i] = torch.nan
+            self.seen += 1
+        return scores
+
+
+# ------------------------------------------------------------ the ratio
+
+
+@pytest.mark.parametrize("dynamics", ["flow_sde", "cps"])
+def test_the_ratio_is_one_before_the_first_update(prepared: Callable[..., Run], dynamics: str):
+    run = prepared("algo=grpo", f"dynamics={dynamics}", "optimizer.lr=0.1")
+    run.fit()
+    metrics = run.trainer.callback_metrics
+    assert metrics["train/on_policy_gap"] < 1e-5
+    assert abs(metrics["train/ratio"] - 1) > 1e-4  # the second update is off policy, or the first would say nothing
+
+
+def test_a_training_forward_with_another_guidance_is_found_out(prepared: Callable[..., Run]):
+    run = prepared("algo=grpo")
+    run.recipe.optimisation = replace(run.recipe.optimisation, guidance=3.0)
+    with pytest.raises(RuntimeError, match=r"importance ratio must be 1, but it is off by .*guidance, precision"):
+        run.fit()
+
+
+def test_a_wrong_recorded_density_is_found_out(prepared: Callable[..., Run]):
+    run = prepared("algo=grpo")
+    module, trainer = run.build()
+    fill = module.buffer.fill
+
+    def spoilt(epoch: int, points: Any, *rest: Any) -> None:
+        points.log_prob = points.log_prob + 0.01
+        fill(epoch, points, *rest)
+
+    module.buffer.fill = spoilt  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="off by 9.9"):
+        trainer.fit(module)
+
+
+# ------------------------------------------------------------ rewards and losses that are not numbers
+
+
+def test_samples_without_a_score_are_survived_and_teach_nothing(prepared: Callable[..., Run]):
+    run = prepared("algo=grpo", "batch.group_size=4")
+    run.recipe.scorer.objective = Reward(lambda seen: seen == 1)
+    module = run.fit()
+    per_sample = len(module.buffer.points.x) // 8
+    advantage = module.buffer.points.advantage.reshape(8, per_sample)
+    assert (advantage[1] == 0).all()
+    assert (advantage[0] != 0).any()
+    assert module.stats["reward_nan_fraction"] == pytest.approx(1 / 8)
+    assert all(p.isfinite().all() for p in module.live.trained().values())
+
+
+def test_a_reward_that_scores_nothing_stops_the_run_in_a_sentence(prepared: Callable[..., Run]):
+    run = prepared()
+    run.recipe.scorer.objective = Reward(lambda seen: True)
+    with pytest.raises(RuntimeError, match="not a single picture of this epoch could be scored"):
+        run.fit()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_in_a_sentence(prepared: Callable[..., Run]):
+    run = prepared()
+    loss = run.recipe.algorithm.loss
+
+    def spoilt(p: Any, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, metrics = loss(p, v)
+        return losses + torch.tensor([0.0, torch.inf, 0.0]), metrics
+
+    run.recipe.algorithm.loss = spoilt  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=r"the loss of 1 of 3 points is not finite \(first: sigma 0\.\d+|1\.0"):
+        run.fit()
+
+
+# ------------------------------------------------------------ copies and counts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [
+        (("algo=grpo",), set()),
+        (("algo=grpo", "algo.kl_beta=0.04"), {"reference"}),
+        (("algo=nft", "algo.kl_beta=0"), {"old"}),
+        (("algo=nft", "evaluation.weights=ema"), {"old", "reference", "ema"}),
+    ],
+)
+def test_only_copies_that_somebody_consults_are_made(prepared: Callable[..., Run], overrides: Any, copies: set[str]):
+    module, _ = prepared(*overrides).build()
+    module.configure_model()
+    assert set(module.live.copies) == copies
+
+
+def test_an_algorithm_without_its_copies_rule_is_refused(prepared: Callable[..., Run]):
+    module, _ = prepared("algo=nft", "frozen.old=null").build()
+    with pytest.raises(ValueError, match=r"consults \['old'\], but `frozen` does not say"):
+        module.configure_model()
+
+
+@pytest.mark.parametrize("algo", ["grpo", "nft"])
+def test_the_network_is_called_as_often_as_counted_and_frozen_copies_once_an_epoch(
+    prepared: Callable[..., Run], algo: str
+):
+    run = prepared(f"algo={algo}", "algo.kl_beta=0.01", "batch.passes=2")
+    forward, rows = run.recipe.model.forward, {"grad": 0, "no_grad": 0}
+
+    def counted(x: Tensor, t: Tensor, branch: Any) -> Tensor:
+        rows["grad" if torch.is_grad_enabled() else "no_grad"] += len(x)
+        return forward(x, t, branch)
+
+    run.recipe.model.forward = counted  # type: ignore[method-assign]
+    module = run.fit()
+    points, copies = 4 * 3, {"grpo": 1, "nft": 2}[algo]
+    assert rows["grad"] == module.counts["train"] == 2 * points  # two passes
+    assert module.counts["rollout"] == 4 * 4
+    assert module.counts["frozen"] == copies * points  # whatever the number of passes
+    assert rows["no_grad"] == module.counts["rollout"] + module.counts["frozen"]
+    assert module.counts["samples"] == 4
+
+
+def test_optimiser_steps_follow_the_plan_and_the_old_policy_follows_them(prepared: Callable[..., Run]):
+    run = prepared("algo=nft", "algo.kl_beta=0", "optimizer.lr=0.01")
+    module, trainer = run.build()
+    module.configure_model()
+    start = {name: p.detach().clone() for name, p in module.live.trained().items()}
+    trainer.fit(module)
+    assert trainer.global_step == 2
+    decay = run.recipe.frozen["old"].decay(2)
+    assert 0 < decay < 1
+    moved = 0.0
+    for name, live in module.live.trained().items():
+        old = module.live.copies["old"][name.replace(".", "/")]
+        assert torch.allclose(old, decay * start[name] + (1 - decay) * live, atol=1e-7)
+        moved = max(moved, float((old - live).abs().max()))
+    assert moved > 1e-6
+
+
+def test_training_moves_the_trained_weights_and_nothing_else(prepared: Callable[..., Run]):
+    run = prepared("algo=grpo")
+    module, trainer = run.build()
+    module.configure_model()
+    before = {name: p.detach().clone() for name, p in module.live.named_parameters()}
+    trainer.fit(module)
+    moved = {name for name, p in module.live.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all("lora" in name for name in moved)
+
+
+def test_accumulation_set_by_hand_is_refused(prepared: Callable[..., Run]):
+    module, trainer = prepared().build()
+    trainer.accumulate_grad_batches = 1
+    with pytest.raises(ValueError, match=r"follows from the batch plan \(2\)"):
+        trainer.fit(module)
+
+
+def test_a_picture_size_that_the_model_cannot_make_is_refused_before_training(prepared: Callable[..., Run]):
+    from flowalign.collect import Size
+
+    run = prepared()
+    run.recipe.eval_size = Size(70, 64)
+    with pytest.raises(ValueError, match="cannot make pictures of 70×64"):
+        run.build()
+
+
+# ------------------------------------------------------------ evaluation
+
+
+def test_an_evaluation_reports_every_measure_and_every_category(prepared: Callable[..., Run]):
+    run = prepared("evaluation.num_val=8")
+    module, trainer = run.build()
+    metrics = trainer.validate(module, verbose=False)[0]
+    tags = {p.metadata["tag"] for p in module.eval_prompts["val"]}
+    assert len(tags) == 4
+    for name in ("reward", "strict", "quality"):
+        by_tag = [metrics[f"val/{name}/{tag}"] for tag in tags]
+        assert metrics[f"val/{name}"] == pytest.approx(sum(by_tag) / 4, abs=1e-6)  # equal shares
+    assert module.shown["val"].images.shape == (2, 3, 64, 64)
+
+
+def test_an_evaluation_is_the_same_twice_and_in_batches_of_any_size(prepared: Callable[..., Run]):
+    found = []
+    for size in (4, 3):
+        module, trainer = prepared(f"evaluation.sampling.batch_size={size}").build()
+        found += [trainer.validate(module, verbose=False)[0] for _ in range(2)]
+    for metrics in found[1:]:
+        assert metrics == pytest.approx(found[0], abs=1e-4)
+
+
+def test_the_average_is_judged_where_it_is_asked_for(prepared: Callable[..., Run]):
+    run = prepared("evaluation.weights=ema", "optimizer.lr=0.05")
+    module = run.fit()
+    held = {name: p.detach().clone() for name, p in module.live.trained().items()}
+    averaged = run.trainer.validate(module, verbose=False)[0]
+    assert all(torch.equal(held[name], p) for name, p in module.live.trained().items())
+    module.live.copy_into_live("ema")
+    run.recipe.evaluation = replace(run.recipe.evaluation, weights="live")
+    assert run.trainer.validate(module, verbose=False)[0] == pytest.approx(averaged, abs=1e-6)

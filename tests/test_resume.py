@@ -1,0 +1,123 @@
+"""Interrupted equals uninterrupted, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import pytest
+import torch
+
+from flowalign.run import build_recipe, build_trainer, plan_accumulation
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+    from omegaconf import DictConfig
+
+    from flowalign.module import AlignModule
+
+Fit = tuple["AlignModule", "Trainer", dict[str, float]]
+
+
+class KilledError(Exception):
+    """What happens to jobs."""
+
+
+class Kill(lightning.Callback):
+    """Ends the process at the start of the second epoch."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise KilledError
+
+
+@pytest.fixture
+def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Fit]:
+    """A new process in all but name: other global random numbers, a fresh module."""
+
+    def run(folder: str, *overrides: str, seed: int, resume: Path | None = None, kill: bool = False) -> Fit:
+        from flowalign.module import AlignModule
+
+        torch.manual_seed(seed)
+        cfg = tiny("callbacks=checkpoint", f"paths.output_dir={tmp_path / folder}", "trainer.max_epochs=2", *overrides)
+        recipe = build_recipe(cfg)
+        module = AlignModule(recipe)
+        trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
+        trainer.callbacks.extend([Kill()] if kill else [])
+        trainer.fit(module, ckpt_path=resume)
+        return module, trainer, trainer.validate(module, verbose=False)[0]
+
+    return run
+
+
+def tensors(node: Any, name: str = "") -> dict[str, Any]:
+    """Everything in a nest of dicts and lists, by its place."""
+    if isinstance(node, dict):
+        return {k: v for key, child in node.items() for k, v in tensors(child, f"{name}/{key}").items()}
+    if isinstance(node, (list, tuple)):
+        return {k: v for i, child in enumerate(node) for k, v in tensors(child, f"{name}/{i}").items()}
+    return {name: node}
+
+
+def differing(one: Any, other: Any) -> list[str]:
+    a, b = tensors(one), tensors(other)
+    assert a.keys() == b.keys()
+    return [k for k in a if not (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k])]
+
+
+RECIPES = {
+    "grpo": ("algo=grpo", "algo.kl_beta=0.04", "steps=random", "steps.num=3"),
+    "nft": ("algo=nft", "dynamics=cps"),
+}
+COMMON = ("evaluation.weights=ema", "schedule.kind=cosine", "optimizer.lr=0.003")
+
+
+@pytest.mark.parametrize(
+    ("algo", "tune"),
+    [
+        ("grpo", "lora"),
+        ("nft", "full"),
+        pytest.param("grpo", "full", marks=pytest.mark.slow),
+        pytest.param("nft", "lora", marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupted_run_equals_the_uninterrupted_one(fit: Callable[..., Fit], tmp_path: Path, algo: str, tune: str):
+    overrides = (*RECIPES[algo], f"tune={tune}", *COMMON)
+    straight, trainer, metrics = fit("straight", *overrides, seed=1)
+    with pytest.raises(KilledError):
+        fit("killed", *overrides, seed=2, kill=True)
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    halfway = torch.load(last, weights_only=True)["state_dict"]
+    resumed, other, found = fit("killed", *overrides, seed=3, resume=last)
+
+    assert differing(straight.state_dict(), resumed.state_dict()) == []
+    assert differing(trainer.optimizers[0].state_dict(), other.optimizers[0].state_dict()) == []
+    assert trainer.global_step == other.global_step == 4
+    assert metrics == found
+    assert straight.counts["rollout"] == resumed.counts["rollout"]
+    copies = {"grpo": {"reference", "ema"}, "nft": {"old", "reference", "ema"}}[algo]
+    assert set(straight.live.copies) == copies
+    changed = differing(straight.state_dict(), halfway)  # the second epoch did something, to the copies as well
+    assert {name.split(".")[2] for name in changed if ".copies." in name} == copies - {"reference"}
+
+
+def test_a_checkpoint_holds_what_is_trained_and_not_the_base(fit: Callable[..., Fit], tmp_path: Path):
+    module, _, _ = fit("run", "algo=nft", "trainer.max_epochs=1", seed=1)
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    held = torch.load(path, weights_only=True)
+    assert all("lora" in key for key in held["state_dict"])
+    trained, base = module.live.numbers()["trained"], module.live.numbers()["parameters"]
+    assert sum(t.numel() for t in held["state_dict"].values()) == 3 * trained  # live, old, reference
+    assert held["flowalign"]["config"]["algo"]["_target_"].endswith("NFT")
+    assert {p.name for p in path.parent.iterdir()} == {"last.ckpt", "best_epoch000.ckpt"}
+    assert trained < base
+
+
+def test_a_checkpoint_of_another_kind_of_run_is_refused_in_a_sentence(fit: Callable[..., Fit], tmp_path: Path):
+    fit("run", "algo=nft", "trainer.max_epochs=1", seed=1)
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    for other in ("tune=full", "tune.rank=8", "algo.kl_beta=0"):
+        with pytest.raises(ValueError, match=r"does not fit this run .*another tune, rank, model"):
+            fit("other", "algo=nft", other, seed=2, resume=last)
