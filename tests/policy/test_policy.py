@@ -1,0 +1,184 @@
+"""The live network and its frozen copies: exchanged and restored to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flowalign.policy import Full, Lora, Policy
+from flowalign.policy.follow import Average, Follow
+
+TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+
+
+def outputs(transformer: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        return transformer(
+            hidden_states=torch.randn(2, 4, 16, 16, generator=generator),
+            timestep=torch.tensor([900.0, 100.0]),
+            encoder_hidden_states=torch.randn(2, 5, 64, generator=generator),
+            pooled_projections=torch.randn(2, 64, generator=generator),
+            return_dict=False,
+        )[0]
+
+
+def tuned(transformer: nn.Module, kind: str, *copies: str) -> Policy:
+    tune = Lora(rank=4, alpha=8) if kind == "lora" else Full()
+    return Policy({"transformer": transformer}, tune, TARGETS, copies)
+
+
+def move(policy: Policy, by: float = 0.1) -> None:
+    """As an optimiser would: every trained parameter, differently."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in policy.trained().values():
+            parameter += by * torch.randn(parameter.shape, generator=generator)
+
+
+def weights(policy: Policy) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_adapters_start_at_the_base_bit_for_bit(transformer: Any):
+    base = outputs(transformer)
+    policy = tuned(transformer, "lora")
+    assert torch.equal(outputs(transformer), base)
+    move(policy)
+    assert not torch.equal(outputs(transformer), base)
+
+
+def test_adapters_start_equal_whatever_was_drawn_before(transformer: Any):
+    from copy import deepcopy
+
+    other = deepcopy(transformer)
+    one = tuned(transformer, "lora")
+    torch.manual_seed(12345)
+    state = torch.get_rng_state()
+    two = tuned(other, "lora")
+    assert same(dict(one.trained()), dict(two.trained()))
+    assert torch.equal(torch.get_rng_state(), state)  # and leave the global generator as it was
+
+
+def test_adapters_train_a_few_parameters_and_full_tuning_all(transformer: Any):
+    before = sum(p.numel() for p in transformer.parameters())
+    policy = tuned(transformer, "lora")
+    assert 0 < policy.numbers()["trained"] < before
+    assert all("lora" in name for name in policy.trained())
+    everything = tuned(transformer, "full")
+    assert everything.numbers()["trained"] == everything.numbers()["parameters"] > before
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_copy_holds_the_trained_parameters_only(transformer: Any, kind: str):
+    policy = tuned(transformer, kind, "old", "reference")
+    for copy in policy.copies.values():
+        assert sum(p.numel() for p in copy.parameters()) == policy.numbers()["trained"]
+        assert not any(p.requires_grad for p in copy.parameters())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_inside_use_the_network_is_the_copy_and_afterwards_itself(transformer: Any, kind: str):
+    policy = tuned(transformer, kind, "reference")
+    start = outputs(transformer)
+    move(policy)
+    moved, held = outputs(transformer), weights(policy)
+    identities = [id(p) for p in policy.parameters()]
+    with policy.use("reference"):
+        assert torch.equal(outputs(transformer), start)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(outputs(transformer), moved)
+    assert same(weights(policy), held)
+    assert [id(p) for p in policy.parameters()] == identities
+
+
+def test_an_exception_inside_use_restores_the_weights(transformer: Any):
+    policy = tuned(transformer, "lora", "old")
+    move(policy)
+    held = weights(policy)
+    with pytest.raises(KeyError), policy.use("old"):
+        raise KeyError
+    assert same(weights(policy), held)
+    with policy.use("old"):  # and the policy can be used again
+        pass
+
+
+def test_use_of_nothing_is_the_live_network(transformer: Any):
+    policy = tuned(transformer, "lora", "old")
+    move(policy)
+    moved = outputs(transformer)
+    with policy.use(None):
+        assert torch.equal(outputs(transformer), moved)
+
+
+def test_nested_use_is_refused_and_leaves_no_trace(transformer: Any):
+    policy = tuned(transformer, "lora", "old", "reference")
+    move(policy)
+    held = weights(policy)
+    sentence = "'old' is in use; copies cannot be nested"
+    with pytest.raises(RuntimeError, match=sentence), policy.use("old"), policy.use("reference"):
+        pass
+    assert same(weights(policy), held)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.9, 1.0])
+def test_a_copy_follows_by_exactly_its_decay(transformer: Any, decay: float):
+    policy = tuned(transformer, "full", "old")
+    start = {name: p.detach().clone() for name, p in policy.trained().items()}
+    move(policy)
+    policy.follow("old", decay)
+    for name, live in policy.trained().items():
+        copy = policy.copies["old"][name.replace(".", "/")]
+        expected = decay * start[name] + (1 - decay) * live
+        assert torch.allclose(copy, expected, atol=1e-6)
+        if decay in (0.0, 1.0):
+            assert torch.equal(copy, live.detach() if decay == 0 else start[name])
+
+
+def test_copy_into_live_makes_the_copy_the_network(transformer: Any):
+    policy = tuned(transformer, "lora", "old")
+    start = outputs(transformer)
+    move(policy)
+    policy.copy_into_live("old")
+    assert torch.equal(outputs(transformer), start)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_kept_keys_are_what_is_trained_and_the_copies(transformer: Any, kind: str):
+    policy = tuned(transformer, kind, "old")
+    kept = policy.kept_keys()
+    assert kept <= policy.state_dict().keys()
+    assert len(kept) == 2 * len(policy.trained())
+    if kind == "lora":
+        assert all("lora" in key for key in kept)
+
+
+def test_the_kept_keys_alone_restore_a_policy(transformer: Any):
+    from copy import deepcopy
+
+    fresh = tuned(deepcopy(transformer), "lora", "old")
+    policy = tuned(transformer, "lora", "old")
+    move(policy)
+    policy.follow("old", 0.5)
+    held = {key: policy.state_dict()[key] for key in policy.kept_keys()}
+    fresh.load_state_dict(held, strict=False)
+    assert same(weights(fresh), weights(policy))
+
+
+def test_the_average_for_evaluation_forgets_faster_at_the_start():
+    average = Average(cap=0.9)
+    assert [round(average(k), 3) for k in (0, 1, 8, 1000)] == [0.1, 0.182, 0.5, 0.9]
+    assert Follow(average).every == "rollout"
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [({"rank": 0}, "at least 1"), ({"dropout": 0.1}, "must be 0")])
+def test_adapters_that_cannot_learn_are_refused(arguments: dict[str, Any], sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        Lora(**arguments)

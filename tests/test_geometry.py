@@ -1,0 +1,81 @@
+"""The batch plan: what follows from four numbers, and the nearest plan where they do not fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowalign.geometry import Batch, Geometry, nearest_divisor
+
+CASES = [
+    # prompts, group, micro, updates, passes, points, ranks → accumulate, steps and batches an epoch, local samples
+    ((16, 12, 96, 2, 1, 9, 1), (9, 2, 18, 192)),
+    ((2, 2, 3, 2, 1, 3, 1), (2, 2, 4, 4)),
+    ((4, 8, 16, 1, 3, 2, 2), (2, 3, 6, 16)),
+    ((48, 24, 9, 2, 1, 9, 8), (72, 2, 144, 144)),
+    ((3, 4, 2, 3, 2, 1, 2), (1, 6, 6, 6)),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), CASES)
+def test_the_plan_follows_from_the_numbers(given: tuple[int, ...], expected: tuple[int, ...]):
+    prompts, group, micro, updates, passes, points, ranks = given
+    g = Geometry(Batch(prompts, group, micro, updates, passes), points, ranks)
+    assert (g.accumulate, g.steps_per_epoch, g.batches_per_epoch, g.samples_local) == expected
+    assert g.batches_per_epoch * micro * ranks == g.samples * points * passes  # every point, once a pass
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
+def test_samples_are_dealt_round_robin(ranks: int):
+    g = Geometry(Batch(prompts=3, group_size=4, micro=1), 1, ranks)
+    hands = [list(g.local_samples(rank)) for rank in range(ranks)]
+    assert sorted(sample for hand in hands for sample in hand) == list(range(12))
+    assert len({len(hand) for hand in hands}) == 1
+    assert [hand[0] for hand in hands] == list(range(ranks))
+
+
+@pytest.mark.parametrize(
+    ("batch", "points", "ranks", "sentence"),
+    [
+        (Batch(3, 5, 1), 1, 2, r"3 prompts × 5 = 15 samples cannot be dealt to 2 ranks: use batch.prompts=4"),
+        (
+            Batch(4, 5, 1, updates=3),
+            1,
+            1,
+            r"20 samples .* batch.updates=3 equal parts: the nearest possible number is 4",
+        ),
+        (
+            Batch(16, 12, 100, updates=2),
+            9,
+            1,
+            r"864 training points .* batch.micro=100: the nearest possible number is 96",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_with_the_nearest(batch: Batch, points: int, ranks: int, sentence: str):
+    with pytest.raises(ValueError, match=sentence):
+        Geometry(batch, points, ranks)
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted", "nearest"), [(20, 3, 4), (864, 100, 96), (7, 5, 7), (12, 5, 6), (12, 1, 1)]
+)
+def test_the_nearest_divisor_is_the_larger_of_two(number: int, wanted: int, nearest: int):
+    assert nearest_divisor(number, wanted) == nearest
+
+
+@pytest.mark.parametrize("name", ["prompts", "micro", "updates", "passes"])
+def test_nothing_at_all_is_refused(name: str):
+    numbers = {"prompts": 2, "group_size": 2, "micro": 2, "updates": 1, "passes": 1}
+    with pytest.raises(ValueError, match=rf"batch\.{name} must be at least 1 \(got 0\)"):
+        Batch(**(numbers | {name: 0}))
+
+
+def test_a_group_of_one_is_refused_because_it_teaches_nothing():
+    with pytest.raises(ValueError, match="group_size=1 gives every advantage 0"):
+        Batch(prompts=4, group_size=1, micro=1)
+
+
+def test_the_table_says_the_plan_in_words():
+    table = Geometry(Batch(16, 12, 96, 2), 9, 1).table()
+    assert table["samples per epoch"] == "16 prompts × 12 = 192"
+    assert table["one optimiser step"] == "9 micro-batches × 96 points"
