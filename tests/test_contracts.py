@@ -1,0 +1,206 @@
+"""Every option of every group, found by looking: a newcomer's YAML is tested by existing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowalign.algorithms import Algorithm
+from flowalign.checks import ConfigError, check_signatures
+from flowalign.checks.signatures import locate
+from flowalign.compatibility import check_groups
+from flowalign.dynamics import ODE, Dynamics, FlowSDE
+from flowalign.flow import interpolate
+from flowalign.run import build_recipe, build_trainer, instantiate, plan_accumulation
+from flowalign.types import Point
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/**/*.yaml"))
+ALGORITHMS = [option.removeprefix("algo/") for option in OPTIONS if option.startswith("algo/")]
+DYNAMICS = [option.removeprefix("dynamics/") for option in OPTIONS if option.startswith("dynamics/")]
+EXTRAS = {"hparams_search/optuna": "hydra_plugins.hydra_optuna_sweeper"}
+"""Options that compose only with an extra of the package."""
+
+
+def refused(cfg: DictConfig) -> str:
+    """What check_groups says against a config, or nothing."""
+    try:
+        check_groups(cfg)
+    except ConfigError as refusal:
+        return str(refusal)
+    return ""
+
+
+def installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_its_classes_accept_what_it_says(compose: Callable[..., DictConfig], option: str):
+    if option in EXTRAS and not installed(EXTRAS[option]):
+        pytest.skip(f"{option} needs {EXTRAS[option]}")
+    group, _, name = option.rpartition("/")
+    cfg = compose(f"{group}='{name}'", paths=group != "paths")  # quoted, since 64 would be a number
+    if group == "paths":
+        cfg.paths.output_dir = "outputs"
+    if refusal := refused(cfg):  # with the default of another group; the grid below has every pair
+        assert "use " in refusal
+    check_signatures(cfg)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_the_configs_at_the_top_compose(compose: Callable[..., DictConfig], name: str):
+    check_signatures(compose(name=name, paths=name == "train"))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_leaf_is_small_and_says_what_it_is(option: str):
+    text = (CONF / f"{option}.yaml").read_text()
+    assert len(text.splitlines()) <= 40
+    assert text.endswith("\n")
+    assert "/home/" not in text
+
+
+# ------------------------------------------------------------ algorithms and dynamics
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_pair_trains_an_epoch_or_is_refused_with_one_that_would(
+    tiny: Callable[..., DictConfig], algo: str, dynamics: str
+):
+    from flowalign.module import AlignModule
+
+    cfg = tiny(f"algo={algo}", f"dynamics={dynamics}", "trainer.check_val_every_n_epoch=9")
+    if refusal := refused(cfg):
+        advised = re.findall(r"(algo|dynamics)=(\w+)(?=, or |\.)", refusal)
+        assert advised, refusal
+        for group, option in advised:
+            choice = {"algo": algo, "dynamics": dynamics} | {group: option}
+            check_groups(tiny(*(f"{key}={value}" for key, value in choice.items())))
+        return
+    recipe = build_recipe(cfg)
+    module = AlignModule(recipe)
+    trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
+    trainer.fit(module)
+    assert trainer.global_step == 2
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert all(parameter.isfinite().all() for parameter in module.live.trained().values())
+
+
+def test_a_choice_of_steps_goes_with_an_algorithm_that_replays_them(tiny: Callable[..., DictConfig]):
+    for option in (o.removeprefix("steps/") for o in OPTIONS if o.startswith("steps/")):
+        steps = instantiate(tiny("algo=grpo", f"steps={option}").steps)
+        plan = steps(0, 10)
+        assert len(plan.noisy) == 10
+        assert plan.trained
+        assert all(plan.noisy[i] for i in plan.trained)
+        assert steps(0, 10) == plan
+
+
+@pytest.fixture(params=ALGORITHMS)
+def algorithm(request: pytest.FixtureRequest, tiny: Callable[..., DictConfig]) -> Algorithm:
+    """Without a penalty, which is a gradient of its own."""
+    return instantiate(tiny(f"algo={request.param}", "algo.kl_beta=0").algo)
+
+
+def point(algorithm: Algorithm, v: Tensor, advantage: Tensor) -> Point:
+    """A point that the policy v has made itself, of the kind that the algorithm trains on."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return torch.randn(v.shape, generator=generator)
+
+    sigma = torch.linspace(0.9, 0.3, len(v))
+    frozen = {"old": v.detach().clone(), "reference": v.detach().clone()}
+    if algorithm.point == "noised":
+        x0, eps = draw(), draw()
+        return Point(interpolate(x0, eps, sigma), sigma, advantage, x0=x0, eps=eps, frozen=frozen)
+    dynamics = getattr(algorithm, "dynamics", FlowSDE())
+    x, sigma_next, sigma_max = draw(), sigma - 0.1, torch.full_like(sigma, 0.95)
+    x_next, mean, std = dynamics.step(x, v.detach(), sigma, sigma_next, sigma_max, draw())
+    log_prob = dynamics.log_prob(x_next, mean, std)
+    recorded = {"x_next": x_next, "sigma_next": sigma_next, "sigma_max": sigma_max, "log_prob": log_prob, "mean": mean}
+    return Point(x, sigma, advantage, **recorded, frozen=frozen)
+
+
+def velocities(number: int = 5) -> Tensor:
+    return torch.randn(number, 3, 4, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_loss_is_finite_and_one_number_a_sample_wherever_the_policy_went(algorithm: Algorithm):
+    v = velocities()
+    p = point(algorithm, v, torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]))
+    for live in (v, v + 0.1 * velocities().flip(0), 0 * v):
+        loss, metrics = algorithm.loss(p, live)
+        assert loss.shape == (5,)
+        assert loss.isfinite().all()
+        for name, value in metrics.items():
+            assert value.shape == (5,), name
+            assert value.isfinite().all(), name
+            assert not value.requires_grad, name
+
+
+def test_on_policy_no_advantage_is_no_gradient_and_an_advantage_is_one(algorithm: Algorithm):
+    for advantage, moves in ((torch.zeros(5), False), (torch.ones(5), True)):
+        v = velocities().requires_grad_()
+        algorithm.loss(point(algorithm, v, advantage), v)[0].sum().backward()
+        assert v.grad is not None
+        assert bool(v.grad.abs().max() > 1e-5) is moves
+
+
+def test_samples_do_not_touch_each_other(algorithm: Algorithm):
+    v = velocities().requires_grad_()
+    algorithm.loss(point(algorithm, v, torch.ones(5)), v)[0][2].backward()
+    assert v.grad is not None
+    assert v.grad[2].abs().max() > 0
+    assert v.grad[[0, 1, 3, 4]].abs().max() == 0
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS)
+def test_without_noise_every_dynamics_is_the_ode(tiny: Callable[..., DictConfig], dynamics: str):
+    cfg = tiny(f"dynamics={dynamics}")
+    if "eta" not in cfg.dynamics:
+        assert not locate(cfg.dynamics["_target_"]).stochastic
+        return
+    x, v = velocities(), velocities().flip(0)
+    sigma, sigma_next = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.1]), torch.tensor([0.9, 0.7, 0.5, 0.1, 0.0])
+    euler, _ = ODE().moments(x, v, sigma, sigma_next)
+
+    def distance(eta: float) -> tuple[float, float]:
+        noisy: Dynamics = locate(cfg.dynamics["_target_"])(eta=eta)
+        mean, std = noisy.moments(x, v, sigma, sigma_next, torch.tensor(0.9))
+        return float((mean - euler).abs().max()), float(std.abs().max())
+
+    mean_gap, std = distance(1e-3)
+    assert mean_gap < 1e-4
+    assert 0 < std < 1e-2
+    assert distance(0.5)[0] > 1e-2
+    assert not locate(cfg.dynamics["_target_"])(eta=0.0).stochastic
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("dynamics=flow_sde", "algo=grpo", "dynamics.eta=0"), r"dynamics.eta=0 .* use dynamics.eta=0.7, or algo=nft"),
+        (("algo=grpo", "optimisation.guidance=3"), r"differs from rollout.guidance=1.0.*leave optimisation.guidance"),
+        (("batch.group_size=1",), r"gives every advantage 0.*use at least 2"),
+        (("algo=grpo", "algo.dynamics={_target_: flowalign.dynamics.CPS}"), r"leave it at \$\{dynamics\}"),
+    ],
+)
+def test_groups_that_contradict_each_other_are_refused(tiny: Callable[..., DictConfig], overrides: Any, sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        check_groups(tiny(*overrides))
