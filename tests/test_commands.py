@@ -1,0 +1,319 @@
+"""The commands as people type them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ROOT, TINY
+
+CATEGORIES = ("counting", "position", "single", "two")
+
+
+def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`python train.py …`, or a module with -m, in a process of its own."""
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return command("train.py", *TINY, f"hydra.run.dir={folder}", *words)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of one real command."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ("algo=nft", "dynamics=cps", "logger=[csv,tensorboard]", "optimizer.lr=0.01", "seed=3")
+    done = train(folder, *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """A command in this process, which is faster: exit code, stdout, stderr."""
+
+    def run(main: Callable[[], None], *words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["command", *words])
+        monkeypatch.chdir(ROOT)
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return run
+
+
+# ------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_leaves_its_config_its_checkpoints_and_its_pictures(trained: Path):
+    for name in ("config_tree.log", "summary.json", "before_after.png", ".hydra/config.yaml", "checkpoints/last.ckpt"):
+        assert (trained / name).is_file(), name
+    assert list((trained / "checkpoints").glob("best_epoch*.ckpt"))
+    assert not list((trained / "checkpoints").glob(".*"))  # nothing half written
+    assert (trained / "csv" / "metrics.csv").read_text().count("\n") > 1
+
+
+def test_the_summary_says_what_was_promised(trained: Path):
+    summary = json.loads((trained / "summary.json").read_text())
+    for phase in ("baseline", "final"):
+        for key in ("val/reward", "val/strict", "val/quality", "test/strict", "test/quality"):
+            assert 0 <= summary[phase][key] <= 1
+        for category in CATEGORIES:
+            assert f"test/strict/{category}" in summary[phase]
+    assert summary["epochs"] == 1
+    assert summary["samples"] == 4
+    assert summary["seed"] == 3
+    assert summary["wall_s"] >= summary["train_s"] > 0
+    calls = summary["network_calls"]
+    assert calls["rollout"] == 16
+    assert calls["frozen"] == 2 * 12  # old and reference
+    assert calls["train"] == 12
+    assert calls["total"] == sum(calls[name] for name in ("rollout", "frozen", "train", "evaluation"))
+    assert {"python", "torch", "lightning", "diffusers"} <= summary["versions"].keys()
+    commit = summary["git_commit"]
+    assert commit is None or len(commit.rstrip("+")) == 40
+
+
+def test_tensorboard_holds_the_fixed_names_and_pictures_of_start_and_end(trained: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard"), {"images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    expected = {"train/loss", "train/r", "train/v_drift", "rollout/reward_mean", "rollout/reward_within_std"}
+    expected |= {"rollout/zero_std_fraction", "rollout/reward_nan_fraction", "rollout/images_per_s"}
+    expected |= {"val/reward", "val/strict", "val/quality", "test/strict", *(f"val/strict/{c}" for c in CATEGORIES)}
+    missing = expected - set(tags["scalars"])
+    assert not missing
+    assert {event.step for event in events.Images("val/pictures")} == {0, 2}
+    assert "rollout/pictures" in tags["images"]
+
+
+# ------------------------------------------------------------ sample and export
+
+
+def test_sample_writes_a_picture_of_the_asked_size(trained: Path, tmp_path: Path, say: Callable[..., Any]):
+    from flowalign.cli import main
+
+    last, target = trained / "checkpoints" / "last.ckpt", tmp_path / "deep" / "picture.png"
+    words = (f"ckpt={last}", "prompt=two red circles = many", "steps=2", "num=2", f"to={target}")
+    code, out, _ = say(main, "sample", *words, "size=32")
+    assert code == 0
+    written = [Path(line) for line in out.split()]
+    assert [path.name for path in written] == ["picture_0.png", "picture_1.png"]
+    one, two = (np.asarray(Image.open(path)) for path in written)
+    assert one.shape == two.shape == (32, 32, 3)
+    assert (one != two).any()
+    say(main, "sample", *words, "size=32")
+    assert (np.asarray(Image.open(written[0])) == one).all()
+    code, out, _ = say(main, "sample", f"ckpt={last}", "prompt=a", "steps=1", f"to={target}", "weights=old")
+    assert Image.open(out.strip()).size == (64, 64)
+
+
+def picture(pipe: Any, steps: int = 3) -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    arguments = {"guidance_scale": 1.0, "height": 64, "width": 64, "max_sequence_length": 1, "output_type": "pt"}
+    return pipe("two red circles", num_inference_steps=steps, generator=generator, **arguments).images
+
+
+def plain_pipeline() -> Any:
+    from diffusers import StableDiffusion3Pipeline
+
+    folder = ROOT / "flowalign" / "assets" / "tiny_sd3"
+    return StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+
+
+def test_exported_adapters_are_the_trained_model_in_plain_diffusers(
+    trained: Path, tmp_path: Path, say: Callable[..., Any]
+):
+    from flowalign.cli import load, main
+
+    last = str(trained / "checkpoints" / "last.ckpt")
+    code, _, _ = say(main, "export", f"ckpt={last}", f"to={tmp_path}")
+    assert code == 0
+    config, model, _ = load(last, "live")
+    assert config["tune"]["alpha"] != config["tune"]["rank"]  # equal ones would hide a lost alpha
+    pipe = plain_pipeline()
+    base = picture(pipe)
+    pipe.load_lora_weights(tmp_path)
+    aligned = picture(pipe)
+    assert (aligned - picture(model.pipe)).abs().max() < 1e-5
+    assert (aligned - base).abs().max() > 1e-3
+    assert "load_lora_weights" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "flowalign.json").read_text())["weights"] == "live"
+
+
+def test_an_exported_transformer_is_the_trained_one(tiny: Callable[..., Any], tmp_path: Path, say: Callable[..., Any]):
+    from diffusers import SD3Transformer2DModel
+
+    from flowalign.cli import load, main
+    from flowalign.module import AlignModule
+    from flowalign.run import build_recipe, build_trainer, plan_accumulation
+
+    cfg = tiny("tune=full", "callbacks=checkpoint", "optimizer.lr=0.01")
+    recipe = build_recipe(cfg)
+    trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
+    trainer.fit(AlignModule(recipe))
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    code, _, _ = say(main, "export", f"ckpt={last}", f"to={tmp_path / 'export'}")
+    assert code == 0
+    loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "export" / "transformer").state_dict()
+    _, model, _ = load(last, "live")
+    live = recipe.model.pipe.transformer.state_dict()
+    for name, tensor in model.pipe.transformer.state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+        assert torch.equal(live[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("sample", "prompt=a"), "flowalign sample needs ckpt=…"),
+        (("sample", "ckpt=nowhere.ckpt", "prompt=a"), "ckpt=nowhere.ckpt does not exist"),
+        (("sample", "ckpt={last}", "prompt=a", "stepz=3"), "did you mean steps=…?"),
+        (("sample", "ckpt={last}", "prompt=a", "steps=few"), "steps takes a int, and not 'few'"),
+        (("sample", "ckpt={last}", "prompt=a", "size=70"), "the nearest is 72×72"),
+        (("export", "ckpt={last}", "to=x", "weights=ema"), "the checkpoint holds live, old, reference"),
+        (("exports",), "there is no command 'exports'"),
+    ],
+)
+def test_a_mistaken_command_ends_with_one_sentence(
+    trained: Path, say: Callable[..., Any], words: tuple[str, ...], sentence: str
+):
+    from flowalign.cli import main
+
+    last = str(trained / "checkpoints" / "last.ckpt")
+    code, _, err = say(main, *(word.replace("{last}", last) for word in words))
+    assert code == 2
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+# ------------------------------------------------------------ wrong input of train.py
+
+WRONG = [
+    (("algo=ntf",), "nft"),
+    (("algo.kl_bta=0.1",), "kl_beta"),
+    (("algo.kl_beta=abc",), "expected a float"),
+    (("algo=grpo", "dynamics=ode"), "use dynamics=flow_sde, or algo=nft"),
+    (("batch.group_size=1",), "use at least 2"),
+    (("rolout.num_steps=3",), "rollout"),
+    (("dynamics.eta=0.3,0.7", "dynamics=cps"), "add -m"),
+    (("algo=grpo", "optimisation.guidance=4"), "rollout.guidance"),
+    (("algo.adv_mode=some",), "adv_mode"),
+]
+"""Mistakes that the config alone shows."""
+LATE = [
+    (("ckpt_path=nowhere.ckpt",), "ckpt_path=nowhere.ckpt does not exist"),
+    (("dynamics=cps", "dynamics.eta=1.5"), "dynamics: CPS needs eta in [0, 1]"),
+    (("model.pretrained=tiny_sd4",), "tiny_sd4 is neither a folder"),
+    (("batch.micro=7",), "the nearest possible number is"),
+    (("optimized_metric=val/rewad", "test=false"), "optimized_metric=val/rewad was not measured"),
+    (("data.val.path=nowhere.jsonl",), "there is no prompt file nowhere.jsonl; embedded ones are shapes/test.jsonl"),
+    (("resolution.eval.height=70",), "the nearest is 72×64"),
+    (("model.dtyp=float16",), "dtyp"),
+]
+"""Mistakes that a class sees when it is made."""
+
+
+@pytest.mark.parametrize(("words", "hint"), WRONG, ids=[" ".join(words) for words, _ in WRONG])
+def test_a_mistake_in_the_config_ends_with_one_sentence_and_code_2(
+    say: Callable[..., Any], words: tuple[str, ...], hint: str
+):
+    from flowalign.run import main
+
+    code, _, err = say(main, *words)
+    assert code == 2
+    assert hint in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "hint"), WRONG + LATE, ids=[" ".join(words) for words, _ in WRONG + LATE])
+def test_a_mistake_ends_the_real_command_with_code_2_and_no_trace(tmp_path: Path, words: tuple[str, ...], hint: str):
+    done = train(tmp_path, *words)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said[-2000:]
+    assert hint in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_mistake_that_a_class_sees_is_told_in_its_words(tiny: Callable[..., Any]):
+    from flowalign.checks import ConfigError
+    from flowalign.run import instantiate
+
+    with pytest.raises(ConfigError, match=r"^dynamics: CPS needs eta in \[0, 1\]"):
+        instantiate(tiny("dynamics=cps", "dynamics.eta=1.5").dynamics)
+    with pytest.raises(ConfigError, match="^model: .*dtyp"):
+        instantiate(tiny("+model.dtyp=float16").model)
+
+
+# ------------------------------------------------------------ more real commands
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_combination_in_its_own_folder(tmp_path: Path):
+    sweep = ("algo=grpo", "dynamics.eta=0.3,0.7", "algo.kl_beta=0,0.04", "trainer.fast_dev_run=true")
+    done = command("train.py", "-m", *TINY, *sweep, f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1", "2", "3"]
+    assert len(list(tmp_path.glob("*/summary.json"))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("tune=full",), ("debug=fdr",), ("debug=limit",), ("algo=grpo", "steps=random")])
+def test_other_commands_of_the_readme_finish(tmp_path: Path, words: tuple[str, ...]):
+    done = train(tmp_path, *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_resumed_command_goes_on_and_still_knows_its_baseline(trained: Path, tmp_path: Path):
+    last = trained / "checkpoints" / "last.ckpt"
+    words = ("algo=nft", "dynamics=cps", "optimizer.lr=0.01", "seed=3", "trainer.max_epochs=2", f"ckpt_path={last}")
+    done = train(tmp_path, *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (trained, tmp_path))
+    assert after["epochs"] == 2
+    assert after["samples"] == 8
+    assert after["baseline"] == before["baseline"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_judged_without_training(trained: Path, tmp_path: Path):
+    last = trained / "checkpoints" / "last.ckpt"
+    done = train(tmp_path, "train=false", "algo=nft", "dynamics=cps", f"ckpt_path={last}")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (trained, tmp_path))
+    assert after["final"] == pytest.approx(before["final"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_installed_commands_sample_and_export(trained: Path, tmp_path: Path):
+    last = trained / "checkpoints" / "last.ckpt"
+    done = command(
+        "-m", "flowalign.cli", "sample", f"ckpt={last}", "prompt=two red circles", f"to={tmp_path / 'a.png'}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "a.png").size == (64, 64)
+    done = command("-m", "flowalign.cli", "export", f"ckpt={last}", f"to={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "out").glob("*.safetensors"))
