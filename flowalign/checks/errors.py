@@ -10,7 +10,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Inside, a ValueError is a mistake of the user's and becomes a ConfigError; elsewhere it is a crash with its trace."""
+    """Inside, a ValueError is a mistake of the user's, a ConfigError; elsewhere it is a crash with its trace."""
     try:
         yield
     except ConfigError:

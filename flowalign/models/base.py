@@ -54,7 +54,7 @@ class FlowModel(ABC):
         max_sequence_length: int | None = None,
         absent: Sequence[str] = (),
     ) -> None:
-        """max_sequence_length counts text tokens (null = the pipeline's own default); `absent` components are not loaded."""
+        """max_sequence_length counts text tokens (null = the family's default); `absent` components are not loaded."""
         self.pretrained, self.revision = pretrained, revision
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)

@@ -65,7 +65,7 @@ def new_text_encoder(cfg: DictConfig) -> CLIPTextModelWithProjection:
 
 
 class Generator(nn.Module):
-    """Transformer and both text encoders as one trained thing; the text path is the pipeline's own, with one empty T5 token."""
+    """Transformer and both text encoders, trained as one; the text path is the pipeline's, with one empty T5 token."""
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()

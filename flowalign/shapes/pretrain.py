@@ -232,6 +232,7 @@ def stage_of(cfg: DictConfig, step: int) -> DictConfig:
 def package(cfg: DictConfig, folder: Path, model: Generator, vae: AutoencoderKL) -> None:
     """Phase 4. An ordinary StableDiffusion3Pipeline folder; the transformer in bfloat16."""
     tok = tokenizer.build()
+    vae.register_to_config(_name_or_path="")  # or the folder would name this machine's paths
     pipe = StableDiffusion3Pipeline(
         transformer=model.transformer.to(
             torch.bfloat16

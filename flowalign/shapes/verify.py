@@ -37,7 +37,7 @@ MIN_COVER = 0.45  # of the way from the background to the colour
 COLOUR_RADIUS = (
     0.22  # RGB distance of a thing's median colour; renders stay within 0.09, and two palette entries are 0.48 apart
 )
-FAINT = 0.2  # RGB distance from the background that the eye sees as an object, were it large enough
+FAINT = 0.15  # RGB distance from the background that the eye sees as an object, were it large enough
 HALO = 0.045  # in sides: what is faint within this distance of a thing is its soft edge
 MIN_AREA = 0.006  # of the picture; less is a speck (25 pixels at 64)
 MIN_READABLE = 0.011  # half of the smallest thing ever rendered
@@ -45,8 +45,8 @@ MAX_READABLE = 0.4  # more is a backdrop; the largest thing ever rendered covers
 MAX_STRETCH = 1.4  # between the sides of the bounding box, which is square for every shape
 MAX_HOLES = 0.04  # of the component's area
 EDGE = 2.0  # contrast of edges before shapes are compared, so that a soft edge is no other shape
-# Intersection over union with the best template: a hand-drawn circle is still a circle. A render keeps 0.1 more even when
-# blurred by a 3x3 box at 64.
+# Intersection over union with the best template: a hand-drawn circle is still a circle. A render keeps 0.1 more
+# even when blurred by a 3x3 box at 64.
 MIN_OVERLAP = {"circle": 0.83, "square": 0.79, "triangle": 0.75, "cross": 0.74}
 MIN_LEAD = 0.03  # over the second best
 

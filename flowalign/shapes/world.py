@@ -67,7 +67,7 @@ class Spec:
         return [w.format(*names, r=r) for w in _WORDINGS[self.kind] for r in words]
 
     def metadata(self) -> dict[str, Any]:
-        """GenEval's layout: counts per class and colour; a position refers to the include entry that it is relative to."""
+        """GenEval's layout: counts per class and colour; a position names the include entry that it is relative to."""
         entries: list[dict[str, Any]] = []
         for colour, shape in dict.fromkeys(self.things):
             entries.append({"class": shape, "color": colour, "count": self.things.count((colour, shape))})
@@ -93,7 +93,7 @@ class Spec:
             relation = related[0]["position"][0] if related else None
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(
-                "the shapes reward needs GenEval-style metadata (`tag` and `include` with class, color, count, position) "
+                "the shapes reward needs GenEval's metadata (`tag`; `include` with class, color, count, position) "
                 f"with every prompt, and got {metadata!r}"
             ) from error
         unknown = [thing for thing in things if thing not in THINGS]

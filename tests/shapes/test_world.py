@@ -53,7 +53,7 @@ def test_metadata_survives_the_prompt_file_s_extra_keys():
     ],
 )
 def test_metadata_of_another_world_is_refused(metadata):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="scenes world|metadata|relation|things|position"):
         Spec.from_metadata(metadata)
 
 
