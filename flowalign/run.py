@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,7 @@ def run(cfg: DictConfig) -> float | None:
     from flowalign.module import AlignModule
     from flowalign.summary import Summary, show_config, show_plan
 
+    quieten()
     torch.set_float32_matmul_precision("high")
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     folder = Path(cfg.paths.output_dir)
@@ -128,6 +130,16 @@ def run(cfg: DictConfig) -> float | None:
         summary.final(metrics)
     summary.write(trainer)
     return optimised(cfg, summary)
+
+
+def quieten() -> None:
+    """Leaves out what libraries say about themselves: advice, absent accelerators, absent torchvision."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.callbacks.model_checkpoint"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
