@@ -135,7 +135,7 @@ def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
     module = AlignModule(recipe)
     trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
     watch = stopwatch(module, repeats=3)
-    trainer.callbacks.append(watch)
+    trainer.callbacks.append(watch)  # type: ignore
     trainer.fit(module)
     actual, floor = median(watch.epochs[1:]), watch.floor.seconds()
     return Row(

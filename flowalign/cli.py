@@ -88,7 +88,7 @@ def export(ckpt: str, to: str, weights: str) -> None:
         model.save_lora(folder)
     else:
         for name, denoiser in policy.denoisers.items():
-            denoiser.save_pretrained(folder / name, safe_serialization=True)
+            denoiser.save_pretrained(folder / name, safe_serialization=True)  # type: ignore
     (folder / "flowalign.json").write_text(
         json.dumps({"base": model.pretrained, "weights": weights, "config": config}, indent=2, default=str)
     )

@@ -211,7 +211,7 @@ class AlignModule(LightningModule):
         """(n,) on every rank to (n · ranks,) in global sample order, which was dealt round-robin."""
         if self.trainer.world_size == 1:
             return local
-        return self.all_gather(local).T.flatten()
+        return self.all_gather(local).T.flatten()  # type: ignore
 
     def _precision(self) -> Any:
         # Hooks run without the precision context; without it, log-probabilities would differ from training_step's.
@@ -365,7 +365,7 @@ class AlignModule(LightningModule):
         self.evaluated_at = self.current_epoch
         for key, meter in self.meters.items():
             if key.startswith(f"{stage}/"):
-                self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")
+                self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")  # type: ignore
         if stage == "val":
             reward = self._meter("val/reward")
             self.log("hp/val_reward", reward, on_step=False, on_epoch=True, metric_attribute="meters.val/reward")

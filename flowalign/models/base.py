@@ -165,5 +165,5 @@ class FlowModel(ABC):
         for name, denoiser in self.denoisers().items():
             arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(denoiser)
             # Without this header alpha would come back as the rank.
-            arguments[f"{name}_lora_adapter_metadata"] = denoiser.peft_config["default"].to_dict()
+            arguments[f"{name}_lora_adapter_metadata"] = denoiser.peft_config["default"].to_dict()  # type: ignore
         type(self.pipe).save_lora_weights(str(folder), **arguments)

@@ -44,7 +44,7 @@ class Policy(nn.Module):
     def _pairs(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         copy = self.copies[name]
         live = self.trained()
-        return [p.data for p in live.values()], [copy[n.replace(".", "/")].data for n in live]
+        return [p.data for p in live.values()], [copy[n.replace(".", "/")].data for n in live]  # type: ignore
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:

@@ -44,13 +44,13 @@ class Lora:
         denoiser.requires_grad_(False)
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self.alpha,  # type: ignore
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
             target_modules=list(self.targets or targets),
         )
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)  # the same start whatever was drawn before, on every rank
-            denoiser.add_adapter(config)
+            denoiser.add_adapter(config)  # type: ignore
         for parameter in denoiser.parameters():
             if parameter.requires_grad:  # adapters learn in float32 also over a bfloat16 base
                 parameter.data = parameter.data.float()

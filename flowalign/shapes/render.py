@@ -79,7 +79,7 @@ def place(spec: Spec, rng: np.random.Generator) -> list[Placed]:
                 if _fits(item, placed):
                     placed.append(item)
                     break
-        if len(placed) == spec.count and (spec.relation is None or _related(*placed, spec.relation)):
+        if len(placed) == spec.count and (spec.relation is None or _related(*placed, spec.relation)):  # type: ignore
             return placed
 
 
