@@ -78,6 +78,8 @@ def build_recipe(cfg: DictConfig) -> Recipe:
 def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
     from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
 
+    # On purpose: what is trained has to be what made the rollouts, so nothing may behave differently.
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
     return instantiate(
         cfg.trainer,
         callbacks=[instantiate(node) for node in cfg.callbacks.values() if node is not None],

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, settled
 
 CATEGORIES = ("counting", "position", "single", "two")
 
@@ -25,7 +25,7 @@ def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return command("train.py", *TINY, f"hydra.run.dir={folder}", *words)
+    return command("train.py", *settled(*TINY, f"hydra.run.dir={folder}", *words))
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_a_mistake_that_a_class_sees_is_told_in_its_words(tiny: Callable[..., An
 @pytest.mark.slow
 def test_a_sweep_runs_every_combination_in_its_own_folder(tmp_path: Path):
     sweep = ("algo=grpo", "dynamics.eta=0.3,0.7", "algo.kl_beta=0,0.04", "trainer.fast_dev_run=true")
-    done = command("train.py", "-m", *TINY, *sweep, f"hydra.sweep.dir={tmp_path}")
+    done = command("train.py", "-m", *settled(*TINY, *sweep, f"hydra.sweep.dir={tmp_path}"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1", "2", "3"]
     assert len(list(tmp_path.glob("*/summary.json"))) == 4
