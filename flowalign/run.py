@@ -96,6 +96,7 @@ def run(cfg: DictConfig) -> float | None:
     import lightning
     import torch
 
+    from flowalign.callbacks.checkpoint_io import sweep
     from flowalign.module import AlignModule
     from flowalign.summary import Summary, show_config, show_plan
 
@@ -119,6 +120,7 @@ def run(cfg: DictConfig) -> float | None:
         optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
     else:
         log.info("resuming from %s", ckpt_path)
+        sweep(Path(ckpt_path).parent)  # what the killed run left half written
     if cfg.train:
         show_plan(trainer, module)
         trainer.fit(module, ckpt_path=ckpt_path)

@@ -122,7 +122,7 @@ class Summary:
         )
         for column in ("metric", "baseline", "final", "change"):
             table.add_column(column, justify="left" if column == "metric" else "right")
-        for key in sorted(before.keys() | after.keys()):
+        for key in sorted(before.keys() | after.keys(), key=_rank):
             cells = [f"{m[key]:.3f}" if key in m else "" for m in (before, after)]
             change = f"{after[key] - before[key]:+.3f}" if key in before and key in after else ""
             table.add_row(key, *cells, change)
@@ -138,6 +138,11 @@ class Summary:
                 soft_wrap=True,
             )
         _console.print("watch     tensorboard --logdir outputs")
+
+
+def _rank(key: str) -> tuple[bool, bool, str]:
+    """Test before validation, totals before their parts."""
+    return not key.startswith("test/"), key.count("/") > 1, key
 
 
 def _number(value: float) -> float | None:

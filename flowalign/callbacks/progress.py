@@ -71,5 +71,6 @@ class PhaseProgress(Callback):
                 shown.append(f"{name} {float(metrics[key]):.4g}")
         seconds = time.perf_counter() - self.began
         self.console.print(
-            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  {'  '.join(shown)}  ({seconds:.1f} s)"
+            f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  {'  '.join(shown)}  ({seconds:.1f} s)",
+            soft_wrap=True,
         )
