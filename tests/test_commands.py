@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.conftest import ROOT, TINY, settled
 
+WORDS = ("algo=nft", "algo.kl_beta=0.01", "dynamics=cps", "optimizer.lr=0.01", "seed=3")
 CATEGORIES = ("counting", "position", "single", "two")
 
 
@@ -32,8 +33,7 @@ def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of one real command."""
     folder = tmp_path_factory.mktemp("trained")
-    words = ("algo=nft", "dynamics=cps", "logger=[csv,tensorboard]", "optimizer.lr=0.01", "seed=3")
-    done = train(folder, *words)
+    done = train(folder, *WORDS, "logger=[csv,tensorboard]")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder
 
@@ -288,8 +288,7 @@ def test_other_commands_of_the_readme_finish(tmp_path: Path, words: tuple[str, .
 @pytest.mark.slow
 def test_a_resumed_command_goes_on_and_still_knows_its_baseline(trained: Path, tmp_path: Path):
     last = trained / "checkpoints" / "last.ckpt"
-    words = ("algo=nft", "dynamics=cps", "optimizer.lr=0.01", "seed=3", "trainer.max_epochs=2", f"ckpt_path={last}")
-    done = train(tmp_path, *words)
+    done = train(tmp_path, *WORDS, "trainer.max_epochs=2", f"ckpt_path={last}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     before, after = (json.loads((folder / "summary.json").read_text()) for folder in (trained, tmp_path))
     assert after["epochs"] == 2
@@ -300,7 +299,7 @@ def test_a_resumed_command_goes_on_and_still_knows_its_baseline(trained: Path, t
 @pytest.mark.slow
 def test_a_checkpoint_is_judged_without_training(trained: Path, tmp_path: Path):
     last = trained / "checkpoints" / "last.ckpt"
-    done = train(tmp_path, "train=false", "algo=nft", "dynamics=cps", f"ckpt_path={last}")
+    done = train(tmp_path, *WORDS, "train=false", f"ckpt_path={last}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     before, after = (json.loads((folder / "summary.json").read_text()) for folder in (trained, tmp_path))
     assert after["final"] == pytest.approx(before["final"], abs=1e-5)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,8 @@ from flowalign.checks.signatures import locate
 from flowalign.compatibility import check_groups
 from flowalign.dynamics import ODE, Dynamics, FlowSDE
 from flowalign.flow import interpolate
+from flowalign.geometry import Geometry
+from flowalign.module import points_per_sample
 from flowalign.run import build_recipe, build_trainer, instantiate, plan_accumulation
 from flowalign.types import Point
 
@@ -59,6 +62,23 @@ def test_every_option_composes_and_its_classes_accept_what_it_says(compose: Call
     if refusal := refused(cfg):  # with the default of another group; the grid below has every pair
         assert "use " in refusal
     check_signatures(cfg)
+
+
+SHAPING = [option for option in OPTIONS if option.startswith(("algo/", "steps/", "debug/", "experiment/"))]
+"""Options that say how many points there are, or how they are cut."""
+
+
+@pytest.mark.parametrize("option", SHAPING)
+def test_the_batch_plan_of_every_option_fits_with_every_algorithm(compose: Callable[..., DictConfig], option: str):
+    group, _, name = option.rpartition("/")
+    chosen = [()] if group in ("algo", "experiment") else [(f"algo={algo}",) for algo in ALGORITHMS]
+    for algo in chosen:
+        cfg = compose(*algo, f"{group}={name}")
+        if refused(cfg):
+            continue
+        parts = {part: instantiate(cfg[part]) for part in ("steps", "rollout", "optimisation", "batch")}
+        recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), **parts)
+        Geometry(recipe.batch, points_per_sample(recipe))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))

@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_a_sentence(prepared: Callabl
         (("algo=grpo",), set()),
         (("algo=grpo", "algo.kl_beta=0.04"), {"reference"}),
         (("algo=nft", "algo.kl_beta=0"), {"old"}),
-        (("algo=nft", "evaluation.weights=ema"), {"old", "reference", "ema"}),
+        (("algo=nft", "algo.kl_beta=0.01", "evaluation.weights=ema"), {"old", "reference", "ema"}),
     ],
 )
 def test_only_copies_that_somebody_consults_are_made(prepared: Callable[..., Run], overrides: Any, copies: set[str]):

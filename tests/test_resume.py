@@ -69,7 +69,7 @@ def differing(one: Any, other: Any) -> list[str]:
 
 RECIPES = {
     "grpo": ("algo=grpo", "algo.kl_beta=0.04", "steps=random", "steps.num=3"),
-    "nft": ("algo=nft", "dynamics=cps"),
+    "nft": ("algo=nft", "algo.kl_beta=0.01", "dynamics=cps"),
 }
 COMMON = ("evaluation.weights=ema", "schedule.kind=cosine", "optimizer.lr=0.003")
 
@@ -104,7 +104,7 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(fit: Callable[..., Fit]
 
 
 def test_a_checkpoint_holds_what_is_trained_and_not_the_base(fit: Callable[..., Fit], tmp_path: Path):
-    module, _, _ = fit("run", "algo=nft", "trainer.max_epochs=1", seed=1)
+    module, _, _ = fit("run", "algo=nft", "algo.kl_beta=0.01", "trainer.max_epochs=1", seed=1)
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     held = torch.load(path, weights_only=True)
     assert all("lora" in key for key in held["state_dict"])
@@ -116,8 +116,8 @@ def test_a_checkpoint_holds_what_is_trained_and_not_the_base(fit: Callable[..., 
 
 
 def test_a_checkpoint_of_another_kind_of_run_is_refused_in_a_sentence(fit: Callable[..., Fit], tmp_path: Path):
-    fit("run", "algo=nft", "trainer.max_epochs=1", seed=1)
+    fit("run", "algo=nft", "algo.kl_beta=0.01", "trainer.max_epochs=1", seed=1)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     for other in ("tune=full", "tune.rank=8", "algo.kl_beta=0"):
         with pytest.raises(ValueError, match=r"does not fit this run .*another tune, rank, model"):
-            fit("other", "algo=nft", other, seed=2, resume=last)
+            fit("other", "algo=nft", "algo.kl_beta=0.01", other, seed=2, resume=last)

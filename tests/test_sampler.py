@@ -133,10 +133,10 @@ def test_a_rollout_does_not_depend_on_its_batch_size(collected: Callable[..., Co
     small, large = collected(algo, 2).points, collected(algo, 8).points
     assert torch.equal(small.sigma, large.sigma)
     assert torch.equal(small.advantage, large.advantage)
-    assert torch.allclose(small.x, large.x, atol=1e-5)
+    assert torch.allclose(small.x, large.x, atol=5e-5)  # matrix products round differently with the batch
     if small.eps is not None:
         assert torch.equal(small.eps, large.eps)
-        assert torch.allclose(small.x0, large.x0, atol=1e-5)
+        assert torch.allclose(small.x0, large.x0, atol=5e-5)
     else:
         assert torch.allclose(small.log_prob, large.log_prob, atol=1e-5)
 

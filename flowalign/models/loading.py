@@ -23,16 +23,18 @@ def resolve(pretrained: str) -> str:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without diffusers' bar over the components of a pipeline, which would stand before every message of ours."""
-    from diffusers.utils import logging
+    """Without the libraries' bars over components and weights, which would stand before every message of ours."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for log in shown:
+            log.enable_progress_bar()
 
 
 def load_pipeline(
