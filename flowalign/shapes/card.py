@@ -62,12 +62,12 @@ def chance() -> dict[str, float]:
     return {"single": 1 / n, "two": 2 / (n * (n - 1)), "counting": 1 / (3 * n), "position": 1 / 4}
 
 
-def effort(run: Path, tag: str) -> tuple[int, float]:
+def effort(run: Path, tag: str, stop: int) -> tuple[int, float]:
     """Steps of a phase and the minutes that they took, from the run's TensorBoard files; pauses do not count."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = [e for f in run.glob("tensorboard/events*") for e in _scalars(EventAccumulator(str(f)).Reload(), tag)]
-    events.sort(key=lambda e: e[0])
+    events = sorted((e for e in events if e[1] <= stop), key=lambda e: e[0])
     gaps = [b - a for (a, _), (b, _) in zip(events, events[1:], strict=False)]
     return max(step for _, step in events), sum(g for g in gaps if g < 300) / 60
 
@@ -100,9 +100,9 @@ def choose_shift(pipe: StableDiffusion3Pipeline, number: int) -> dict[float, flo
 def main() -> None:
     run, folder = Path(sys.argv[1]), sys.argv[2]
     pipe = load(folder)
-    steps, minutes = effort(run, "generator/loss")
-    _, vae_minutes = effort(run, "vae/mse")
     cfg = OmegaConf.load(f"{CONF}/pretrain.yaml")
+    steps, minutes = effort(run, "generator/loss", cfg.train.stop)
+    _, vae_minutes = effort(run, "vae/mse", cfg.vae.steps)
     shift = pipe.scheduler.config.shift
     sizes = {
         name: sum(p.numel() for p in getattr(pipe, name).parameters())
@@ -110,7 +110,7 @@ def main() -> None:
     }
     shifts = choose_shift(pipe, 256)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    number = 512
+    number = 256
     text = f"""# tiny_sd3
 
 A miniature of Stable Diffusion 3, trained from nothing by flowalign on scenes that it renders itself: {len(COLOURS)} colours ×

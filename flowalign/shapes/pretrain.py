@@ -168,14 +168,14 @@ class GeneratorTraining:
 
     def run(self) -> Generator:
         train, losses, began = self.cfg.train, [], time.time()
-        for step in range(self.start, train.steps):
+        for step in range(self.start, train.stop):
             losses.append(self._step(step))
             if self.rank == 0 and (step + 1) % 50 == 0:
                 pace = len(losses) * train.batch / (time.time() - began)
                 self.board.add_scalar("generator/loss", np.mean(losses), step + 1)
-                log.info("step %d of %d: loss %.4f, %.0f images/s", step + 1, train.steps, np.mean(losses), pace)
+                log.info("step %d of %d: loss %.4f, %.0f images/s", step + 1, train.stop, np.mean(losses), pace)
                 losses, began = [], time.time()
-            if self.rank == 0 and ((step + 1) % train.eval_every == 0 or step + 1 == train.steps):
+            if self.rank == 0 and ((step + 1) % train.eval_every == 0 or step + 1 == train.stop):
                 scores = evaluate(self.cfg, self.averaged, self.vae, train.eval_number)
                 for name, value in scores.items():
                     self.board.add_scalar(f"generator/test_{name}", value, step + 1)
