@@ -17,7 +17,7 @@ from flowalign.shapes.pretrain import CONF
 from flowalign.shapes.verify import verify
 from flowalign.shapes.world import COLOURS, KINDS, SHAPES, THINGS, Spec, specs
 
-STEPS, GUIDANCE = (10, 20, 40), (1.0, 3.0)
+STEPS, GUIDANCE = (10, 20, 40), (1.0, 2.0)
 
 
 def load(folder: str) -> StableDiffusion3Pipeline:
