@@ -158,7 +158,7 @@ def show(rows: list[Row]) -> None:
         table.add_column(column, justify="left" if column == "workload" else "right")
     for row in rows:
         table.add_row(*(str(value) for value in asdict(row).values()))
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 def main() -> None:

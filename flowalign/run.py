@@ -95,6 +95,7 @@ def run(cfg: DictConfig) -> float | None:
     check_signatures(cfg)
     import lightning
     import torch
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from flowalign.callbacks.checkpoint_io import sweep
     from flowalign.module import AlignModule
@@ -122,7 +123,8 @@ def run(cfg: DictConfig) -> float | None:
         log.info("resuming from %s", ckpt_path)
         sweep(Path(ckpt_path).parent)  # what the killed run left half written
     if cfg.train:
-        show_plan(trainer, module)
+        # Not before: a resumed run has no baseline, and the plan is made when the trainer first sees the module.
+        trainer.callbacks.append(LambdaCallback(on_fit_start=show_plan))
         trainer.fit(module, ckpt_path=ckpt_path)
         summary.trained()
         if trainer.interrupted:

@@ -285,7 +285,6 @@ def test_other_commands_of_the_readme_finish(tmp_path: Path, words: tuple[str, .
     assert (tmp_path / "summary.json").is_file()
 
 
-@pytest.mark.slow
 def test_a_resumed_command_goes_on_and_still_knows_its_baseline(trained: Path, tmp_path: Path):
     last = trained / "checkpoints" / "last.ckpt"
     done = train(tmp_path, *WORDS, "trainer.max_epochs=2", f"ckpt_path={last}")

@@ -192,7 +192,7 @@ def test_optimiser_steps_follow_the_plan_and_the_old_policy_follows_them(prepare
     for name, live in module.live.trained().items():
         old = module.live.copies["old"][name.replace(".", "/")]
         assert torch.allclose(old, decay * start[name] + (1 - decay) * live, atol=1e-7)
-        moved = max(moved, float((old - live).abs().max()))
+        moved = max(moved, float((old - live.detach()).abs().max()))
     assert moved > 1e-6
 
 
