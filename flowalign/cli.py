@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
-from flowalign.run import instantiate
+from flowalign.run import instantiate, quieten
 
 if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
@@ -170,6 +170,7 @@ def main() -> None:
             words = [f"{k}=…" if v is REQUIRED else f"[{k}={v}]" for k, v in defaults.items()]
             print(f"flowalign {command} {' '.join(words)}\n    {(function.__doc__ or '').strip()}")
         return
+    quieten()
     try:
         if name not in COMMANDS:
             raise ValueError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}.")

@@ -101,7 +101,6 @@ def run(cfg: DictConfig) -> float | None:
     from flowalign.module import AlignModule
     from flowalign.summary import Summary, show_config, show_plan
 
-    quieten()
     torch.set_float32_matmul_precision("high")
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     folder = Path(cfg.paths.output_dir)
@@ -111,7 +110,7 @@ def run(cfg: DictConfig) -> float | None:
         recipe = build_recipe(cfg)
         module = AlignModule(recipe)
         trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
-    if trainer.fast_dev_run:  # type: ignore
+    if trainer.fast_dev_run:
         shrink(module)
     log_hyperparameters(trainer, cfg)
     summary = Summary(folder, cfg.seed, module, HydraConfig.get().overrides.task)
@@ -124,7 +123,7 @@ def run(cfg: DictConfig) -> float | None:
         sweep(Path(ckpt_path).parent)  # what the killed run left half written
     if cfg.train:
         # Not before: a resumed run has no baseline, and the plan is made when the trainer first sees the module.
-        trainer.callbacks.append(LambdaCallback(on_fit_start=show_plan))
+        trainer.callbacks.append(LambdaCallback(on_fit_start=show_plan))  # type: ignore
         trainer.fit(module, ckpt_path=ckpt_path)
         summary.trained()
         if trainer.interrupted:
@@ -242,5 +241,6 @@ def _main(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """The entry point of `train.py` and `flowalign-train`."""
+    quieten()
     sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "train", also=check_groups)
     _main()
