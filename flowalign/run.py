@@ -110,7 +110,7 @@ def run(cfg: DictConfig) -> float | None:
         recipe = build_recipe(cfg)
         module = AlignModule(recipe)
         trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run:  # type: ignore
         shrink(module)
     log_hyperparameters(trainer, cfg)
     summary = Summary(folder, cfg.seed, module, HydraConfig.get().overrides.task)
