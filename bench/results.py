@@ -17,9 +17,9 @@ ROWS = [
 
 
 def spread(values: list[float]) -> str:
-    """mean ± standard deviation over runs (n - 1), in percent."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * deviation:.1f}"
+    """Mean ± standard deviation over runs (n - 1), in percent; a single run has no spread."""
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
 def table(documents: list[dict]) -> str:
