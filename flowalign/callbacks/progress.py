@@ -43,7 +43,7 @@ class PhaseProgress(Callback):
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
-        self.last: dict[str, float] = {}
+        self.bars: Bars | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del stage
@@ -53,8 +53,8 @@ class PhaseProgress(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         del pl_module
         self.began = time.perf_counter()
-        if (bars := getattr(self, "bars", None)) is not None:
-            bars.title = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} "
+        if self.bars is not None:
+            self.bars.title = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} "
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, AlignModule):
