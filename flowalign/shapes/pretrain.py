@@ -107,15 +107,16 @@ def pace(step: int, cfg: DictConfig) -> float:
 
 
 @torch.no_grad()
-def evaluate(cfg: DictConfig, model: Generator, vae: AutoencoderKL, number: int) -> dict[str, float]:
-    """Strict share by kind on test prompts at 64 pixels, by Euler on the scheduler's own schedule."""
+def evaluate(cfg: DictConfig, model: Generator, vae: AutoencoderKL, size: int, number: int) -> dict[str, float]:
+    """Strict share by kind on validation prompts at `size` pixels, by Euler on the scheduler's own schedule."""
     shares, captions = {}, Captions()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=cfg.shift)
     scheduler.set_timesteps(cfg.train.eval_steps)
     for kind in KINDS:
-        pool = [s for s in specs(kind) if s.split == "test"]
+        pool = [s for s in specs(kind) if s.split == "val"]
         chosen = [pool[i * 7919 % len(pool)] for i in range(number // 4)]
-        x = torch.randn(len(chosen), cfg.latent_channels, 16, 16, generator=torch.Generator().manual_seed(1))
+        noise = torch.Generator().manual_seed(1)
+        x = torch.randn(len(chosen), cfg.latent_channels, size // 4, size // 4, generator=noise)
         ids = captions.draw(chosen, 0.0, np.random.default_rng(3))
         for s, s_next in zip(scheduler.sigmas[:-1], scheduler.sigmas[1:], strict=True):
             x = x + (s_next - s) * model(x, s.expand(len(x)), ids)
@@ -176,12 +177,16 @@ class GeneratorTraining:
                 log.info("step %d of %d: loss %.4f, %.0f images/s", step + 1, train.stop, np.mean(losses), pace)
                 losses, began = [], time.time()
             if self.rank == 0 and ((step + 1) % train.eval_every == 0 or step + 1 == train.stop):
-                scores = evaluate(self.cfg, self.averaged, self.vae, train.eval_number)
-                for name, value in scores.items():
-                    self.board.add_scalar(f"generator/test_{name}", value, step + 1)
-                log.info("step %d: test %s", step + 1, {k: round(v, 3) for k, v in scores.items()})
+                self._report(step + 1)
                 self._save(step + 1)
         return self.averaged
+
+    def _report(self, step: int) -> None:
+        for size in (64, 128):
+            scores = evaluate(self.cfg, self.averaged, self.vae, size, self.cfg.train.eval_number * 64 // size)
+            for name, value in scores.items():
+                self.board.add_scalar(f"generator/val_{size}_{name}", value, step)
+            log.info("step %d: val at %d pixels %s", step, size, {k: round(v, 3) for k, v in scores.items()})
 
     def _step(self, step: int) -> float:
         loss = self._loss(step)
@@ -199,20 +204,21 @@ class GeneratorTraining:
         return loss.item()
 
     def _loss(self, step: int) -> Tensor:
-        """Of this rank's share of a batch; what it draws is a function of (seed, step, rank)."""
+        """Of this rank's rows. The whole batch is drawn as a function of (seed, step), so the number of ranks is free."""
         cfg, stage = self.cfg, stage_of(self.cfg, step)
-        rng = np.random.default_rng([cfg.seed, step, self.rank])
+        rng = np.random.default_rng([cfg.seed, step])
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
         large = step % cfg.data.every_128 == cfg.data.every_128 - 1
         latents, scenes = self.data[128 if large else 64]
-        batch = cfg.train.batch // self.world // (4 if large else 1)
+        batch = cfg.train.batch // (4 if large else 1)
         rows = np.sort(rng.integers(len(latents), size=batch))
-        x0 = torch.from_numpy(latents[rows].astype(np.float32))
         ids = self.captions.draw([scenes[r] for r in rows], cfg.train.caption_dropout, rng)
-        t = torch.sigmoid(
-            stage.time_mean + stage.time_std * torch.randn(batch, generator=noise)
-        )  # logit-normal, as SD3
-        eps = torch.randn(x0.shape, generator=noise)
+        # Logit-normal times, as SD3.
+        t = torch.sigmoid(stage.time_mean + stage.time_std * torch.randn(batch, generator=noise))
+        eps = torch.randn(batch, *latents.shape[1:], generator=noise)
+        mine = slice(self.rank, None, self.world)
+        rows, ids, t, eps = rows[mine], ids[mine], t[mine], eps[mine]
+        x0 = torch.from_numpy(latents[rows].astype(np.float32))
         weight = t.view(-1, 1, 1, 1)
         noisy, target = (1 - weight) * x0 + weight * eps, eps - x0
         v = self.model(noisy, t, ids)
@@ -220,7 +226,7 @@ class GeneratorTraining:
             # Model guidance (arXiv:2502.12154): the network learns its own guided velocity, so that one call is enough;
             # the fixed point of a weight w is guidance 1 / (1 - w). Rows without a caption keep the plain target.
             with torch.no_grad():
-                target = target + stage.guide_weight * (v - self.model(noisy, t, self.captions.empty(batch)))
+                target = target + stage.guide_weight * (v - self.model(noisy, t, self.captions.empty(len(rows))))
         return (v - target).square().mean()
 
 
