@@ -99,6 +99,12 @@ class Point:
     """(B,) transition points: recorded log-density."""
     mean: Tensor | None = None
     """(B, …) transition points: recorded mean of the step."""
+    std_scale: Tensor | None = None
+    """(B,) transition points: mean standard deviation of the steps that are trained, a normaliser of weights by noise."""
+    group: Tensor | None = None
+    """(B,) number of the credit group."""
+    sample: Tensor | None = None
+    """(B,) number of the sample within its epoch: rows of one sample share it."""
     frozen: dict[str, Tensor] = field(default_factory=dict)
     """Velocities (B, …) of frozen copies at x, e.g. "old" and "reference"."""
 

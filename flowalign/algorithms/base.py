@@ -20,6 +20,18 @@ class Algorithm(ABC):
 
     samples_with: ClassVar[str | None] = None
     """The frozen copy that makes the rollouts; None for the live weights."""
+    source: ClassVar[Literal["rollout", "images"]] = "rollout"
+    """What the points are made of: pictures of the policy, or given ones."""
+    together: ClassVar[Literal["point", "sample", "group"]] = "point"
+    """Rows that must share a micro-batch, since the loss couples them."""
+    shared_noise: ClassVar[bool] = False
+    """Whether the members of a group get the same noise and noise level for their j-th re-noised point."""
+    samples_per_group: ClassVar[int | None] = None
+    """Train only on so many members of each group, those with the largest |advantage|; None for all."""
+    dynamics_only: ClassVar[tuple[str, ...]] = ()
+    """Names of the dynamics that it is defined for; empty for all."""
+    energy: ClassVar[bool] = False
+    """Whether the credit must be FlowAWR's energies."""
 
     def __init__(self, kl_beta: float, adv_clip: float) -> None:
         if kl_beta < 0:
