@@ -27,6 +27,12 @@ class Evaluation:
     def copy(self) -> str | None:
         return None if self.weights == "live" else self.weights
 
+    def shows(self, number: int) -> list[int]:
+        """Which of `number` pictures go into the grids, spread so that neither kinds nor neighbours repeat."""
+        stride = max(number // self.shown, 1)
+        # The remainder turns through the kinds, which stand in turn.
+        return [i * stride + i % stride for i in range(min(self.shown, number))]
+
 
 class Positions:
     """Loader of (b,) positions in the evaluation set, dealt to ranks round-robin in equal numbers of batches."""
@@ -49,7 +55,7 @@ class Positions:
 
 @dataclass
 class Shown:
-    """The first pictures of an evaluation, with what they were asked to be and how they scored."""
+    """Some pictures of an evaluation, with what they were asked to be and how they scored."""
 
     images: Tensor
     """(n, 3, H, W) on the CPU, in [0, 1]."""

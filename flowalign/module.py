@@ -331,7 +331,7 @@ class AlignModule(LightningModule):
             for tag in {p.metadata.get("tag") for p in prompts} - {None}:
                 mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
-        self._show(stage, media, prompts, scores)
+        self._show(stage, ids, media, scores)
         self.report.advance(
             "evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean())
         )
@@ -350,15 +350,14 @@ class AlignModule(LightningModule):
         rollout = walk(velocity, sigmas, deterministic(sampling.num_steps), ODE(), sampling.solver, noise)
         return model.decode(rollout.x0)
 
-    def _show(self, stage: str, media: Tensor, prompts: list[Prompt], scores: dict[str, Tensor]) -> None:
-        held = self.shown.get(stage)
-        room = self.recipe.evaluation.shown - (0 if held is None else len(held.images))
-        if room <= 0:
+    def _show(self, stage: str, ids: list[int], media: Tensor, scores: dict[str, Tensor]) -> None:
+        wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))
+        rows = [row for row, i in enumerate(ids) if i in wanted]
+        if not rows:
             return
-        new = Shown(
-            media[:room].cpu(), [p.text for p in prompts[:room]], {k: v[:room].cpu() for k, v in scores.items()}
-        )
-        self.shown[stage] = new if held is None else held.followed_by(new)
+        texts = [self.eval_prompts[stage][ids[row]].text for row in rows]
+        new = Shown(media[rows].cpu(), texts, {k: v[rows].cpu() for k, v in scores.items()})
+        self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
 
     def _end_evaluation(self, stage: str) -> None:
         self.report.end("evaluate")

@@ -100,7 +100,7 @@ class Point:
     mean: Tensor | None = None
     """(B, …) transition points: recorded mean of the step."""
     std_scale: Tensor | None = None
-    """(B,) transition points: mean standard deviation of the steps that are trained, a normaliser of weights by noise."""
+    """(B,) transition points: mean standard deviation of the trained steps, which normalises weights by noise."""
     group: Tensor | None = None
     """(B,) number of the credit group."""
     sample: Tensor | None = None
