@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +29,13 @@ class Evaluation:
         return None if self.weights == "live" else self.weights
 
     def shows(self, number: int) -> list[int]:
-        """Which of `number` pictures go into the grids, spread so that neither kinds nor neighbours repeat."""
-        stride = max(number // self.shown, 1)
-        # The remainder turns through the kinds, which stand in turn.
-        return [i * stride + i % stride for i in range(min(self.shown, number))]
+        """Which of `number` pictures go into the grids: one of each stretch of the list, drawn, always the same.
+
+        Prompt files repeat themselves at a period (kinds in turn, wordings of one scene), so a fixed stride would too.
+        """
+        stretch = max(number // self.shown, 1)
+        offsets = np.random.default_rng(self.seed).integers(stretch, size=self.shown)
+        return [i * stretch + int(offsets[i]) for i in range(min(self.shown, number))]
 
 
 class Positions:

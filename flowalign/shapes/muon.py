@@ -1,6 +1,6 @@
 """Muon in float32.
 
-torch.optim.Muon orthogonalises in bfloat16, which a CPU without such instructions emulates: the step took 7 times as long.
+torch.optim.Muon orthogonalises in bfloat16, which a CPU without such instructions emulates, many times slower.
 """
 
 from __future__ import annotations
