@@ -30,6 +30,7 @@ from flowalign.models.base import FlowModel
 from flowalign.points import default_num
 from flowalign.policy import Policy, Tune
 from flowalign.policy.follow import Follow
+from flowalign.policy.policy import Place
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.report import Report
 from flowalign.sampler import Noise, Sampling, deterministic, walk
@@ -68,6 +69,7 @@ class Recipe:
     frozen: Mapping[str, Follow]
     optimizer: Callable[..., torch.optim.Optimizer]
     schedule: Schedule
+    device_of_frozen: Place = "same"
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -127,7 +129,7 @@ class AlignModule(LightningModule):
             )
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         with refusals():
-            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies)
+            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen)
 
     @property
     def live(self) -> Policy:
