@@ -75,8 +75,8 @@ class Groups:
         return total.index_add_(0, self.member, torch.where(self.valid, x, 0))[self.member]
 
     def count(self) -> Tensor:
-        """Number of samples that count."""
-        return self.sum(torch.ones_like(self.member))
+        """Number of samples that count, float64 too: 1 / of an integer tensor would be float32."""
+        return self.sum(torch.ones_like(self.member, dtype=torch.float64))
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over the group; NaN where nobody counts."""
