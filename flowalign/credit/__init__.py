@@ -1,6 +1,6 @@
 """Rewards and groups to advantages: one kind of credit each."""
 
-from flowalign.credit.base import Credit, group_stats
+from flowalign.credit.base import Credit, Groups, group_stats
 from flowalign.credit.best import Best
 from flowalign.credit.energies import Energies
 from flowalign.credit.gdpo import GDPO
@@ -8,4 +8,4 @@ from flowalign.credit.group import GroupCredit
 from flowalign.credit.log_tame import LogTame
 from flowalign.credit.rank import Rank
 
-__all__ = ["GDPO", "Best", "Credit", "Energies", "GroupCredit", "LogTame", "Rank", "group_stats"]
+__all__ = ["GDPO", "Best", "Credit", "Energies", "GroupCredit", "Groups", "LogTame", "Rank", "group_stats"]

@@ -43,11 +43,13 @@ def prepare(
     w = torch.ones_like(r[0]) if weights is None else weights.to(r)
     if w.shape != r.shape[1:]:
         raise ValueError(f"{r.shape[1]} rewards need as many weights (got {len(w)}).")
+    if not w.any():
+        raise ValueError("every reward has weight 0, so there is nothing to give credit for.")
     r, w = r[:, w != 0], w[w != 0]
     if bool(r.isinf().any()):
         raise ValueError("a reward is infinite; a reward function says NaN for a sample that it cannot score.")
     scored = ~r.isnan().any(dim=1)
-    groups = Groups(torch.unique(group, return_inverse=True)[1], scored if valid is None else scored & valid)
+    groups = Groups.of(group, scored if valid is None else scored & valid)
     return torch.where(groups.valid[:, None], r, 0.0), w, groups
 
 
@@ -59,6 +61,12 @@ class Groups:
     """(N,) group numbers 0..G-1."""
     valid: Tensor
     """(N,) the samples that count."""
+
+    @staticmethod
+    def of(ids: Tensor, valid: Tensor | None = None) -> Groups:
+        """Groups by any numbers ids (N,); everybody counts unless valid (N,) says otherwise."""
+        member = torch.unique(ids, return_inverse=True)[1]
+        return Groups(member, torch.ones_like(member, dtype=torch.bool) if valid is None else valid)
 
     @property
     def number(self) -> int:

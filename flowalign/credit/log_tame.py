@@ -1,4 +1,4 @@
-"""Logarithms for the rewards that vary most (PaCo-GRPO): one loud reward among several should not decide alone."""
+"""Logarithms for the rewards that vary most (PaCo-GRPO, arXiv:2512.04784): a loud one should not drown the rest."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Ranks instead of rewards (PaCo-GRPO): what counts is the order, not the distance."""
+"""Ranks instead of rewards (PaCo-GRPO, arXiv:2512.04784): what counts is the order, not the distance."""
 
 from typing import Literal
 

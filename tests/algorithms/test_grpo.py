@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithms import GRPO
+from flowalign.algorithms.base import pessimistic
 from flowalign.dynamics import CPS, ODE, Dynamics, FlowSDE
 from flowalign.types import Point
 
@@ -68,6 +69,18 @@ def test_the_reference_loss_and_gradient_are_reproduced(golden, agrees, name, dy
     assert agrees(v.grad, d["grad_v"], 1e-9)
     if algorithm.kl_beta:
         assert agrees(metrics["kl"].mean(), d["kl_loss"], 1e-9)
+
+
+def test_the_clipped_term_of_mixgrpo_is_the_same(golden, agrees):
+    d = golden("mixgrpo_loss_0_f64")
+    log_prob = d["log_prob_new"].requires_grad_()
+    log_ratio, share = log_prob - d["log_prob_old"], d["grad_accum"] * d["window"]
+    policy = pessimistic(d["adv"], log_ratio.exp(), d["clip_range"].item()).mean() / share
+    kl = (0.5 * log_ratio**2).mean() / share  # our metric approx_kl
+    (policy + d["kl_coeff"] * kl).backward()
+    assert agrees(policy, d["policy_loss"], 1e-9)
+    assert agrees(kl, d["kl_loss"], 1e-9)
+    assert agrees(log_prob.grad, d["grad_log_prob"], 1e-9)
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
