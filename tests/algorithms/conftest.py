@@ -53,6 +53,18 @@ def noised() -> Callable[..., Made]:
     return make
 
 
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def precision(request: pytest.FixtureRequest) -> tuple[Callable, float]:
+    """A cast of a tensor or point to the precision in which a loss is computed, and how well it must agree in it."""
+
+    def cast(it: Tensor | Point):
+        if isinstance(it, Point):
+            return it._each(lambda t: t.to(request.param) if t.is_floating_point() else t)
+        return it.to(request.param)
+
+    return cast, 1e-9 if request.param == torch.float64 else 1e-6
+
+
 @pytest.fixture
 def golden_transition(golden: Callable[[str], dict]) -> Callable[[str], tuple[dict, Point]]:
     """One of the reference blocks for replayed steps of SD3.5's schedule of ten, all at one step."""
