@@ -353,7 +353,7 @@ class AlignModule(LightningModule):
     def generate(
         self, prompts: list[Prompt], ids: list[int], seed: int, sampling: Sampling, size: Size
     ) -> tuple[Tensor, Tensor]:
-        """By the ODE, with noise keyed by the sample `ids`: pictures (B, 3, H, W) in [0, 1], size of velocities (B,)."""
+        """By the ODE, noise keyed by the sample `ids`: pictures (B, 3, H, W) in [0, 1], size of velocities (B,)."""
         model = self.recipe.model
         cond = self.conditioner(prompts, self.device)
         sigmas = model.sigmas(sampling.num_steps, size.height, size.width, size.frames)
