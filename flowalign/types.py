@@ -63,16 +63,23 @@ class Rollout:
     """(B, …) final latent."""
     sigmas: Tensor
     """(T+1,) the schedule that was walked, from 1 to 0. Stored because a recomputed one may differ in the last bit."""
-    steps: tuple[int, ...] = ()
-    """S indices into the schedule: the recorded steps, in the order of the S dims below."""
+    steps: Tensor | None = None
+    """(B, S) long: the recorded steps of each row as indices into the schedule, ascending; None = nothing recorded."""
     x: Tensor | None = None
-    """(B, S, …) state before each recorded step; None when nothing was recorded."""
+    """(B, S, …) state before each recorded step."""
     x_next: Tensor | None = None
     """(B, S, …) state after it."""
     log_prob: Tensor | None = None
     """(B, S) log-density of x_next under the policy that walked, mean over dims."""
+    std: Tensor | None = None
+    """(B, S) standard deviation of each recorded step."""
     mean: Tensor | None = None
     """(B, S, …) mean of the step; kept only for the algorithms that ask (`keeps_mean`)."""
+
+    def index(self, i: Tensor | slice) -> Rollout:
+        """Rows i."""
+        rows = {name: t[i] for name, t in vars(self).items() if isinstance(t, Tensor) and name != "sigmas"}
+        return replace(self, **rows)
 
 
 @dataclass
@@ -100,9 +107,9 @@ class Point:
     mean: Tensor | None = None
     """(B, …) transition points: recorded mean of the step."""
     std_scale: Tensor | None = None
-    """(B,) transition points: mean standard deviation of the steps that are trained, a normaliser of weights by noise."""
+    """(B,) transition points: mean standard deviation of the trained steps, a normaliser of weights by noise."""
     group: Tensor | None = None
-    """(B,) number of the credit group."""
+    """(B,) number of the credit group; of coupled re-noised points also by noise: rows of one number share it."""
     sample: Tensor | None = None
     """(B,) number of the sample within its epoch: rows of one sample share it."""
     frozen: dict[str, Tensor] = field(default_factory=dict)
