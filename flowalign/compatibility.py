@@ -97,12 +97,7 @@ def _check_steps(cfg: DictConfig, steps: Steps, algorithm: Any, dynamics: Any) -
     if steps.replayed and algorithm.point != "transition":
         raise ConfigError(
             f"steps={name} chooses the steps that are replayed, and algo={choice('algo', cfg)} replays none: use "
-            "steps=all, or algo=grpo."
-        )
-    if steps.replayed and not dynamics.stochastic:
-        raise ConfigError(
-            f"steps={name} chooses the stochastic steps, and dynamics={choice('dynamics', cfg)} has none: use "
-            "steps=all, or dynamics=flow_sde."
+            f"steps=all{', or algo=grpo' if dynamics.stochastic else ''}."
         )
     if cfg.steps.get("parity"):
         raise ConfigError(

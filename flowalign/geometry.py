@@ -29,7 +29,7 @@ class Batch:
                 raise ValueError(f"batch.{name} must be at least 1 (got {getattr(self, name)}).")
 
 
-def nearest_divisor(number: int, wanted: int) -> int:
+def nearest_divisor(number: int, wanted: float) -> int:
     """The divisor of `number` closest to `wanted`, the larger of two."""
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), -d))
 
@@ -70,7 +70,7 @@ class Geometry:
             )
         if self.points_per_update % b.micro or b.micro % self.coupled:
             why = f" of whole {self.together}s of {self.coupled} points" if self.coupled > 1 else ""
-            nearest = self.coupled * nearest_divisor(self.points_per_update // self.coupled, b.micro // self.coupled)
+            nearest = self.coupled * nearest_divisor(self.points_per_update // self.coupled, b.micro / self.coupled)
             raise ValueError(
                 f"{self.points_per_update} training points of an update cannot be cut into batch.micro={b.micro}{why}: "
                 f"the nearest possible number is {nearest}."
