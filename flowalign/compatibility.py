@@ -52,16 +52,17 @@ def check_groups(cfg: DictConfig) -> None:
 
 def _check_density(cfg: DictConfig, dynamics: Any) -> None:
     """What an algorithm that weighs recorded steps needs of the other groups."""
+    # An algorithm that replays nothing has no use for some choices of steps either.
+    otherwise = "" if locate(cfg.steps["_target_"]).replayed else ", or algo=nft"
     if not dynamics.stochastic:
         raise ConfigError(
             f"algo={choice('algo', cfg)} needs per-step log-probabilities, but dynamics={choice('dynamics', cfg)} "
-            "is deterministic: "
-            "use dynamics=flow_sde, or algo=nft."
+            f"is deterministic: use dynamics=flow_sde{otherwise}."
         )
     if cfg.dynamics.get("eta", 1) == 0:
         raise ConfigError(
             f"dynamics.eta=0 makes dynamics={choice('dynamics', cfg)} deterministic, without a density: use "
-            "dynamics.eta=0.7, or algo=nft."
+            f"dynamics.eta=0.7{otherwise}."
         )
     if cfg.algo.get("dynamics") != cfg.dynamics:
         raise ConfigError("algo.dynamics must be the dynamics that sampled the rollout: leave it at ${dynamics}.")

@@ -74,7 +74,7 @@ Painter = Callable[[dict[str, Any], int, int, int], np.ndarray]
 class PromptSet:
     """Chooses prompts by index; with `balance`, a metadata key (say "tag"), each of its values gets an equal share.
 
-    images: paints real pictures of a prompt; without it they are the files that the prompts name under `image`.
+    A prompt's real picture is the file that it names under `image`, or painted by `images`.
     """
 
     def __init__(self, prompts: list[Prompt], balance: str | None = None, images: Painter | None = None) -> None:
@@ -123,10 +123,10 @@ class PromptSet:
     def images(self, indices: Sequence[int], numbers: Sequence[int], height: int, width: int) -> Tensor:
         """A real picture for each of the prompts, (B, 3, H, W) in [0, 1]; `numbers` say which, where there are many."""
         pictures = [
-            _opened(self.prompts[i], height, width)
-            if self._painter is None
-            else self._painter(self.prompts[i].metadata, number, height, width)
-            for i, number in zip(indices, numbers, strict=True)
+            _opened(prompt, height, width)
+            if self._painter is None or "image" in prompt.metadata
+            else self._painter(prompt.metadata, number, height, width)
+            for prompt, number in zip((self.prompts[i] for i in indices), numbers, strict=True)
         ]
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 

@@ -14,7 +14,7 @@ from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
 from flowalign.solvers import DPM2, Euler
 from flowalign.steps import All, Branch, Fast, Random, StepPlan, Window
 from flowalign.steps.tail import shorten
-from flowalign.types import Rollout
+from flowalign.types import Rollout, given
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.0])
 SHAPE = (3, 2)
@@ -44,9 +44,10 @@ def test_the_recorded_log_probability_is_that_of_the_recorded_step(dynamics: Dyn
     p = transitions(rollout, torch.zeros(4))
     assert p.sigma_next is not None
     mean, std = dynamics.moments(p.x, field(p.x, p.sigma[:, None, None]), p.sigma, p.sigma_next, p.sigma_max)
-    assert torch.allclose(dynamics.log_prob(p.x_next, mean, std), p.log_prob, atol=1e-6)
-    wrong = dynamics.log_prob(p.x_next, mean + 0.1 * std, std)
-    assert (wrong - p.log_prob).abs().max() > 1e-4
+    x_next, recorded = given(p.x_next, "x_next"), given(p.log_prob, "log_prob")
+    assert torch.allclose(dynamics.log_prob(x_next, mean, std), recorded, atol=1e-6)
+    wrong = dynamics.log_prob(x_next, mean + 0.1 * std, std)
+    assert (wrong - recorded).abs().max() > 1e-4
 
 
 def test_recorded_steps_join_end_to_end():
@@ -91,7 +92,7 @@ def test_joined_parts_are_the_whole(plan: StepPlan):
     parts = join([sampled(range(0, 4), plan, FlowSDE(0.7), True), sampled(range(4, 6), plan, FlowSDE(0.7), True)])
     for name in ("x0", "steps", "x", "x_next", "log_prob", "std", "mean"):
         one, other = getattr(whole, name), getattr(parts, name)
-        assert (one is None and other is None) or torch.equal(one, other)
+        assert one is other is None or torch.equal(given(one, name), given(other, name))
 
 
 @pytest.mark.parametrize("name", ["num_steps", "batch_size"])
@@ -158,7 +159,7 @@ def test_a_shared_prefix_changes_nothing_and_costs_what_it_must(name: str, solve
     apart = join([rollout for rollout, _ in alone])
     for column in ("x0", "steps", "x", "x_next", "log_prob", "std", "mean"):
         one, other = getattr(together, column), getattr(apart, column)
-        assert (one is None and other is None) or torch.equal(one, other), column
+        assert one is other is None or torch.equal(given(one, column), given(other, column)), column
 
 
 def test_the_trunk_of_branches_is_the_ode():
@@ -233,7 +234,7 @@ def test_the_tail_is_second_order_from_its_first_step():
         x = state.step(x, field(x, sigmas[i]), sigmas[i], sigmas[i + 1], last=i == 4)
     assert torch.equal(rollout.x0, x)
     euler = walk(field, sigmas, replace(plan, tail=None), FlowSDE(0.7), Euler(), noise)
-    assert torch.equal(euler.x_next, rollout.x_next)
+    assert torch.equal(given(euler.x_next, "x_next"), rollout.x_next)
     assert not torch.allclose(euler.x0, x, atol=1e-3)
 
 

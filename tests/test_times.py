@@ -1,7 +1,9 @@
+from typing import Any
+
 import pytest
 import torch
 
-from flowalign.times import LogitNormal, Permuted, Stratified, Times, Uniform
+from flowalign.times import LogitNormal, Permuted, Start, Stratified, Times, Uniform
 
 SIGMAS = torch.cat([torch.linspace(1, 0.1, 14), torch.zeros(1)])
 """14 steps, as AWM walks."""
@@ -77,7 +79,7 @@ def test_more_points_than_levels_are_refused():
         ("with_init", [0, 1, 3, 5, 7, 9], [0, 2, 4, 6, 8, 11]),
     ],
 )
-def test_awm_takes_one_index_of_each_truncated_stratum(start, lowest, highest):
+def test_awm_takes_one_index_of_each_truncated_stratum(start: Start, lowest: list[int], highest: list[int]):
     times = Stratified(6, start=start)
     strata = 5 if start == "with_init" else 6
     assert times.indices(torch.zeros(strata), 14).tolist() == lowest
@@ -101,7 +103,7 @@ def test_one_point_with_the_start_is_the_start():
 
 
 @pytest.mark.parametrize("arguments", [{"start": "noise"}, {"share": 0.0}, {"share": 1.5}])
-def test_an_impossible_choice_of_strata_is_refused(arguments):
+def test_an_impossible_choice_of_strata_is_refused(arguments: Any):
     with pytest.raises(ValueError, match=r"start is one of|in \(0, 1\]"):
         Stratified(2, **arguments)
     with pytest.raises(ValueError, match="leaves no noise level"):
