@@ -13,7 +13,7 @@ ARGS ?=
 # Waiting OpenMP threads sleep instead of spinning: on a busy or small machine spinning costs more than it saves.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup train test test-full lint format bench pretrain clean
+.PHONY: help setup train test test-full lint format bench compare pretrain clean
 
 help: ## print this text
 	@echo 'make <target> [ARGS="algo=grpo seed=1"] [PYTHON=/path/to/python3]'
@@ -42,6 +42,9 @@ format: $(STAMP) ## let ruff format and repair what it can
 
 bench: $(STAMP) ## time one epoch
 	$(BIN)/python bench/epoch.py $(ARGS)
+
+compare: $(STAMP) ## run every algorithm on the embedded model (hours); an interrupted comparison continues
+	$(BIN)/python bench/compare.py $(ARGS)
 
 pretrain: $(STAMP) ## train the embedded pipeline from nothing (hours); an interrupted run continues
 	$(BIN)/python -m flowalign.shapes.pretrain $(ARGS)

@@ -1,8 +1,7 @@
-"""Held-out curves of finished runs (logger=csv): `python bench/curves.py docs/curves.png outputs/train/*/`."""
+"""Held-out curves of runs: `python bench/curves.py docs/curves.png outputs/train/*/`."""
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -13,31 +12,21 @@ from omegaconf import OmegaConf
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from runs import curve
 
 METRICS = ("val/strict", "val/quality")
 
 
-def curve(folder: Path, metric: str) -> dict[int, float]:
-    """Metric by epoch: step 0 is the baseline, the others are the ends of epochs."""
-    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    per_epoch = config.batch.updates * config.batch.passes
-    with (folder / "csv" / "metrics.csv").open() as file:
-        rows = [(int(row["step"]), float(row[metric])) for row in csv.DictReader(file) if row.get(metric)]
-    return {0 if step == 0 else -(-step // per_epoch): value for step, value in rows}
-
-
 def name(folder: Path) -> str:
+    """Algorithm and what is trained."""
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     tune = config.tune["_target_"].rsplit(".", 1)[-1].lower()
     return f"{config.algo['_target_'].rsplit('.', 1)[-1]}, {tune}"
 
 
-def main() -> None:
-    target, folders = Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]]
-    groups: dict[str, list[Path]] = defaultdict(list)
-    for folder in folders:
-        groups[name(folder)].append(folder)
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(9, 3.2), layout="constrained")
+def plot(target: Path, groups: dict[str, list[Path]]) -> None:
+    """A panel a metric; a line a group of runs, with a band over its seeds."""
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(9, 3.6), layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
         for label, members in sorted(groups.items()):
             curves = [curve(folder, metric) for folder in members]
@@ -47,8 +36,15 @@ def main() -> None:
             axis.fill_between(epochs, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
         axis.set(xlabel="epoch", title=metric)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[0].legend(fontsize=7)
     figure.savefig(target, dpi=110)
+
+
+def main() -> None:
+    groups: dict[str, list[Path]] = defaultdict(list)
+    for folder in map(Path, sys.argv[2:]):
+        groups[name(folder)].append(folder)
+    plot(Path(sys.argv[1]), groups)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,9 @@ def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
     from hydra import compose, initialize_config_dir
 
     from flowalign.module import AlignModule
-    from flowalign.run import CONF, build_recipe, build_trainer, plan_accumulation
+    from flowalign.run import CONF, build_recipe, build_trainer, plan_accumulation, quieten
+
+    quieten()
 
     quiet = ["logger=none", "callbacks=none", "trainer.check_val_every_n_epoch=9999", "paths.output_dir=outputs/bench"]
     with initialize_config_dir(str(CONF), version_base="1.3"):

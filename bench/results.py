@@ -1,11 +1,11 @@
-"""Mean and spread over seeds, as a markdown table: `python bench/results.py outputs/train/*/summary.json`."""
+"""Mean and spread over seeds, as a markdown table: `python bench/results.py outputs/train/*/`."""
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
 from pathlib import Path
+
+from runs import spread, summary
 
 ROWS = [
     "test/strict",
@@ -14,12 +14,6 @@ ROWS = [
     "test/reward",
     "val/strict",
 ]
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over runs (n - 1), in percent; a single run has no spread."""
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
 def table(documents: list[dict]) -> str:
@@ -34,7 +28,7 @@ def table(documents: list[dict]) -> str:
 
 
 def main() -> None:
-    documents = [json.loads(Path(path).read_text()) for path in sys.argv[1:]]
+    documents = [summary(Path(folder)) for folder in sys.argv[1:]]
     print(table(documents))
     minutes = [d["train_s"] / 60 for d in documents]
     seeds = ", ".join(str(d["seed"]) for d in documents)

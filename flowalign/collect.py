@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.algorithms.base import Algorithm
 from flowalign.conditioner import Conditioner
-from flowalign.credit import GroupCredit, group_stats
+from flowalign.credit import Credit, group_stats
 from flowalign.dynamics import Dynamics
 from flowalign.geometry import Geometry
 from flowalign.keyed import PICTURE, POINT, keyed_integer, keyed_randn
@@ -85,7 +85,7 @@ class Collector:
     steps: Steps
     times: Times
     sampling: Sampling
-    credit: GroupCredit
+    credit: Credit
     scorer: Scorer
     prompts: PromptSet
     conditioner: Conditioner
@@ -210,7 +210,7 @@ class Collector:
             f"reward_{k}" if k != "zero_std_fraction" else k: float(v) for k, v in group_stats(rewards, groups).items()
         }
         stats["reward_nan_fraction"] = float((~rewards.isfinite()).float().mean())
-        return self.credit(rewards, groups), stats
+        return self.credit(rewards, groups), stats | self.credit.stats(rewards, groups)
 
     def _kept(self, advantage: Tensor) -> Tensor:
         """Positions of the samples to train on: all, or of each group the best and the worst in equal numbers."""
@@ -229,15 +229,9 @@ class Collector:
         group_size, per_sample = self.geometry.batch.group_size, self.geometry.points_per_sample
         group = sample // (self.plan(epoch).branches or group_size)
         if self.algorithm.point == "transition":
-            points = transitions(rollout, advantage, group, sample)
-        else:
-            keys = sample // group_size * group_size if self.algorithm.shared_noise else sample
-            shape, device = tuple(rollout.x0.shape[1:]), rollout.x0.device
-            draws = [keyed_randn(self.seed, epoch, keys, POINT + j, shape, device) for j in range(per_sample)]
-            sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
-            points = noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample)
-        if self.algorithm.together == "group" and points.group is not None:
-            # The loss couples the members at one noise, not those at different ones.
-            turn = torch.arange(per_sample, device=points.group.device).repeat(len(samples))
-            points.group = points.group * per_sample + turn
-        return points
+            return transitions(rollout, advantage, group, sample)
+        keys = sample // group_size * group_size if self.algorithm.shared_noise else sample
+        shape, device = tuple(rollout.x0.shape[1:]), rollout.x0.device
+        draws = [keyed_randn(self.seed, epoch, keys, POINT + j, shape, device) for j in range(per_sample)]
+        sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
+        return noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,15 @@ class Evaluation:
     @property
     def copy(self) -> str | None:
         return None if self.weights == "live" else self.weights
+
+    def shows(self, number: int) -> list[int]:
+        """Which of `number` pictures go into the grids: one of each stretch of the list, drawn, always the same.
+
+        Prompt files repeat themselves at a period (kinds in turn, wordings of one scene), so a fixed stride would too.
+        """
+        stretch = max(number // self.shown, 1)
+        offsets = np.random.default_rng(self.seed).integers(stretch, size=self.shown)
+        return [i * stretch + int(offsets[i]) for i in range(min(self.shown, number))]
 
 
 class Positions:
@@ -49,7 +59,7 @@ class Positions:
 
 @dataclass
 class Shown:
-    """The first pictures of an evaluation, with what they were asked to be and how they scored."""
+    """Some pictures of an evaluation, with what they were asked to be and how they scored."""
 
     images: Tensor
     """(n, 3, H, W) on the CPU, in [0, 1]."""

@@ -1,7 +1,7 @@
 """The path between data and noise, and the only place that states its convention.
 
 x_sigma = (1 - sigma) x0 + sigma eps and v = eps - x0, with sigma in [0, 1] and 1 = pure noise. Latents are (B, …);
-sigma is a float, a 0-d tensor or (B,) everywhere.
+sigma is a float, a 0-d tensor, (B,) or (B, 1, …) everywhere.
 """
 
 import torch
@@ -17,7 +17,7 @@ def expand(sigma: float | Tensor, like: Tensor) -> Tensor:
     """sigma as (B, 1, …) beside `like` (B, …): same device, same precision, though never below float32."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     s = torch.as_tensor(sigma, dtype=dtype, device=like.device)
-    return s.expand(like.shape[0]).reshape(-1, *[1] * (like.ndim - 1))
+    return s if s.ndim > 1 else s.expand(like.shape[0]).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def mean_dims(x: Tensor) -> Tensor:

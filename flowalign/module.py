@@ -74,7 +74,7 @@ class AlignModule(LightningModule):
             )
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         with refusals():
-            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies)
+            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen)
 
     @property
     def live(self) -> Policy:
@@ -185,9 +185,10 @@ class AlignModule(LightningModule):
         losses, metrics = self.recipe.algorithm.loss(point, self._velocity(point.x, point.sigma, cond))
         self._guard(losses, metrics, idx, batch_idx)
         self.counts["train"] += len(idx) * self.trainer.world_size
-        means = {f"train/{name}": value.mean() for name, value in metrics.items()} | {
-            "train/loss": losses.detach().mean()
-        }
+        means = {f"train/{name}": value.mean() for name, value in metrics.items()}
+        means["train/loss"] = losses.detach().mean()
+        if "ratio" in metrics:
+            means["train/ratio_std"] = metrics["ratio"].std(correction=0)
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
         self.report.advance("optimise", batch_idx + 1)
         return losses.mean()
@@ -206,12 +207,21 @@ class AlignModule(LightningModule):
         if first_update and "ratio" in metrics:
             gap = float((metrics["ratio"] - 1).abs().max())
             self.log("train/on_policy_gap", gap, on_step=False, on_epoch=True, reduce_fx="max")
-            if gap > self.recipe.optimisation.on_policy_tolerance:
+            if gap > self._on_policy_tolerance():
                 raise RuntimeError(
                     f"before the first update the importance ratio must be 1, but it is off by {gap:.2e}: rollout "
                     "and training disagree "
                     "(guidance, precision, dropout or resolution). optimisation.on_policy_tolerance sets the limit."
                 )
+
+    def _on_policy_tolerance(self) -> float:
+        given = self.recipe.optimisation.on_policy_tolerance
+        return given if given is not None else 1e-5 if str(self.trainer.precision).startswith("32") else 1e-3
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        del optimizer  # its gradients are unscaled here and not clipped yet
+        gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
+        self.log("train/grad_norm", nn.utils.get_total_norm(gradients), on_step=False, on_epoch=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -255,8 +265,8 @@ class AlignModule(LightningModule):
         self.report.begin("evaluate", len(self._positions(stage).mine))
         self.shown.pop(stage, None)
         tags = sorted({str(p.metadata["tag"]) for p in self.eval_prompts[stage] if "tag" in p.metadata})
-        for name in ("reward", *self.recipe.scorer.held_out):
-            for key in (name, *(f"{name}/{tag}" for tag in tags)):
+        for name in ("reward", *self.recipe.scorer.held_out, "velocity_rms"):
+            for key in (name, *(f"{name}/{tag}" for tag in tags if name != "velocity_rms")):
                 self._meter(f"{stage}/{key}").reset()
 
     def _meter(self, key: str) -> MeanMetric:
@@ -271,7 +281,8 @@ class AlignModule(LightningModule):
         ids = positions.tolist()
         prompts = [self.eval_prompts[stage][i] for i in ids]
         with self.live.use(r.evaluation.copy), self._precision():
-            media = self.generate(prompts, ids, r.evaluation.seed, sampling, r.eval_size)
+            media, rms = self.generate(prompts, ids, r.evaluation.seed, sampling, r.eval_size)
+        self._meter(f"{stage}/velocity_rms").update(rms)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size
         scores = r.scorer.all(media, prompts)
         for name, values in scores.items():
@@ -279,34 +290,39 @@ class AlignModule(LightningModule):
             for tag in {p.metadata.get("tag") for p in prompts} - {None}:
                 mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
-        self._show(stage, media, prompts, scores)
+        self._show(stage, ids, media, scores)
         self.report.advance(
             "evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean())
         )
 
-    def generate(self, prompts: list[Prompt], ids: list[int], seed: int, sampling: Sampling, size: Size) -> Tensor:
-        """Pictures of the current weights by the ODE: (B, 3, H, W) in [0, 1]; sample `ids` key the noise."""
+    def generate(
+        self, prompts: list[Prompt], ids: list[int], seed: int, sampling: Sampling, size: Size
+    ) -> tuple[Tensor, Tensor]:
+        """By the ODE, noise keyed by the sample `ids`: pictures (B, 3, H, W) in [0, 1], size of velocities (B,)."""
         model = self.recipe.model
         cond = self.conditioner(prompts, self.device)
         sigmas = model.sigmas(sampling.num_steps, size.height, size.width, size.frames)
         shape = model.latent_shape(size.height, size.width, size.frames)
         noise = Noise(seed, 0, ids, shape, self.device)
 
+        sizes: list[Tensor] = []
+
         def velocity(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
-            return model.velocity(x, sigma, cond.index(rows), sampling.guidance)
+            v = model.velocity(x, sigma, cond.index(rows), sampling.guidance)
+            sizes.append(v.float().square().flatten(1).mean(dim=1).sqrt())
+            return v
 
         rollout = walk(velocity, sigmas, deterministic(sampling.num_steps), ODE(), sampling.solver, noise)
-        return model.decode(rollout.x0)
+        return model.decode(rollout.x0), torch.stack(sizes).mean(dim=0)
 
-    def _show(self, stage: str, media: Tensor, prompts: list[Prompt], scores: dict[str, Tensor]) -> None:
-        held = self.shown.get(stage)
-        room = self.recipe.evaluation.shown - (0 if held is None else len(held.images))
-        if room <= 0:
+    def _show(self, stage: str, ids: list[int], media: Tensor, scores: dict[str, Tensor]) -> None:
+        wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))
+        rows = [row for row, i in enumerate(ids) if i in wanted]
+        if not rows:
             return
-        new = Shown(
-            media[:room].cpu(), [p.text for p in prompts[:room]], {k: v[:room].cpu() for k, v in scores.items()}
-        )
-        self.shown[stage] = new if held is None else held.followed_by(new)
+        texts = [self.eval_prompts[stage][ids[row]].text for row in rows]
+        new = Shown(media[rows].cpu(), texts, {k: v[rows].cpu() for k, v in scores.items()})
+        self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
 
     def _end_evaluation(self, stage: str) -> None:
         self.report.end("evaluate")
@@ -314,6 +330,8 @@ class AlignModule(LightningModule):
         for key, meter in self.meters.items():
             if key.startswith(f"{stage}/"):
                 self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")  # type: ignore
+        if before := self.baseline.get(f"{stage}/velocity_rms"):
+            self.log(f"{stage}/velocity_growth", self._meter(f"{stage}/velocity_rms").compute() / before)
         if stage == "val":
             reward = self._meter("val/reward")
             self.log("hp/val_reward", reward, on_step=False, on_epoch=True, metric_attribute="meters.val/reward")

@@ -10,13 +10,14 @@ import torch
 
 from flowalign.algorithms.base import Algorithm
 from flowalign.collect import Size
-from flowalign.credit import GroupCredit
+from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
 from flowalign.evaluation import Evaluation
 from flowalign.geometry import Batch, Geometry
 from flowalign.models.base import FlowModel
 from flowalign.policy import Tune
 from flowalign.policy.follow import Follow
+from flowalign.policy.policy import Place
 from flowalign.prompts import PromptSet
 from flowalign.sampler import Sampling
 from flowalign.schedule import Schedule
@@ -27,10 +28,11 @@ from flowalign.times import Times
 
 @dataclass(frozen=True)
 class Optimisation:
-    """The training forward: its guidance (1 = off), and how far the first importance ratio may be from 1."""
+    """The training forward: its guidance (1 = off), and a guard."""
 
     guidance: float = 1.0
-    on_policy_tolerance: float = 1e-3
+    on_policy_tolerance: float | None = None
+    """How far from 1 the ratio may be before the first update; None: 1e-5 in float32, 1e-3 in 16 bits."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Recipe:
     dynamics: Dynamics
     steps: Steps
     times: Times
-    credit: GroupCredit
+    credit: Credit
     scorer: Scorer
     tune: Tune
     data: Mapping[str, PromptSet]
@@ -55,6 +57,7 @@ class Recipe:
     frozen: Mapping[str, Follow]
     optimizer: Callable[..., torch.optim.Optimizer]
     schedule: Schedule
+    device_of_frozen: Place = "same"
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 

@@ -72,6 +72,7 @@ def build_recipe(cfg: DictConfig) -> Recipe:
         frozen={name: make(node) for name, node in cfg.frozen.items() if node is not None},
         optimizer=make(cfg.optimizer),
         schedule=make(cfg.schedule),
+        device_of_frozen=cfg.policy.device_of_frozen,
         seed=cfg.seed,
         config=plain,  # type: ignore[arg-type]
     )

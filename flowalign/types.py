@@ -107,9 +107,9 @@ class Point:
     mean: Tensor | None = None
     """(B, …) transition points: recorded mean of the step."""
     std_scale: Tensor | None = None
-    """(B,) transition points: mean standard deviation of the trained steps, a normaliser of weights by noise."""
+    """(B,) transition points: mean standard deviation of the trained steps, which normalises weights by noise."""
     group: Tensor | None = None
-    """(B,) number of the credit group; of coupled re-noised points also by noise: rows of one number share it."""
+    """(B,) number of the credit group."""
     sample: Tensor | None = None
     """(B,) number of the sample within its epoch: rows of one sample share it."""
     frozen: dict[str, Tensor] = field(default_factory=dict)

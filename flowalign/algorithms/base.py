@@ -3,8 +3,10 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from flowalign.flow import at_least_float32, mean_dims
 from flowalign.types import Point
 
 
@@ -18,6 +20,8 @@ class Algorithm(ABC):
     keeps_mean: ClassVar[bool] = False
     """Whether the rollout has to keep the means of its steps."""
 
+    consults: ClassVar[tuple[str, ...]] = ()
+    """Names of the frozen copies in its formula, e.g. ("old",)."""
     samples_with: ClassVar[str | None] = None
     """The frozen copy that makes the rollouts; None for the live weights."""
     source: ClassVar[Literal["rollout", "images"]] = "rollout"
@@ -33,7 +37,7 @@ class Algorithm(ABC):
     energy: ClassVar[bool] = False
     """Whether the credit must be FlowAWR's energies."""
 
-    def __init__(self, kl_beta: float, adv_clip: float) -> None:
+    def __init__(self, kl_beta: float, adv_clip: float = 5.0) -> None:
         if kl_beta < 0:
             raise ValueError(f"kl_beta weighs a penalty and must be ≥ 0, where 0 switches it off (got {kl_beta}).")
         if adv_clip <= 0:
@@ -43,8 +47,9 @@ class Algorithm(ABC):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Names of the frozen copies whose velocity it consults: the reference only if there is a penalty."""
-        return ("reference",) if self.kl_beta > 0 else ()
+        """Names of the frozen copies whose velocity it needs: those of its formula, the reference for a penalty."""
+        penalised = ("reference",) if self.kl_beta > 0 else ()
+        return tuple(dict.fromkeys(self.consults + penalised))
 
     @abstractmethod
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -53,3 +58,26 @@ class Algorithm(ABC):
     def clipped(self, advantage: Tensor) -> Tensor:
         """Advantage (B,) within ±adv_clip."""
         return advantage.clamp(-self.adv_clip, self.adv_clip)
+
+    def penalised(
+        self, p: Point, v: Tensor, loss: Tensor, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `loss` returns: with the penalty on the way to the reference, if there is one, and metrics detached."""
+        if self.kl_beta > 0:
+            metrics["kl"] = self.penalty(p, v)
+            loss = loss + self.kl_beta * metrics["kl"]
+        return loss, {name: m.detach() for name, m in metrics.items()}
+
+    def penalty(self, p: Point, v: Tensor) -> Tensor:
+        """Distance to the reference before its weight, (B,): |v - v_ref|^2, mean over dims."""
+        return mean_dims((at_least_float32(v) - p.frozen["reference"]) ** 2)
+
+
+def pessimistic(A: Tensor, ratio: Tensor, clip: float) -> Tensor:
+    """max(-A ρ, -A clamp(ρ, 1 - clip, 1 + clip)), (B,): the clipped policy gradient of PPO (arXiv:1707.06347)."""
+    return torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip))
+
+
+def optimality(A: Tensor, at_most: float) -> Tensor:
+    """Advantage (B,) as a number in [0, 1]: 0 at -at_most, a half at 0, 1 at at_most."""
+    return (A / at_most / 2 + 0.5).clamp(0, 1)

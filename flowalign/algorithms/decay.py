@@ -7,17 +7,23 @@ PUBLISHED = {0: (0, 0.0, 0.0), 1: (0, 0.001, 0.5), 2: (75, 0.0075, 0.999)}
 
 
 class Decay:
-    """d in old ← d old + (1 - d) live, after k optimiser steps: 0 for `flat` steps, then rate per step up to `cap`."""
+    """d in old ← d old + (1 - d) live, after k optimiser steps.
 
-    def __init__(self, kind: int | Sequence[float] = 1) -> None:
-        """kind: one of DiffusionNFT's types 0, 1, 2, or (flat, rate, cap)."""
+    0 for the first `flat` of them, then `start` and `rate` more per step, up to `cap`.
+    """
+
+    def __init__(self, kind: int | Sequence[float] = 1, start: float = 0.0) -> None:
+        """kind: one of DiffusionNFT's types 0, 1, 2, or (flat, rate, cap); AWM and DGPO have (0, 0.001, 0.3)."""
         numbers = PUBLISHED.get(kind, ()) if isinstance(kind, int) else tuple(kind)
         if len(numbers) != 3:
             raise ValueError(f"a decay is 0, 1, 2 or the three numbers (flat, rate, cap) (got {kind}).")
         self.flat, self.rate, self.cap = numbers
-        if self.rate < 0 or not 0 <= self.cap <= 1:
-            raise ValueError(f"a decay needs rate ≥ 0 and cap in [0, 1] (got rate={self.rate}, cap={self.cap}).")
+        self.start = start
+        if self.rate < 0 or not 0 <= start <= self.cap <= 1:
+            raise ValueError(
+                f"a decay needs rate ≥ 0 and 0 ≤ start ≤ cap ≤ 1 (got rate={self.rate}, start={start}, cap={self.cap})."
+            )
 
     def __call__(self, k: int) -> float:
         """The share of the old policy which survives the update."""
-        return 0.0 if k < self.flat else min(self.rate * (k - self.flat), self.cap)
+        return 0.0 if k < self.flat else min(self.start + self.rate * (k - self.flat), self.cap)

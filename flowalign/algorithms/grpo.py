@@ -5,9 +5,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from flowalign.algorithms.base import Algorithm
+from flowalign.algorithms.base import Algorithm, pessimistic
 from flowalign.dynamics import Dynamics
-from flowalign.flow import at_least_float32, mean_dims
 from flowalign.types import Point, given
 
 
@@ -15,7 +14,7 @@ class GRPO(Algorithm):
     """max(-A ρ, -A clamp(ρ, 1 - clip, 1 + clip)) + kl_beta KL, with ρ the density of a recorded step, live over old.
 
     The log-density is a mean over dims, hence clip ranges as small as 1e-4 (Flow-SDE) or 1e-5 (CPS).
-    A variant overrides `log_ratio` or `weight`.
+    A variant overrides `log_ratio`, `surrogate` or `weight`.
     """
 
     point: ClassVar[Literal["transition", "noised"]] = "transition"
@@ -36,6 +35,11 @@ class GRPO(Algorithm):
                 f"GRPO needs the density of a step, but {type(dynamics).__name__} is deterministic: "
                 "use FlowSDE or CPS with eta > 0, or algo=nft."
             )
+        if self.dynamics_only and type(dynamics).__name__ not in self.dynamics_only:
+            raise ValueError(
+                f"{type(self).__name__} is defined for {' and '.join(self.dynamics_only)} only "
+                f"(got {type(dynamics).__name__}); GRPO takes any stochastic dynamics."
+            )
         if clip <= 0:
             raise ValueError(f"clip is the half-width of the ratio's trusted range, hence positive (got {clip}).")
         if kl not in ("x", "gaussian", "v"):
@@ -50,23 +54,24 @@ class GRPO(Algorithm):
         log_ratio = self.log_ratio(p, mean, std)
         ratio = log_ratio.exp()
         A = self.clipped(p.advantage)
-        policy = torch.maximum(-A * ratio, -A * ratio.clamp(1 - self.clip, 1 + self.clip))
-        loss = self.weight(p, std) * policy
+        policy, far = self.surrogate(p, A, ratio, mean, std)
         metrics = {
             "ratio": ratio,
-            "clip_fraction": ((ratio - 1).abs() > self.clip).to(ratio.dtype),
+            "clip_fraction": far.to(ratio.dtype),
             # Not ρ - 1 - log ρ: with ratios this close to 1 that difference is all rounding in float32.
             "approx_kl": 0.5 * log_ratio**2,
             "advantage": A,
         }
-        if self.kl_beta > 0:
-            metrics["kl"] = self._kl(p, v, mean, std)
-            loss = loss + self.kl_beta * metrics["kl"]
-        return loss, {name: m.detach() for name, m in metrics.items()}
+        return self.penalised(p, v, self.weight(p, std) * policy, metrics)
 
     def log_ratio(self, p: Point, mean: Tensor, std: Tensor) -> Tensor:
         """log ρ of the recorded step, (B,)."""
         return self.dynamics.log_prob(given(p.x_next, "x_next"), mean, std) - given(p.log_prob, "log_prob")
+
+    def surrogate(self, p: Point, A: Tensor, ratio: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """The policy term, and whether the step has left the range in which its ratio is trusted, both (B,)."""
+        del p, mean, std
+        return pessimistic(A, ratio, self.clip), (ratio - 1).abs() > self.clip
 
     def weight(self, p: Point, std: Tensor) -> Tensor:
         """Factor ≥ 0 of the policy term for each step, (B,)."""
@@ -76,11 +81,12 @@ class GRPO(Algorithm):
     def _moments(self, p: Point, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.dynamics.moments(p.x, v, p.sigma, given(p.sigma_next, "sigma_next"), p.sigma_max)
 
-    def _kl(self, p: Point, v: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        v_ref = p.frozen["reference"]
+    def penalty(self, p: Point, v: Tensor) -> Tensor:
+        """See the base class; which distance is a matter of `kl`."""
         if self.kl == "v":
-            return mean_dims((at_least_float32(v) - v_ref) ** 2)
-        mean_ref, _ = self._moments(p, v_ref)
+            return super().penalty(p, v)
+        mean, std = self._moments(p, v)
+        mean_ref, _ = self._moments(p, p.frozen["reference"])
         if self.kl == "gaussian":
             return self.dynamics.gaussian_kl(mean, mean_ref, std)
         return self.dynamics.kl(mean, mean_ref, std, p.sigma, given(p.sigma_next, "sigma_next"))

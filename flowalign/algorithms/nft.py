@@ -4,9 +4,10 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from flowalign.algorithms.base import Algorithm
-from flowalign.flow import at_least_float32, mean_dims, x0_from
-from flowalign.types import Point, given
+from flowalign.algorithms.base import Algorithm, optimality
+from flowalign.algorithms.errors import adaptive, x0_error
+from flowalign.flow import at_least_float32, mean_dims
+from flowalign.types import Point
 
 Mode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 
@@ -20,6 +21,7 @@ class NFT(Algorithm):
 
     point: ClassVar[Literal["transition", "noised"]] = "noised"
     samples_with: ClassVar[str | None] = "old"
+    consults: ClassVar[tuple[str, ...]] = ("old",)
 
     def __init__(
         self,
@@ -40,17 +42,12 @@ class NFT(Algorithm):
         self.adv_mode: Mode = adv_mode
         self.adv_range = adv_clip if adv_range is None else adv_range
 
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """The old policy, and the reference if it is penalised."""
-        return ("old", *super().frozen)
-
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the base class; p is a noised point."""
         v, v_old = at_least_float32(v), at_least_float32(p.frozen["old"])
         b, r = self.beta, self.optimality(p.advantage)
-        positive = adaptive_distance(p, b * v + (1 - b) * v_old)
-        negative = adaptive_distance(p, (1 + b) * v_old - b * v)
+        positive = adaptive(x0_error(p, b * v + (1 - b) * v_old))
+        negative = adaptive(x0_error(p, (1 + b) * v_old - b * v))
         loss = self.adv_clip * (r * positive + (1 - r) * negative) / b
         metrics = {
             "r": r,
@@ -58,23 +55,11 @@ class NFT(Algorithm):
             "loss_negative": negative,
             "v_drift": mean_dims((v - v_old) ** 2),
         }
-        if self.kl_beta > 0:
-            metrics["kl"] = mean_dims((v - p.frozen["reference"]) ** 2)
-            loss = loss + self.kl_beta * metrics["kl"]
-        return loss, {name: m.detach() for name, m in metrics.items()}
+        return self.penalised(p, v, loss, metrics)
 
     def optimality(self, advantage: Tensor) -> Tensor:
         """Probability r in [0, 1] that the sample is a good one, (B,); an advantage of 0 is a half."""
-        A = _part(self.clipped(advantage), self.adv_mode)
-        return (A / self.adv_range / 2 + 0.5).clamp(0, 1)
-
-
-def adaptive_distance(p: Point, v: Tensor) -> Tensor:
-    """|x0 predicted by v - x0|^2 over its own mean absolute error, mean over dims: (B,) in float64."""
-    # float64 since the method's code has it: near sigma = 0 both the error and its scale vanish.
-    error = (x0_from(p.x, v, p.sigma) - given(p.x0, "x0")).double()
-    w = mean_dims(error.detach().abs()).clamp(min=1e-5)
-    return mean_dims(error**2) / w
+        return optimality(_part(self.clipped(advantage), self.adv_mode), self.adv_range)
 
 
 def _part(A: Tensor, mode: Mode) -> Tensor:

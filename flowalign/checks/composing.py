@@ -60,6 +60,15 @@ class Composer:
             found += [f"{folder}/{option}" for option in self.options(f"{group}/{folder}")]
         return found
 
+    def options_with(self, group: str, key: str) -> list[str]:
+        """The options of a group whose own file sets `key`."""
+        loaded = {option: self.repository.load_config(f"{group}/{option}") for option in self.options(group)}
+        return [
+            option
+            for option, found in loaded.items()
+            if found is not None and OmegaConf.select(found.config, key, default=None) is not None
+        ]
+
     def configs(self) -> list[str]:
         """What --config-name may name."""
         return [name for name in self.repository.get_group_options("", ObjectType.CONFIG) if not name.startswith("_")]

@@ -1,6 +1,6 @@
 """Why a config could not be composed, found by composing less of it until it can be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -55,12 +55,15 @@ def missing_option(compose: Composer, override: Override) -> str | None:
     return None
 
 
-def unknown_key(compose: Composer, node: dict[str, Any], key: str) -> str:
-    """'unknown option algo.kl_bta; did you mean algo.kl_beta?'"""
+def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mapping[str, str]) -> str:
+    """'unknown option algo.kl_bta; did you mean algo.kl_beta?', or which other option of the group has it."""
     way = walk(node, key)
     if len(way) <= len(parts(key)) and len(way) > 1 and not isinstance(way[-1], dict | list | str | None):
         owner = ".".join(parts(key)[: len(way) - 1])
         return f"unknown option {key}: {owner} is a value, not a section; did you mean {owner}={way[-1]}?"
+    group, _, leaf = key.partition(".")
+    if group in chosen and (having := compose.options_with(group, leaf)):
+        return f"{group}={chosen[group]} has no {leaf}, but {' and '.join(f'{group}={o}' for o in having[:3])} have one"
     return f"unknown option {key}; {suggest_key(node, key, compose.groups())}"
 
 
@@ -107,7 +110,7 @@ def _why(compose: Composer, override: Override, before: DictConfig, error: Excep
     if override.type is OverrideType.ADD and exists(node, key):
         return f"{key} exists already: write {bare}, without the plus"
     if not override.is_add() and not override.is_force_add() and not exists(node, key):
-        return unknown_key(compose, node, key)
+        return unknown_key(compose, node, key, before.hydra.runtime.choices)
     return f"{short(override)}: {_sentence(error)}"
 
 

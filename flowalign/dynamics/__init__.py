@@ -2,7 +2,9 @@
 
 from flowalign.dynamics.base import Dynamics, Step
 from flowalign.dynamics.cps import CPS
+from flowalign.dynamics.dance_sde import DanceSDE
 from flowalign.dynamics.flow_sde import FlowSDE
 from flowalign.dynamics.ode import ODE
+from flowalign.dynamics.sde import SDE
 
-__all__ = ["CPS", "ODE", "Dynamics", "FlowSDE", "Step"]
+__all__ = ["CPS", "ODE", "SDE", "DanceSDE", "Dynamics", "FlowSDE", "Step"]

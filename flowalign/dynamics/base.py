@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowalign.flow import expand, mean_dims
+from flowalign.flow import at_least_float32, expand, mean_dims
 
 LOG_SQRT_2PI = torch.tensor(0.5 * math.log(2 * math.pi), dtype=torch.float32).item()
 """Rounded to float32 for float64 latents too, as in Flow-GRPO's code, so that log-densities of both agree exactly."""
@@ -22,12 +22,15 @@ class Step(NamedTuple):
 
 
 class Dynamics(ABC):
-    """A stateless rule for going from sigma to sigma_next < sigma. A subclass writes `moments`."""
+    """A stateless rule for going from sigma to sigma_next < sigma. A subclass writes `_moments`."""
 
     stochastic: bool = True
     """Whether a step has a density, which policy-gradient algorithms need."""
 
     @abstractmethod
+    def _moments(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, s_max: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean (B, …) and std (B, 1, …), from x, v in float32 or better and sigmas (B, 1, …) of their precision."""
+
     def moments(
         self,
         x: Tensor,
@@ -40,6 +43,9 @@ class Dynamics(ABC):
 
         x and v are (B, …); the sigmas floats, 0-d or (B,). sigma_max is the second entry of the schedule.
         """
+        x, v = at_least_float32(x), at_least_float32(v)
+        s_max = None if sigma_max is None else expand(sigma_max, x)
+        return self._moments(x, v, expand(sigma, x), expand(sigma_next, x), s_max)
 
     def step(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flowalign.dynamics.base import Dynamics
-from flowalign.flow import at_least_float32, eps_from, expand, mean_dims, x0_from
+from flowalign.flow import eps_from, mean_dims, x0_from
 
 
 class CPS(Dynamics):
@@ -24,20 +24,10 @@ class CPS(Dynamics):
         self.eta = eta
         self.stochastic = eta > 0
 
-    def moments(
-        self,
-        x: Tensor,
-        v: Tensor,
-        sigma: float | Tensor,
-        sigma_next: float | Tensor,
-        sigma_max: float | Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(1 - s) x0 + sqrt(s^2 - c^2) eps, and c = s sin(eta π/2), with s = sigma_next."""
-        del sigma_max  # nothing diverges at sigma = 1
-        x, v = at_least_float32(x), at_least_float32(v)
-        s = expand(sigma_next, x)
-        c = s * math.sin(self.eta * math.pi / 2)
-        mean = (1 - s) * x0_from(x, v, sigma) + torch.sqrt(s**2 - c**2) * eps_from(x, v, sigma)
+    def _moments(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, s_max: Tensor | None) -> tuple[Tensor, Tensor]:
+        del s_max  # nothing diverges at sigma = 1
+        c = s_next * math.sin(self.eta * math.pi / 2)
+        mean = (1 - s_next) * x0_from(x, v, s) + torch.sqrt(s_next**2 - c**2) * eps_from(x, v, s)
         return mean, c
 
     def log_prob(self, y: Tensor, mean: Tensor, std: Tensor) -> Tensor:

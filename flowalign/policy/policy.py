@@ -7,22 +7,49 @@ compiled code are untouched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowalign.policy.tune import Tune
 
+Place = Literal["same", "cpu"]
+
+
+class Copy(nn.ParameterDict):
+    """Values of the trained parameters. One that is held on the CPU stays there when the policy moves."""
+
+    def __init__(self, values: dict[str, nn.Parameter], place: Place) -> None:
+        # Dots cannot stand in a parameter's own name.
+        super().__init__({name.replace(".", "/"): p for name, p in values.items()})
+        self.place = place
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Copy:
+        return self if self.place == "cpu" else super()._apply(fn, recurse)
+
 
 class Policy(nn.Module):
-    """`denoisers` by name, prepared by `tune`; `copies` names the frozen copies, which start at the live weights."""
+    """`denoisers` by name, prepared by `tune`; `copies` names the frozen copies, which start at the live weights.
+
+    device_of_frozen="cpu" keeps the copies in the machine's memory: an accelerator then holds one set of weights, and
+    each use costs a transfer of the trained parameters.
+    """
 
     def __init__(
-        self, denoisers: dict[str, nn.Module], tune: Tune, targets: Sequence[str], copies: Sequence[str] = ()
+        self,
+        denoisers: dict[str, nn.Module],
+        tune: Tune,
+        targets: Sequence[str],
+        copies: Sequence[str] = (),
+        device_of_frozen: Place = "same",
     ) -> None:
         super().__init__()
+        if device_of_frozen not in ("same", "cpu"):
+            raise ValueError(f'device_of_frozen is "same" or "cpu" (got {device_of_frozen!r}).')
+        self.device_of_frozen: Place = device_of_frozen
         for denoiser in denoisers.values():
             tune(denoiser, targets)
         self.denoisers = nn.ModuleDict(denoisers)
@@ -33,13 +60,12 @@ class Policy(nn.Module):
         """The live trained parameters by name, in a fixed order."""
         return {name: p for name, p in self.denoisers.named_parameters() if p.requires_grad}
 
-    def _copy(self) -> nn.ParameterDict:
-        # Dots cannot stand in a parameter's own name.
-        frozen = {
-            n.replace(".", "/"): nn.Parameter(p.detach().clone(), requires_grad=False)
-            for n, p in self.trained().items()
-        }
-        return nn.ParameterDict(frozen)
+    def _copy(self) -> Copy:
+        def value(p: Tensor) -> Tensor:
+            return p.detach().cpu().clone() if self.device_of_frozen == "cpu" else p.detach().clone()
+
+        values = {n: nn.Parameter(value(p), requires_grad=False) for n, p in self.trained().items()}
+        return Copy(values, self.device_of_frozen)
 
     def _pairs(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         copy = self.copies[name]
@@ -76,6 +102,8 @@ class Policy(nn.Module):
         if decay == 0:  # exactly the live weights, which lerp gives only up to rounding
             torch._foreach_copy_(copy, live)
         elif decay != 1:
+            if self.device_of_frozen == "cpu":
+                live = [p.cpu() for p in live]
             torch._foreach_lerp_(copy, live, 1 - decay)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,11 @@ def _frames(media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -
     return (values if media.ndim == 5 else values[:, None]).movedim(-3, -1).numpy()
 
 
-class _PerPicture:
+class _PerPicture(ABC):
     """Scores frame by frame; subclasses say how one picture is scored."""
 
-    def score(self, image: np.ndarray, spec: Spec) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def score(self, image: np.ndarray, spec: Spec) -> float: ...
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         videos = _frames(media, prompts, metadata)

@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from flowalign.callbacks.checkpoint_io import replacing
 from flowalign.shapes import tokenizer
 from flowalign.shapes.data import Captions, cache_latents, draw_specs, pictures, to_numpy
+from flowalign.shapes.muon import Muon
 from flowalign.shapes.networks import Generator, new_vae
 from flowalign.shapes.verify import verify
 from flowalign.shapes.world import KINDS, specs
@@ -80,7 +81,7 @@ def optimisers(cfg: DictConfig, model: Generator) -> list[torch.optim.Optimizer]
     matrices = [p for p in model.transformer.transformer_blocks.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
-    muon = torch.optim.Muon(matrices, lr=cfg.train.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, lr=cfg.train.muon_lr)
     return [muon, torch.optim.AdamW(others, lr=cfg.train.adam_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
 
 
@@ -204,7 +205,7 @@ class GeneratorTraining:
         return loss.item()
 
     def _loss(self, step: int) -> Tensor:
-        """Of this rank's rows. The whole batch is drawn as a function of (seed, step), so the number of ranks is free."""
+        """Of this rank's rows. The whole batch is a function of (seed, step), so that the number of ranks is free."""
         cfg, stage = self.cfg, stage_of(self.cfg, step)
         rng = np.random.default_rng([cfg.seed, step])
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))

@@ -18,6 +18,15 @@ def test_a_schedule_of_ones_own():
     assert [decay(k) for k in (0, 10, 11, 12, 13, 1000)] == pytest.approx([0, 0, 0.1, 0.2, 0.25, 0.25])
 
 
+def test_a_schedule_may_start_above_zero():
+    # CRD's old policy: 0.25 + 0.005 k up to 0.999.
+    decay = Decay((0, 0.005, 0.999), start=0.25)
+    assert [decay(k) for k in (0, 1, 100, 1000)] == pytest.approx([0.25, 0.255, 0.75, 0.999])
+    assert Decay((10, 0.1, 0.5), start=0.2)(9) == 0
+    with pytest.raises(ValueError, match="start"):
+        Decay((0, 0.1, 0.5), start=0.6)
+
+
 @pytest.mark.parametrize("kind", [3, (1, 2), (0, -1, 0.5), (0, 0.1, 1.5)])
 def test_an_impossible_schedule_is_refused(kind):
     with pytest.raises(ValueError, match="a decay"):

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithms import GRPO
+from flowalign.algorithms.base import pessimistic
 from flowalign.dynamics import CPS, ODE, Dynamics, FlowSDE
 from flowalign.types import Point
 
@@ -46,7 +47,8 @@ def shifted(p: Point, log_ratio: float) -> Point:
 
 
 @pytest.mark.parametrize(("name", "dynamics"), [("grpo_flowsde_0_f64", FlowSDE), ("grpo_cps_0_f64", CPS)])
-def test_the_reference_loss_and_gradient_are_reproduced(golden, agrees, name, dynamics):
+def test_the_reference_loss_and_gradient_are_reproduced(golden, agrees, precision, name, dynamics):
+    cast, tolerance = precision
     d = golden(name)
     rows = torch.ones(len(d["sample"]), dtype=torch.float64)
     p = Point(
@@ -60,14 +62,26 @@ def test_the_reference_loss_and_gradient_are_reproduced(golden, agrees, name, dy
         frozen={"reference": d["v_ref"]},
     )
     algorithm = GRPO(dynamics(d["eta"].item()), clip=d["clip_range"].item(), kl_beta=d["beta"].item())
-    v = d["v_new"].requires_grad_()
-    loss, metrics = algorithm.loss(p, v)
+    v = cast(d["v_new"]).requires_grad_()
+    loss, metrics = algorithm.loss(cast(p), v)
     loss.mean().backward()
-    assert agrees(metrics["ratio"], d["ratio"], 1e-9)
-    assert agrees(loss.mean(), d["loss"], 1e-9)
-    assert agrees(v.grad, d["grad_v"], 1e-9)
+    assert agrees(metrics["ratio"], d["ratio"], tolerance)
+    assert agrees(loss.mean(), d["loss"], tolerance)
+    assert agrees(v.grad, d["grad_v"], tolerance)
     if algorithm.kl_beta:
-        assert agrees(metrics["kl"].mean(), d["kl_loss"], 1e-9)
+        assert agrees(metrics["kl"].mean(), d["kl_loss"], tolerance)
+
+
+def test_the_clipped_term_of_mixgrpo_is_the_same(golden, agrees):
+    d = golden("mixgrpo_loss_0_f64")
+    log_prob = d["log_prob_new"].requires_grad_()
+    log_ratio, share = log_prob - d["log_prob_old"], d["grad_accum"] * d["window"]
+    policy = pessimistic(d["adv"], log_ratio.exp(), d["clip_range"].item()).mean() / share
+    kl = (0.5 * log_ratio**2).mean() / share  # our metric approx_kl
+    (policy + d["kl_coeff"] * kl).backward()
+    assert agrees(policy, d["policy_loss"], 1e-9)
+    assert agrees(kl, d["kl_loss"], 1e-9)
+    assert agrees(log_prob.grad, d["grad_log_prob"], 1e-9)
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)

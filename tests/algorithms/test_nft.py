@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +32,8 @@ def gradient(algorithm: NFT, p: Point, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["nft_0_f64", "nft_1_f64"])
-def test_the_reference_loss_and_gradient_are_reproduced(golden, agrees, name):
+def test_the_reference_loss_and_gradient_are_reproduced(golden, agrees, precision, name):
+    cast, tolerance = precision
     d = golden(name)
     algorithm = NFT(d["beta"].item(), d["adv_clip_max"].item(), d["kl_beta"].item(), str(d["adv_mode"]))  # pyright: ignore[reportArgumentType]
     p = Point(
@@ -41,16 +44,16 @@ def test_the_reference_loss_and_gradient_are_reproduced(golden, agrees, name):
         frozen={"old": d["v_old"], "reference": d["v_ref"]},
     )
     assert agrees(p.x, d["xt"], 1e-12)
-    v = d["v_new"].requires_grad_()
-    loss, metrics = algorithm.loss(p, v)
+    v = cast(d["v_new"]).requires_grad_()
+    loss, metrics = algorithm.loss(cast(p), v)
     loss.mean().backward()
-    assert agrees(metrics["r"], d["r"], 1e-9)
-    assert agrees(metrics["loss_positive"], d["positive_loss"], 1e-9)
-    assert agrees(metrics["loss_negative"], d["negative_loss"], 1e-9)
-    assert agrees(metrics["kl"].mean(), d["kl"], 1e-9)
-    assert agrees((loss - algorithm.kl_beta * metrics["kl"]) / 5, d["per_sample_loss"], 1e-9)
-    assert agrees(loss.mean(), d["loss"], 1e-9)
-    assert agrees(v.grad, d["grad_v"], 1e-9)
+    assert agrees(metrics["r"], d["r"], tolerance)
+    assert agrees(metrics["loss_positive"], d["positive_loss"], tolerance)
+    assert agrees(metrics["loss_negative"], d["negative_loss"], tolerance)
+    assert agrees(metrics["kl"].mean(), d["kl"], tolerance)
+    assert agrees((loss - algorithm.kl_beta * metrics["kl"]) / 5, d["per_sample_loss"], tolerance)
+    assert agrees(loss.mean(), d["loss"], tolerance)
+    assert agrees(v.grad, d["grad_v"], tolerance)
 
 
 def test_one_number_by_hand():
@@ -86,6 +89,32 @@ def test_zero_advantage_gives_zero_gradient_at_the_old_policy(beta):
     assert loss.isfinite().all()
     assert gradient(algorithm, p, v).abs().max() < 1e-15
     assert gradient(algorithm, p.index(torch.tensor([0])), v[:1] + 1).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+def test_with_equal_weights_the_minimum_is_a_mixture_of_old_and_true_velocity(monkeypatch, beta):
+    monkeypatch.setattr("flowalign.algorithms.errors.size", lambda error: error.new_ones(len(error)))
+    p, v_old = at_old_policy([5.0, -5.0, 2.5, 0.0])
+    true = velocity(given(p.x0, "x0"), given(p.eps, "eps"))
+    reach = (2 * NFT().optimality(p.advantage) - 1)[:, None, None] / beta
+    best = (v_old + reach * (true - v_old)).detach().requires_grad_()
+    assert gradient(NFT(beta, kl_beta=0.0), p, best).abs().max() < 1e-13
+    lowest = NFT(beta, kl_beta=0.0).loss(p, best)[0]
+    assert (NFT(beta, kl_beta=0.0).loss(p, best + 0.01 * true)[0] > lowest).all()
+
+
+@pytest.mark.parametrize("advantage", [2.5, -2.5])
+def test_the_adaptive_weights_decide_for_one_side(advantage):
+    # A square over its own size is an absolute value, and the least sum of two of these lies at the nearer end.
+    p, v_old = at_old_policy([advantage])
+    true = velocity(given(p.x0, "x0"), given(p.eps, "eps"))
+    slopes = []
+    for reach in (0.5, 0.99, 1.01):  # on the way from the old velocity to the true or the mirrored one
+        v = (v_old + math.copysign(reach, advantage) * (true - v_old)).detach().requires_grad_()
+        way = math.copysign(1, advantage) * (true - v_old).detach()
+        slopes.append(float((gradient(NFT(kl_beta=0.0), p, v) * way).sum()))
+    assert slopes[0] < 0
+    assert slopes[1] < 0 < slopes[2]
 
 
 def test_a_perfect_prediction_is_finite():

@@ -182,3 +182,29 @@ def test_the_average_for_evaluation_forgets_faster_at_the_start():
 def test_adapters_that_cannot_learn_are_refused(arguments: dict[str, Any], sentence: str):
     with pytest.raises(ValueError, match=sentence):
         Lora(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_copies_on_the_cpu_stay_there_and_do_the_same(transformer: Any, kind: str):
+    from copy import deepcopy
+
+    tune = Lora(rank=4, alpha=8) if kind == "lora" else Full()
+    policies = [
+        Policy({"transformer": deepcopy(transformer)}, tune, TARGETS, ["old"], place) for place in ("same", "cpu")
+    ]
+    for policy in policies:
+        move(policy)
+        policy.follow("old", 0.3)
+        move(policy, 0.2)
+    assert same(weights(policies[0]), weights(policies[1]))
+    for policy in policies:
+        with policy.use("old"):
+            pass
+        policy.to("meta")
+    held = [{p.device.type for p in policy.copies.parameters()} for policy in policies]
+    assert held == [{"meta"}, {"cpu"}]
+
+
+def test_an_unknown_place_for_copies_is_refused(transformer: Any):
+    with pytest.raises(ValueError, match="same"):
+        Policy({"transformer": transformer}, Full(), TARGETS, [], "gpu")  # type: ignore[arg-type]

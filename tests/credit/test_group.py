@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from flowalign.credit import GroupCredit, group_stats, weighted_sum
+from flowalign.credit import GroupCredit, group_stats
 
 NAN = float("nan")
 
@@ -94,17 +94,43 @@ def test_an_unknown_normalisation_is_refused():
         GroupCredit("batch")  # pyright: ignore[reportArgumentType]
 
 
-def test_weighted_sum_by_hand():
-    rewards = {"ocr": f64(1, 0, NAN), "style": f64(2, 4, 6)}
-    total = weighted_sum(rewards, {"ocr": 1.0, "style": 0.5})
-    assert total[:2].tolist() == [2, 2]
-    assert total[2].isnan()
-    assert weighted_sum(rewards, {"ocr": 0.0, "style": 0.5}).tolist() == [1, 2, 3]
+def test_several_rewards_are_added_up_first():
+    rewards, group = torch.stack([f64(1, 0, 3, 3), f64(2, 4, 6, 0)], dim=1), torch.tensor([0, 0, 1, 1])
+    weights = f64(1, 0.5)
+    together = GroupCredit()(f64(2, 2, 6, 3), group)
+    torch.testing.assert_close(GroupCredit()(rewards, group, weights=weights), together)
+    torch.testing.assert_close(GroupCredit()(rewards, group), GroupCredit()(f64(3, 4, 9, 3), group))
 
 
-def test_weighted_sum_refuses_a_misspelt_weight():
-    with pytest.raises(ValueError, match="styles"):
-        weighted_sum({"style": f64(1)}, {"styles": 1.0})
+def test_or_their_advantages_are():
+    rewards, group = torch.stack([f64(0, 2, 5, 5), f64(0, 200, 0, 8)], dim=1), torch.tensor([0, 0, 1, 1])
+    credit = GroupCredit("group", eps=0, ddof=1, aggregate="advantages")
+    half = math.sqrt(0.5)  # an unbiased std makes a pair ±1/sqrt(2), whatever its size
+    expected = f64(-3 * half, 3 * half, -half, half)
+    torch.testing.assert_close(credit(rewards, group, weights=f64(2, 1)), expected)
+
+
+def test_a_sample_that_lacks_one_of_its_scores_is_left_out_unless_the_weight_is_zero():
+    rewards, group = torch.stack([f64(0, 1, NAN), f64(5, 7, 9)], dim=1), torch.zeros(3, dtype=torch.long)
+    kept = GroupCredit()(f64(5, 8), group[:2])
+    torch.testing.assert_close(GroupCredit()(rewards, group), torch.cat([kept, f64(0)]))
+    torch.testing.assert_close(GroupCredit()(rewards, group, weights=f64(0, 1)), GroupCredit()(f64(5, 7, 9), group))
+
+
+def test_a_floor_takes_the_larger_of_deviation_and_eps():
+    rewards, group = f64(0, 2), torch.zeros(2, dtype=torch.long)
+    assert GroupCredit("group", eps=0.5, floor=True)(rewards, group).tolist() == [-1, 1]
+    assert GroupCredit("group", eps=4.0, floor=True)(rewards, group).tolist() == [-0.25, 0.25]
+
+
+def test_as_many_weights_as_rewards_are_needed():
+    with pytest.raises(ValueError, match="2 rewards need as many weights"):
+        GroupCredit()(torch.zeros(3, 2), torch.zeros(3), weights=torch.ones(3))
+
+
+def test_an_unknown_meeting_of_rewards_is_refused():
+    with pytest.raises(ValueError, match="energies"):
+        GroupCredit(aggregate="energies")  # pyright: ignore[reportArgumentType]
 
 
 def test_group_stats_by_hand():

@@ -1,0 +1,40 @@
+"""What finished runs say of themselves: their summary, config and TensorBoard curves."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The run's summary.json."""
+    return json.loads((folder / "summary.json").read_text())
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run reached its final evaluation."""
+    return (folder / "summary.json").is_file() and bool(summary(folder)["final"])
+
+
+def curve(folder: Path, metric: str) -> dict[int, float]:
+    """A metric by epoch, 0 for the baseline; an interrupted run's events are read as one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    per_epoch = config.batch.updates * config.batch.passes
+    found: dict[int, float] = {}
+    for file in sorted((folder / "tensorboard").glob("events*")):
+        events = EventAccumulator(str(file)).Reload()
+        if metric in events.Tags()["scalars"]:
+            found |= {-(-e.step // per_epoch): e.value for e in events.Scalars(metric)}
+    return dict(sorted(found.items()))
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation over runs (n - 1), in percent; a single run has no spread."""
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"

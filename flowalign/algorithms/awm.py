@@ -1,0 +1,106 @@
+"""Advantage-weighted matching, AWM (arXiv:2509.25050): policy gradient with flow matching in place of a likelihood."""
+
+from typing import ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from flowalign.algorithms.base import Algorithm, pessimistic
+from flowalign.algorithms.errors import matching
+from flowalign.credit import Groups
+from flowalign.flow import at_least_float32, mean_dims
+from flowalign.types import Point, given
+
+Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
+
+
+class AWM(Algorithm):
+    """PPO's clipped term with log p = -weighting(|v - (eps - x0)|^2) and advantages in ±advantage_max.
+
+    With ratio="exp_first" every noised point has its ratio, with "sum_first" every sample, from the mean of its log p.
+    ema_beta penalises the way from "anchor", a copy that follows quickly. On policy the ratio is 1 and the old log p
+    the live one; off_policy=True takes that of "old", for several updates per rollout (frozen.old.decay.kind=0).
+    """
+
+    point: ClassVar[Literal["transition", "noised"]] = "noised"
+    together: ClassVar[Literal["point", "sample", "group"]] = "sample"
+
+    def __init__(
+        self,
+        weighting: Weighting = "ghuber",
+        ratio: Literal["exp_first", "sum_first"] = "exp_first",
+        clip: float = 1.0,
+        adv_clip: float = 5.0,
+        advantage_max: float = 1.0,
+        kl_beta: float = 0.0,
+        ema_beta: float = 1.0,
+        kl: Literal["uniform", "elbo"] = "uniform",
+        power: float = 0.25,
+        off_policy: bool = False,
+    ) -> None:
+        """kl: weight of both penalties over noise levels; power: exponent of "ghuber", 1 being "t"."""
+        super().__init__(kl_beta, adv_clip)
+        if weighting not in get_args(Weighting):
+            raise ValueError(f"weighting is one of {', '.join(get_args(Weighting))} (got {weighting!r}).")
+        if ratio not in ("exp_first", "sum_first"):
+            raise ValueError(f'ratio is "exp_first" or "sum_first" (got {ratio!r}).')
+        if kl not in ("uniform", "elbo"):
+            raise ValueError(f'kl is "uniform" or "elbo" (got {kl!r}).')
+        if min(clip, advantage_max, power) <= 0 or ema_beta < 0:
+            raise ValueError(
+                f"clip, advantage_max and power are positive, ema_beta ≥ 0 (got {clip}, {advantage_max}, ...)."
+            )
+        self.weighting: Weighting = weighting
+        self.ratio = ratio
+        self.clip = clip
+        self.advantage_max = advantage_max
+        self.ema_beta = ema_beta
+        self.kl = kl
+        self.power = power
+        self.off_policy = off_policy
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """As in the base class, with "old" off policy and "anchor" for its penalty."""
+        old = ("old",) if self.off_policy else ()
+        return (*old, *(("anchor",) if self.ema_beta > 0 else ()), *super().frozen)
+
+    def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the base class; p is a noised point."""
+        log_p = self.log_prob(p, v)
+        log_old = self.log_prob(p, p.frozen["old"]) if self.off_policy else log_p.detach()
+        if self.ratio == "sum_first":
+            samples = Groups.of(given(p.sample, "sample"))
+            log_p, log_old = samples.mean(log_p), samples.mean(log_old)
+        ratio = (log_p - log_old).exp()
+        A = self.clipped(p.advantage) / self.adv_clip * self.advantage_max
+        loss = pessimistic(A, ratio, self.clip)
+        clipped = ((ratio - 1).abs() > self.clip).to(ratio.dtype)
+        metrics = {"ratio": ratio, "clip_fraction": clipped, "log_prob": log_p, "advantage": A}
+        if self.ema_beta > 0:
+            metrics["kl_anchor"] = self._distance(p, v, "anchor")
+            loss = loss + self.ema_beta * metrics["kl_anchor"]
+        return self.penalised(p, v, loss, metrics)
+
+    def log_prob(self, p: Point, v: Tensor) -> Tensor:
+        """Stand-in for the log-likelihood of the sample, (B,) in float64, which falls with the matching error m."""
+        m, t = matching(p, v), p.sigma.double()
+        if self.weighting == "uniform":
+            return -m
+        if self.weighting == "t":
+            return -m * t
+        if self.weighting == "t2":
+            return -m * t**2
+        m = m + 1e-10  # where a root still has a slope
+        if self.weighting == "huber":
+            return -(m**0.5 - 1e-5) * t
+        return -(m**self.power - 1e-10**self.power) * t / self.power
+
+    def penalty(self, p: Point, v: Tensor) -> Tensor:
+        """See the base class; with kl="elbo" over twice the variance 0.49 t / (1 - t) of Flow-SDE's noise rate."""
+        return self._distance(p, v, "reference")
+
+    def _distance(self, p: Point, v: Tensor, name: str) -> Tensor:
+        square = mean_dims((at_least_float32(v) - p.frozen[name]) ** 2)
+        if self.kl == "uniform":
+            return square
+        return square / (2 * 0.7**2 * p.sigma / (1 - p.sigma.clamp(max=0.99)))

@@ -1,0 +1,44 @@
+"""GRPO-Guard (arXiv:2510.22319): ratios centred at 1 and of one size in every step, gradients balanced over steps."""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from flowalign.algorithms.grpo import GRPO
+from flowalign.dynamics import Dynamics
+from flowalign.types import Point, given
+
+
+class GRPOGuard(GRPO):
+    """GRPO with log ρ' = S (log ρ + |μ - μ_old|^2 / 2 S^2) and the policy term over -dt.
+
+    Of a step x' = μ_old + S z, log ρ' is the mean over dims of z (μ - μ_old): its mean is 0, whereas that of log ρ is
+    negative, and its size does not depend on the noise S of the step. Hence other clip ranges, such as 2e-6.
+    """
+
+    keeps_mean: ClassVar[bool] = True
+    dynamics_only: ClassVar[tuple[str, ...]] = ("FlowSDE",)
+
+    def __init__(
+        self,
+        dynamics: Dynamics,
+        clip: float = 2e-6,
+        adv_clip: float = 5.0,
+        kl_beta: float = 0.0,
+        kl: Literal["x", "gaussian", "v"] = "x",
+        parity: bool = False,
+    ) -> None:
+        """parity: one shift for all rows, the mean over the micro-batch, as in the method's code."""
+        super().__init__(dynamics, clip, adv_clip, kl_beta, kl)
+        self.parity = parity
+
+    def log_ratio(self, p: Point, mean: Tensor, std: Tensor) -> Tensor:
+        """log ρ', (B,)."""
+        shift = self.dynamics.gaussian_kl(mean, given(p.mean, "mean"), std)
+        log_ratio = super().log_ratio(p, mean, std) + (shift.mean() if self.parity else shift)
+        return log_ratio * std.flatten()
+
+    def weight(self, p: Point, std: Tensor) -> Tensor:
+        """1 / -dt, (B,): takes the step size out of the gradient, which would favour the long steps."""
+        del std
+        return 1 / (p.sigma - given(p.sigma_next, "sigma_next"))

@@ -1,0 +1,24 @@
+"""Supervised fine-tuning on given pictures: plain flow matching, the loss of pretraining."""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from flowalign.algorithms.base import Algorithm
+from flowalign.algorithms.errors import matching
+from flowalign.types import Point
+
+
+class SFT(Algorithm):
+    """|v - (eps - x0)|^2, mean over dims; kl_beta keeps the network near the one that it started from."""
+
+    point: ClassVar[Literal["transition", "noised"]] = "noised"
+    source: ClassVar[Literal["rollout", "images"]] = "images"
+
+    def __init__(self, kl_beta: float = 0.0) -> None:
+        super().__init__(kl_beta)
+
+    def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """See the base class; p is a noised point."""
+        loss = matching(p, v)
+        return self.penalised(p, v, loss, {"matching": loss})

@@ -1,0 +1,75 @@
+"""The energies of FlowAWR: how much more often than by chance a sample should be made."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.credit.base import Credit, Groups, prepare, weighted
+from flowalign.credit.group import GroupCredit
+
+
+class Energies(Credit):
+    """E = K (p - 1/K), at most `clip`, with p the softmax over a group of size K of the advantage / temperature.
+
+    E is in [-1, K - 1]: 0 leaves a sample alone, 1 aims at it, -1 away from it. gate="hard" divides p - 1/K by its
+    deviation within the group instead of 1/K, so that a rare success stands out. With several rewards,
+    aggregate="rewards" adds them up first and "energies" takes the mean of w_k E_k.
+    """
+
+    def __init__(
+        self,
+        gate: Literal["soft", "hard"] = "soft",
+        temperature: float = 1.0,
+        clip: float = 3.0,
+        adv_clip: float = 5.0,
+        std: Literal["group", "global"] = "global",
+        eps: float = 1e-4,
+        aggregate: Literal["rewards", "energies"] = "rewards",
+    ) -> None:
+        if gate not in ("soft", "hard"):
+            raise ValueError(f'gate is "soft" or "hard" (got {gate!r}).')
+        if aggregate not in ("rewards", "energies"):
+            raise ValueError(f'several rewards meet as aggregate="rewards" or "energies" (got {aggregate!r}).')
+        if min(temperature, clip, adv_clip) <= 0:
+            raise ValueError(f"temperature and clips must be positive (got {temperature}, {clip}, {adv_clip}).")
+        self.gate = gate
+        self.temperature = temperature
+        self.clip = clip
+        self.adv_clip = adv_clip
+        self.aggregate = aggregate
+        self.advantage = GroupCredit(std, eps)
+
+    def _credit(self, rewards: Tensor, weights: Tensor, groups: Groups) -> Tensor:
+        if self.aggregate == "rewards":
+            return self._energy(weighted(rewards.T, weights), groups)
+        return weighted([self._energy(r, groups) for r in rewards.T], weights) / len(weights)
+
+    def _energy(self, r: Tensor, groups: Groups) -> Tensor:
+        K = groups.count()
+        e = self.probability(r, groups) - 1 / K
+        # 1e-4 and 1e-2: the method's code, against groups whose probabilities hardly differ.
+        E = K * e if self.gate == "soft" else e / (groups.std(e) + 1e-4).clamp(min=1e-2)
+        return torch.where(groups.alive(r), E.clamp(-self.clip, self.clip), 0.0)
+
+    def probability(self, r: Tensor, groups: Groups) -> Tensor:
+        """p (N,), which adds up to 1 over what counts in a group."""
+        A = self.advantage._credit(r[:, None], r.new_ones(1), groups)
+        a = A.clamp(-self.adv_clip, self.adv_clip) / self.temperature
+        weight = (a - groups.high(a)).exp()
+        return weight / groups.sum(weight)
+
+    def stats(
+        self, rewards: Tensor, group: Tensor, valid: Tensor | None = None, weights: Tensor | None = None
+    ) -> dict[str, float]:
+        """Mean over groups of 1 / Σ p^2, the number of samples that carry the weight, and of that over K.
+
+        Of the weighted sum of the rewards. A group without spread has all of its samples; nearer to 1 than to K means
+        that one sample decides for its group.
+        """
+        r, w, groups = prepare(rewards, group, valid, weights)
+        size = 1 / groups.sum(self.probability(weighted(r.T, w), groups) ** 2)
+        return {
+            "effective_samples": float(groups.average(size)),
+            "effective_share": float(groups.average(size / groups.count())),
+        }

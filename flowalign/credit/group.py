@@ -1,0 +1,44 @@
+"""Advantages as deviations from the mean of the group."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from flowalign.credit.base import Credit, Groups, standardised, weighted
+
+
+class GroupCredit(Credit):
+    """(r - mean of its group) / (std + eps), as in Flow-GRPO (arXiv:2505.05470).
+
+    std="group" is the deviation within the group; std="global" that of the raw rewards of the whole epoch, differences
+    between prompts included, which keeps small differences within a group small. Several rewards are added up first
+    (aggregate="rewards"), or each gets its advantage, and those are added up (aggregate="advantages", as in MixGRPO).
+    """
+
+    def __init__(
+        self,
+        std: Literal["group", "global"] = "global",
+        eps: float = 1e-4,
+        ddof: int = 0,
+        aggregate: Literal["rewards", "advantages"] = "rewards",
+        floor: bool = False,
+    ) -> None:
+        """ddof: 0 for the population's deviation, 1 for the unbiased; floor: divide by max(std, eps) instead."""
+        if std not in ("group", "global"):
+            raise ValueError(f'credit is normalised by std="group" or std="global" (got {std!r}).')
+        if aggregate not in ("rewards", "advantages"):
+            raise ValueError(f'several rewards meet as aggregate="rewards" or "advantages" (got {aggregate!r}).')
+        self.std = std
+        self.eps = eps
+        self.ddof = ddof
+        self.aggregate = aggregate
+        self.floor = floor
+
+    def _credit(self, rewards: Tensor, weights: Tensor, groups: Groups) -> Tensor:
+        if self.aggregate == "rewards":
+            return self._advantage(weighted(rewards.T, weights), groups)
+        return weighted([self._advantage(r, groups) for r in rewards.T], weights)
+
+    def _advantage(self, r: Tensor, groups: Groups) -> Tensor:
+        pool = groups if self.std == "group" else groups.everyone()
+        return standardised(r, groups, pool, self.eps, self.floor, self.ddof)
