@@ -40,8 +40,9 @@ class Buffer:
 class IndexLoader:
     """Sized and re-iterable: yields (micro,) index tensors; the order is a function of (seed, epoch, rank).
 
-    Samples are shuffled and cut into updates; all points of a sample serve the same optimiser step, as in the methods'
-    own code. It is not a torch DataLoader, which would draw from the global generator and spoil exact resumption.
+    Samples, or groups where the loss couples them, are shuffled and cut into updates; all points of a sample serve the
+    same optimiser step, as in the methods' own code. It is not a torch DataLoader, which would draw from the global
+    generator and spoil exact resumption.
     """
 
     def __init__(self, geometry: Geometry, seed: int, rank: int) -> None:
@@ -56,10 +57,12 @@ class IndexLoader:
 
     def __iter__(self) -> Iterator[Tensor]:
         g = self.geometry
-        steps = torch.arange(g.points_per_sample)
+        members, steps = torch.arange(g.unit), torch.arange(g.points_per_sample)
         for turn in range(g.batch.passes):
             generator = keyed_generator(self.seed, self.epoch, self.rank, ORDER_OF_SAMPLES + turn)
-            for part in torch.randperm(g.samples_local, generator=generator).chunk(g.batch.updates):
-                # Step-major, so that a micro-batch spans samples rather than the neighbouring states of one.
-                points = (part[None, :] * g.points_per_sample + steps[:, None]).flatten()
-                yield from points.split(g.batch.micro)
+            for part in torch.randperm(g.units_local, generator=generator).chunk(g.batch.updates):
+                samples = (part[:, None] * g.unit + members).flatten()
+                points = samples[:, None] * g.points_per_sample + steps
+                # Step-major, so that a micro-batch spans samples rather than the neighbouring states of one, unless
+                # the loss wants to see all states of a sample.
+                yield from (points if g.together == "sample" else points.T).flatten().split(g.batch.micro)

@@ -67,7 +67,12 @@ def sample(
     sigmas = model.sigmas(steps, height, width)
     with torch.no_grad():
         x0 = walk(
-            lambda x, s: model.velocity(x, s, cond, guidance), sigmas, deterministic(steps), ODE(), solver, noise
+            lambda x, s, rows: model.velocity(x, s, cond.index(rows), guidance),
+            sigmas,
+            deterministic(steps),
+            ODE(),
+            solver,
+            noise,
         ).x0
         images = (model.decode(x0).permute(0, 2, 3, 1) * 255).round().byte().numpy()
     target = Path(to)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,17 +10,21 @@ from torch import Tensor
 
 from flowalign.algorithms.base import Algorithm
 from flowalign.conditioner import Conditioner
-from flowalign.credit import GroupCredit, group_stats
+from flowalign.credit import Credit, group_stats
 from flowalign.dynamics import Dynamics
 from flowalign.geometry import Geometry
-from flowalign.keyed import POINT, keyed_randn
+from flowalign.keyed import PICTURE, POINT, keyed_integer, keyed_randn
 from flowalign.models.base import FlowModel
-from flowalign.points import noised, permuted_steps, transitions
+from flowalign.points import noised, transitions
 from flowalign.prompts import Prompt, PromptSet
-from flowalign.sampler import Noise, Sampling, deterministic, join, walk
+from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
 from flowalign.scoring import Scorer
 from flowalign.steps.base import StepPlan, Steps
+from flowalign.steps.tail import shorten
+from flowalign.times import Times
 from flowalign.types import Conditioning, Point, Rollout
+
+Progress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,33 @@ class Collected:
     stats: dict[str, float]
     images: Tensor
     prompts: list[Prompt]
+    calls: int
+    """Rows that the network was asked for."""
+
+
+@dataclass
+class Share:
+    """The samples of one rank."""
+
+    epoch: int
+    samples: list[int]
+    """Their global numbers."""
+    prompts: list[Prompt]
+    cond: Conditioning
+    """One row a sample."""
+    device: torch.device
+
+
+@dataclass
+class Pictures:
+    """What became of them."""
+
+    rollout: Rollout
+    images: Tensor
+    """The first picture of each group, on the CPU."""
+    rewards: Tensor
+    """(B,)"""
+    calls: int = 0
 
 
 @dataclass
@@ -52,22 +83,29 @@ class Collector:
     algorithm: Algorithm
     dynamics: Dynamics
     steps: Steps
+    times: Times
     sampling: Sampling
-    credit: GroupCredit
+    credit: Credit
     scorer: Scorer
     prompts: PromptSet
     conditioner: Conditioner
     geometry: Geometry
     size: Size
     seed: int
-    points_per_sample: int | None
 
     def plan(self, epoch: int) -> StepPlan:
         """Which steps are noisy: none for a deterministic dynamics, or those that the `steps` group chooses."""
         if not self.dynamics.stochastic:
             return deterministic(self.sampling.num_steps)
         plan = self.steps(epoch, self.sampling.num_steps)
-        return plan if self.algorithm.point == "transition" else replace(plan, trained=())  # nothing to replay
+        if self.algorithm.point == "noised":
+            return replace(plan, trained=(), branches=0)  # nothing to replay
+        if plan.points != self.geometry.points_per_sample:
+            raise ValueError(
+                f"the plan of epoch {epoch} trains {plan.points} steps of a picture, but the batches of the run were "
+                f"made for {self.geometry.points_per_sample}: `steps` must choose equally many in every epoch."
+            )
+        return plan
 
     def __call__(
         self,
@@ -75,71 +113,125 @@ class Collector:
         rank: int,
         device: torch.device,
         gather: Callable[[Tensor], Tensor],
-        report: Callable[[int, float], None],
+        report: Progress,
     ) -> Collected:
         """`gather`: local (n,) to the global one in sample order; `report`: pictures done, mean reward so far."""
+        group_size = self.geometry.batch.group_size
         chosen = self.prompts.epoch(self.seed, epoch, self.geometry.batch.prompts)
         local = self.geometry.local_samples(rank)
-        rows = torch.tensor([sample // self.geometry.batch.group_size for sample in local], device=device)
+        rows = torch.tensor([sample // group_size for sample in local], device=device)
         cond = self.conditioner([self.prompts.prompts[i] for i in chosen], device)
-        prompts = [self.prompts.prompts[chosen[row]] for row in rows.tolist()]
-        rollout, images, rewards = self._pictures(epoch, local, cond.index(rows), prompts, device, report)
-        everyone = gather(rewards)
-        # The same prompt drawn twice is one group.
-        groups = torch.tensor([chosen[s // self.geometry.batch.group_size] for s in range(self.geometry.samples)])
-        if not everyone.isfinite().any():
+        which = [chosen[row] for row in rows.tolist()]
+        share = Share(epoch, local, [self.prompts.prompts[i] for i in which], cond.index(rows), device)
+        if self.algorithm.source == "images":
+            made = self._given(share, which, report)
+            advantage, stats = torch.ones(self.geometry.samples), {}
+        else:
+            made = self._pictures(share, report)
+            advantage, stats = self._credit(gather(made.rewards).cpu(), epoch, chosen)
+        mine = advantage[local]
+        kept = self._kept(mine)
+        rollout = made.rollout if len(kept) == len(local) else made.rollout.index(kept)
+        points = self._points(epoch, rollout, [local[i] for i in kept], mine[kept])
+        stats["advantage_abs"] = float(advantage.abs().mean())
+        of_point = rows[kept].repeat_interleave(self.geometry.points_per_sample)
+        return Collected(points, cond, of_point, stats, made.images, share.prompts, made.calls)
+
+    # ------------------------------------------------------------ pictures
+
+    def _pictures(self, share: Share, report: Progress) -> Pictures:
+        """Walks of the policy, decoded and scored, some at a time."""
+        plan = self.plan(share.epoch)
+        sigmas, shape = self._schedule(plan), self._latent_shape()
+        # What starts alike is walked together, if it fits.
+        alike = self.geometry.batch.group_size if self.sampling.same_noise else plan.trunk
+        batch = self.sampling.batch_size // alike * alike or self.sampling.batch_size
+        parts, images, rewards, calls = [], [], [], 0
+        for start in range(0, len(share.samples), batch):
+            samples = share.samples[start : start + batch]
+            cond = share.cond.index(slice(start, start + len(samples)))
+
+            def velocity(x: Tensor, sigma: Tensor, rows: Rows, cond: Conditioning = cond) -> Tensor:
+                nonlocal calls
+                calls += len(x)
+                return self.model.velocity(x, sigma, cond.index(rows), self.sampling.guidance)
+
+            noise = Noise(self.seed, share.epoch, samples, shape, share.device, alike)
+            part = walk(velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean)
+            media = self.model.decode(part.x0)
+            parts.append(part)
+            images.append(media[self._first_of_groups(samples)].cpu())
+            rewards.append(self.scorer.reward(media, share.prompts[start : start + len(samples)]))
+            report(start + len(samples), float(torch.cat(rewards).nanmean()))
+        return Pictures(join(parts), torch.cat(images), torch.cat(rewards), calls)
+
+    def _given(self, share: Share, which: list[int], report: Progress) -> Pictures:
+        """Real pictures of the prompts instead, encoded; the network is not asked."""
+        latents, images, batch = [], [], self.sampling.batch_size
+        for start in range(0, len(which), batch):
+            samples = share.samples[start : start + batch]
+            numbers = [keyed_integer(self.seed, share.epoch, s, PICTURE) for s in samples]
+            media = self.prompts.images(which[start : start + batch], numbers, self.size.height, self.size.width)
+            latents.append(self.model.encode_images(media.to(share.device)))
+            images.append(media[self._first_of_groups(samples)])
+            report(start + len(samples), 1.0)
+        x0 = torch.cat(latents)
+        return Pictures(Rollout(x0, self._schedule(deterministic(0))), torch.cat(images), x0.new_ones(len(x0)))
+
+    def _schedule(self, plan: StepPlan) -> Tensor:
+        size = (self.size.height, self.size.width, self.size.frames)
+        sigmas = self.model.sigmas(self.sampling.num_steps, *size)
+        return sigmas if plan.tail is None else shorten(sigmas, plan.last_noisy, plan.tail, self.model.shift(*size))
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        return self.model.latent_shape(self.size.height, self.size.width, self.size.frames)
+
+    def _first_of_groups(self, samples: Sequence[int]) -> list[int]:
+        return [i for i, s in enumerate(samples) if s % self.geometry.batch.group_size == 0]
+
+    # ------------------------------------------------------------ credit
+
+    def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> tuple[Tensor, dict[str, float]]:
+        """Advantages of all samples of the epoch, and what their rewards look like."""
+        if not rewards.isfinite().any():
             raise RuntimeError(
                 "not a single picture of this epoch could be scored: every reward is NaN. Is the reward installed "
                 "and reachable?"
             )
-        advantage = self.credit(everyone.cpu(), groups)
-        points = self._points(epoch, rollout, local, advantage[list(local)])
+        branches = self.plan(epoch).branches
+        # The same prompt drawn twice is one group; branches are compared with those of their own step and trunk.
+        groups = torch.tensor(
+            [
+                s // branches if branches else chosen[s // self.geometry.batch.group_size]
+                for s in range(self.geometry.samples)
+            ]
+        )
         stats = {
-            **{
-                f"reward_{k}" if k != "zero_std_fraction" else k: float(v)
-                for k, v in group_stats(everyone.cpu(), groups).items()
-            },
-            "reward_nan_fraction": float((~everyone.isfinite()).float().mean()),
-            "advantage_abs": float(advantage.abs().mean()),
+            f"reward_{k}" if k != "zero_std_fraction" else k: float(v) for k, v in group_stats(rewards, groups).items()
         }
-        per_sample = len(points.x) // len(rows)
-        return Collected(points, cond, rows.repeat_interleave(per_sample), stats, images, prompts)
+        stats["reward_nan_fraction"] = float((~rewards.isfinite()).float().mean())
+        return self.credit(rewards, groups), stats | self.credit.stats(rewards, groups)
 
-    def _pictures(
-        self,
-        epoch: int,
-        local: range,
-        cond: Conditioning,
-        prompts: list[Prompt],
-        device: torch.device,
-        report: Callable[[int, float], None],
-    ) -> tuple[Rollout, Tensor, Tensor]:
-        size, batch = self.size, self.sampling.batch_size
-        sigmas = self.model.sigmas(self.sampling.num_steps, size.height, size.width, size.frames)
-        shape = self.model.latent_shape(size.height, size.width, size.frames)
-        plan, parts, images, rewards = self.plan(epoch), [], [], []
-        for start in range(0, len(local), batch):
-            ids = local[start : start + batch]
-            part_cond = cond.index(slice(start, start + len(ids)))
+    def _kept(self, advantage: Tensor) -> Tensor:
+        """Positions of the samples to train on: all, or of each group the best and the worst in equal numbers."""
+        g = self.geometry
+        if g.members is None:
+            return torch.arange(len(advantage))
+        best_first = advantage.unflatten(0, (-1, g.batch.group_size)).argsort(dim=1, descending=True, stable=True)
+        worst = g.members // 2
+        ends = torch.cat([best_first[:, : g.members - worst], best_first[:, g.batch.group_size - worst :]], dim=1)
+        return (ends.sort(dim=1).values + torch.arange(len(ends))[:, None] * g.batch.group_size).flatten()
 
-            def velocity(x: Tensor, sigma: Tensor, c: Conditioning = part_cond) -> Tensor:
-                return self.model.velocity(x, sigma, c, self.sampling.guidance)
+    # ------------------------------------------------------------ points
 
-            noise = Noise(self.seed, epoch, ids, shape, device)
-            part = walk(velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean)
-            media = self.model.decode(part.x0)
-            parts.append(part)
-            images.append(media[[i for i, s in enumerate(ids) if s % self.geometry.batch.group_size == 0]].cpu())
-            rewards.append(self.scorer.reward(media, prompts[start : start + len(ids)]))
-            report(start + len(ids), float(torch.cat(rewards).nanmean()))
-        return join(parts), torch.cat(images), torch.cat(rewards)
-
-    def _points(self, epoch: int, rollout: Rollout, local: range, advantage: Tensor) -> Point:
+    def _points(self, epoch: int, rollout: Rollout, samples: list[int], advantage: Tensor) -> Point:
+        sample = torch.tensor(samples)
+        group_size, per_sample = self.geometry.batch.group_size, self.geometry.points_per_sample
+        group = sample // (self.plan(epoch).branches or group_size)
         if self.algorithm.point == "transition":
-            return transitions(rollout, advantage)
-        order = permuted_steps(self.seed, epoch, local, self.sampling.num_steps, self.points_per_sample)
-        shape = tuple(rollout.x0.shape[1:])
-        draws = [
-            keyed_randn(self.seed, epoch, local, POINT + j, shape, rollout.x0.device) for j in range(order.shape[1])
-        ]
-        return noised(rollout.x0, rollout.sigmas, advantage, order.shape[1], torch.stack(draws, dim=1), order)
+            return transitions(rollout, advantage, group, sample)
+        keys = sample // group_size * group_size if self.algorithm.shared_noise else sample
+        shape, device = tuple(rollout.x0.shape[1:]), rollout.x0.device
+        draws = [keyed_randn(self.seed, epoch, keys, POINT + j, shape, device) for j in range(per_sample)]
+        sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
+        return noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample)

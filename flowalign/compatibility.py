@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from flowalign.checks import ConfigError
 from flowalign.checks.signatures import locate
+from flowalign.steps.base import Steps, check_branches
+
+OPTIONS = {"FlowSDE": "flow_sde", "DanceSDE": "dance_sde", "CPS": "cps", "ODE": "ode"}
+"""What the dynamics classes are called in a command."""
 
 
 def choice(group: str, cfg: DictConfig) -> str:
@@ -19,28 +27,86 @@ def choice(group: str, cfg: DictConfig) -> str:
 def check_groups(cfg: DictConfig) -> None:
     """Raises ConfigError, in a sentence with the nearest valid choice, where two groups contradict each other."""
     algorithm, dynamics = locate(cfg.algo["_target_"]), locate(cfg.dynamics["_target_"])
-    if algorithm.stochastic and not dynamics.stochastic:
+    if algorithm.stochastic:
+        _check_density(cfg, dynamics)
+    if algorithm.dynamics_only and dynamics.__name__ not in algorithm.dynamics_only:
+        known = [OPTIONS.get(name, name) for name in algorithm.dynamics_only]
+        raise ConfigError(
+            f"algo={choice('algo', cfg)} is not defined for dynamics={choice('dynamics', cfg)}: use "
+            f"dynamics={known[0]}, or algo=grpo."
+        )
+    if algorithm.energy and locate(cfg.credit["_target_"]).__name__ != "Energies":
+        raise ConfigError(
+            f"algo={choice('algo', cfg)} takes energies for its credit, and credit={choice('credit', cfg)} gives "
+            "advantages: use credit=energies, or algo=nft."
+        )
+    if isinstance(cfg.batch.group_size, int) and cfg.batch.group_size < 2:
+        raise ConfigError(
+            f"batch.group_size={cfg.batch.group_size} gives every advantage 0, so nothing can be learnt: use at least "
+            "2 (8 to 24 are usual)."
+        )
+    _check_noise(cfg, algorithm, dynamics)
+    if (steps := _built(cfg.steps)) is not None:
+        _check_steps(cfg, steps, algorithm, dynamics)
+
+
+def _check_density(cfg: DictConfig, dynamics: Any) -> None:
+    """What an algorithm that weighs recorded steps needs of the other groups."""
+    # An algorithm that replays nothing has no use for some choices of steps either.
+    otherwise = "" if locate(cfg.steps["_target_"]).replayed else ", or algo=nft"
+    if not dynamics.stochastic:
         raise ConfigError(
             f"algo={choice('algo', cfg)} needs per-step log-probabilities, but dynamics={choice('dynamics', cfg)} "
-            "is deterministic: "
-            "use dynamics=flow_sde, or algo=nft."
+            f"is deterministic: use dynamics=flow_sde{otherwise}."
         )
-    if algorithm.stochastic and cfg.dynamics.get("eta", 1) == 0:
+    if cfg.dynamics.get("eta", 1) == 0:
         raise ConfigError(
             f"dynamics.eta=0 makes dynamics={choice('dynamics', cfg)} deterministic, without a density: use "
-            "dynamics.eta=0.7, or algo=nft."
+            f"dynamics.eta=0.7{otherwise}."
         )
-    if algorithm.stochastic and cfg.algo.get("dynamics") != cfg.dynamics:
+    if cfg.algo.get("dynamics") != cfg.dynamics:
         raise ConfigError("algo.dynamics must be the dynamics that sampled the rollout: leave it at ${dynamics}.")
-    if algorithm.stochastic and cfg.optimisation.guidance != cfg.rollout.guidance:
+    if cfg.optimisation.guidance != cfg.rollout.guidance:
         raise ConfigError(
             f"optimisation.guidance={cfg.optimisation.guidance} differs from "
             f"rollout.guidance={cfg.rollout.guidance}, so the importance ratio could "
             f"never be 1: leave optimisation.guidance at ${{rollout.guidance}}."
         )
-    group_size = cfg.batch.group_size
-    if isinstance(group_size, int) and group_size < 2:
+
+
+def _check_noise(cfg: DictConfig, algorithm: Any, dynamics: Any) -> None:
+    """Somewhere the pictures of a group must come to differ."""
+    still = not dynamics.stochastic or cfg.dynamics.get("eta", 1) == 0
+    if cfg.rollout.get("same_noise") and still and algorithm.source == "rollout":
         raise ConfigError(
-            f"batch.group_size={group_size} gives every advantage 0, so nothing can be learnt: use at least 2 (8 to "
-            "24 are usual)."
+            f"rollout.same_noise=true with dynamics={choice('dynamics', cfg)}, which adds no noise, makes the "
+            "pictures of a group equal: use rollout.same_noise=false, or dynamics=flow_sde."
         )
+
+
+def _built(node: DictConfig) -> Any:
+    """The object of a light group, or None where its class refuses: that is said by the check of signatures."""
+    try:
+        return instantiate(node)
+    except InstantiationException:
+        return None
+
+
+def _check_steps(cfg: DictConfig, steps: Steps, algorithm: Any, dynamics: Any) -> None:
+    """Chosen steps are to be replayed, and a batch plan is one for all epochs."""
+    name = choice("steps", cfg)
+    if steps.replayed and algorithm.point != "transition":
+        raise ConfigError(
+            f"steps={name} chooses the steps that are replayed, and algo={choice('algo', cfg)} replays none: use "
+            f"steps=all{', or algo=grpo' if dynamics.stochastic else ''}."
+        )
+    if cfg.steps.get("parity"):
+        raise ConfigError(
+            "steps.parity=true has windows of several sizes, and even empty ones, while the batches of a run are of "
+            "one size: use steps.parity=false (parity is for comparing the course of the window)."
+        )
+    if algorithm.point == "transition" and isinstance(cfg.rollout.num_steps, int):
+        try:
+            check_branches(steps(0, cfg.rollout.num_steps), cfg.batch.group_size)
+        except ValueError as refusal:
+            raise ConfigError(str(refusal)) from refusal

@@ -45,3 +45,13 @@ def x0_from(x: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
 def eps_from(x: Tensor, v: Tensor, sigma: float | Tensor) -> Tensor:
     """The noise which v points at from x."""
     return x + (1 - expand(sigma, x)) * v
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """The time u in [0, 1] moved towards the noise by a schedule's shift ≥ 1; 0 and 1 stay where they are."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshifted(sigma: Tensor, shift: float) -> Tensor:
+    """The inverse of `shifted`."""
+    return sigma / (shift - (shift - 1) * sigma)

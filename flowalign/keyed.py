@@ -21,13 +21,21 @@ ORDER = 3000
 CHOICE = 4000
 """Stream of choices an epoch makes once for all samples."""
 
+PICTURE = 5000
+"""Stream of the given picture that a sample is made of."""
+
+
+def keyed_integer(seed: int, epoch: int, sample: int, stream: int) -> int:
+    """A number of 32 bits for one key of non-negative integers."""
+    # SeedSequence mixes the four numbers; a sum of them would give (0, 1) and (1, 0) the same noise.
+    return int(np.random.SeedSequence((seed, epoch, sample, stream)).generate_state(1)[0])
+
 
 def keyed_generator(seed: int, epoch: int, sample: int, stream: int) -> torch.Generator:
     """A CPU generator of its own for one key of non-negative integers."""
-    # SeedSequence mixes the four numbers; a sum of them would give (0, 1) and (1, 0) the same noise. torch's CPU
-    # generator uses 32 bits of its seed, so that among many thousands of keys two can coincide, which does no harm.
-    state = np.random.SeedSequence((seed, epoch, sample, stream)).generate_state(1)
-    return torch.Generator().manual_seed(int(state[0]))
+    # torch's CPU generator uses 32 bits of its seed, so that among many thousands of keys two can coincide, which does
+    # no harm.
+    return torch.Generator().manual_seed(keyed_integer(seed, epoch, sample, stream))
 
 
 def ids(sample_ids: Sequence[int] | Tensor) -> list[int]:

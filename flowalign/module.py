@@ -7,8 +7,7 @@ exact resumption: noise is keyed, the order of batches is a function of the epoc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,75 +16,17 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from flowalign.algorithms.base import Algorithm
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, refusals
 from flowalign.collect import Collector, Size
 from flowalign.conditioner import Conditioner
-from flowalign.credit import GroupCredit
-from flowalign.dynamics import ODE, Dynamics
-from flowalign.evaluation import Evaluation, Positions, Shown
-from flowalign.geometry import Batch, Geometry
-from flowalign.models.base import FlowModel
-from flowalign.points import default_num
-from flowalign.policy import Policy, Tune
-from flowalign.policy.follow import Follow
-from flowalign.policy.policy import Place
-from flowalign.prompts import Prompt, PromptSet
+from flowalign.dynamics import ODE
+from flowalign.evaluation import Positions, Shown
+from flowalign.policy import Policy
+from flowalign.prompts import Prompt
+from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
-from flowalign.sampler import Noise, Sampling, deterministic, walk
-from flowalign.schedule import Schedule
-from flowalign.scoring import Scorer
-from flowalign.steps.base import Steps
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """The training forward: its guidance (1 = off), re-noised points per sample (None = 99 % of the steps), a guard."""
-
-    guidance: float = 1.0
-    points_per_sample: int | None = None
-    on_policy_tolerance: float | None = None
-    """How far from 1 the ratio may be before the first update; None: 1e-5 in float32, 1e-3 in 16 bits."""
-
-
-@dataclass
-class Recipe:
-    """Everything a run is composed of; one field a config group."""
-
-    model: FlowModel
-    algorithm: Algorithm
-    dynamics: Dynamics
-    steps: Steps
-    credit: GroupCredit
-    scorer: Scorer
-    tune: Tune
-    data: Mapping[str, PromptSet]
-    batch: Batch
-    rollout: Sampling
-    evaluation: Evaluation
-    optimisation: Optimisation
-    train_size: Size
-    eval_size: Size
-    frozen: Mapping[str, Follow]
-    optimizer: Callable[..., torch.optim.Optimizer]
-    schedule: Schedule
-    device_of_frozen: Place = "same"
-    seed: int = 0
-    config: dict[str, Any] = field(default_factory=dict)
-
-
-def points_per_sample(recipe: Recipe) -> int:
-    """Training points of one picture: the recorded steps of its walk, or its re-noised points."""
-    if recipe.algorithm.point == "transition":
-        return len(recipe.steps(0, recipe.rollout.num_steps).trained)
-    wanted, steps = recipe.optimisation.points_per_sample, recipe.rollout.num_steps
-    if wanted is not None and not 1 <= wanted <= steps:
-        raise ValueError(
-            f"optimisation.points_per_sample={wanted}: a picture has at most one re-noised point a noise level, "
-            f"so 1 to {steps}."
-        )
-    return default_num(steps) if wanted is None else wanted
+from flowalign.sampler import Noise, Rows, Sampling, deterministic, walk
 
 
 class AlignModule(LightningModule):
@@ -115,6 +56,8 @@ class AlignModule(LightningModule):
         }
         for size in (recipe.train_size, recipe.eval_size):
             recipe.model.check_size(size.height, size.width)
+        if recipe.algorithm.source == "images":
+            recipe.data["train"].require_images()
 
     # ------------------------------------------------------------ building
 
@@ -122,8 +65,9 @@ class AlignModule(LightningModule):
         if self.policy is not None:  # Lightning calls this at every fit, validate and test
             return
         r = self.recipe
-        kept = [name for name in r.frozen if name in r.algorithm.frozen or name == r.evaluation.copy]
-        missing = set(r.algorithm.frozen) - set(kept) - {"reference"}
+        consulted = {*r.algorithm.frozen, *([r.algorithm.samples_with] if r.algorithm.samples_with else [])}
+        kept = [name for name in r.frozen if name in consulted or name == r.evaluation.copy]
+        missing = consulted - set(kept) - {"reference"}
         if missing:
             raise ConfigError(
                 f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
@@ -141,11 +85,10 @@ class AlignModule(LightningModule):
     def setup(self, stage: str) -> None:
         del stage
         r = self.recipe
-        per_sample = points_per_sample(r)
-        self.geometry = Geometry(r.batch, per_sample, self.trainer.world_size)
+        self.geometry = batch_plan(r, self.trainer.world_size)
         self.collect = Collector(
-            r.model, r.algorithm, r.dynamics, r.steps, r.rollout, r.credit, r.scorer, r.data["train"],
-            self.conditioner, self.geometry, r.train_size, r.seed, per_sample,
+            r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
+            self.conditioner, self.geometry, r.train_size, r.seed,
         )  # fmt: skip
         if self.trainer.accumulate_grad_batches != self.geometry.accumulate and self.trainer.training:
             raise ValueError(
@@ -198,7 +141,7 @@ class AlignModule(LightningModule):
             self.report.end("rollout")
             self._consult_frozen()
         self.counts["samples"] += g.samples
-        self.counts["rollout"] += g.samples * self.recipe.rollout.num_steps
+        self.counts["rollout"] += int(self._everyones(torch.tensor(got.calls, device=self.device)).sum())
         self.rollout_shown = got.images
         seconds = time.perf_counter() - started
         self.stats = got.stats | {"seconds": seconds, "images_per_s": g.samples / seconds}
@@ -211,10 +154,12 @@ class AlignModule(LightningModule):
         self.report.advance("rollout", done, reward=reward)
 
     def _gather(self, local: Tensor) -> Tensor:
-        """(n,) on every rank to (n · ranks,) in global sample order, which was dealt round-robin."""
-        if self.trainer.world_size == 1:
-            return local
-        return self.all_gather(local).T.flatten()  # type: ignore
+        """(n,) on every rank to (n · ranks,) in global sample order."""
+        return self.geometry.in_order(self._everyones(local))
+
+    def _everyones(self, local: Tensor) -> Tensor:
+        """(ranks, …)"""
+        return local[None] if self.trainer.world_size == 1 else self.all_gather(local)  # type: ignore
 
     def _precision(self) -> Any:
         # Hooks run without the precision context; without it, log-probabilities would differ from training_step's.
@@ -362,8 +307,8 @@ class AlignModule(LightningModule):
 
         sizes: list[Tensor] = []
 
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            v = model.velocity(x, sigma, cond, sampling.guidance)
+        def velocity(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+            v = model.velocity(x, sigma, cond.index(rows), sampling.guidance)
             sizes.append(v.float().square().flatten(1).mean(dim=1).sqrt())
             return v
 

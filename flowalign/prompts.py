@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -64,13 +67,21 @@ def _record(line: str, source: str) -> Prompt:
     return Prompt(text, negative, record, source)
 
 
-class PromptSet:
-    """Chooses prompts by index; with `balance`, a metadata key (say "tag"), each of its values gets an equal share."""
+Painter = Callable[[dict[str, Any], int, int, int], np.ndarray]
+"""Metadata of a prompt, the number of the picture, height, width → (height, width, 3) in [0, 1]."""
 
-    def __init__(self, prompts: list[Prompt], balance: str | None = None) -> None:
+
+class PromptSet:
+    """Chooses prompts by index; with `balance`, a metadata key (say "tag"), each of its values gets an equal share.
+
+    A prompt's real picture is the file that it names under `image`, or painted by `images`.
+    """
+
+    def __init__(self, prompts: list[Prompt], balance: str | None = None, images: Painter | None = None) -> None:
         if not prompts:
             raise ValueError("a prompt set needs at least one prompt")
         self.prompts = prompts
+        self._painter = images
         classes: dict[Any, list[int]] = {}
         for i, prompt in enumerate(prompts):
             if balance is not None and balance not in prompt.metadata:
@@ -82,7 +93,9 @@ class PromptSet:
         self._classes = list(classes.values())
 
     @classmethod
-    def read(cls, path: str, balance: str | None = None, limit: int | None = None) -> PromptSet:
+    def read(
+        cls, path: str, balance: str | None = None, limit: int | None = None, images: Painter | None = None
+    ) -> PromptSet:
         """The first `limit` prompts of a file; a path that does not exist here may name one inside this package."""
         found = next((p for p in (Path(path).expanduser(), ASSETS / path) if p.is_file()), None)
         if found is None:
@@ -90,13 +103,32 @@ class PromptSet:
             raise ValueError(f"there is no prompt file {path}; embedded ones are {known}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit keeps the first prompts of a file and must be at least 1 (got {limit})")
-        return cls(read_prompts(found)[:limit], balance)
+        return cls(read_prompts(found)[:limit], balance, images)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
+
+    def require_images(self) -> None:
+        """Raises ValueError unless there is a real picture for every prompt."""
+        for prompt in self.prompts if self._painter is None else ():
+            if "image" not in prompt.metadata:
+                raise ValueError(
+                    f"{prompt.source}: no picture to learn from: give every line an `image` (a path beside the prompt "
+                    "file), set data.train.images, or use data=shapes"
+                )
+
+    def images(self, indices: Sequence[int], numbers: Sequence[int], height: int, width: int) -> Tensor:
+        """A real picture for each of the prompts, (B, 3, H, W) in [0, 1]; `numbers` say which, where there are many."""
+        pictures = [
+            _opened(prompt, height, width)
+            if self._painter is None or "image" in prompt.metadata
+            else self._painter(prompt.metadata, number, height, width)
+            for prompt, number in zip((self.prompts[i] for i in indices), numbers, strict=True)
+        ]
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
     def epoch(self, seed: int, epoch: int, number: int) -> list[int]:
         """Indices of this epoch's prompts, a function of the arguments alone: a resumed run goes on as it would have.
@@ -122,6 +154,19 @@ class PromptSet:
     def _taken(self, index: int, total: int) -> int:
         """How many of the first `total` prompts ever drawn belong to one class: every class in turn."""
         return (total - index + len(self._classes) - 1) // len(self._classes)
+
+
+def _opened(prompt: Prompt, height: int, width: int) -> np.ndarray:
+    """The picture that a prompt names, scaled to cover the size and cut to its middle."""
+    from PIL import Image, ImageOps
+
+    path = Path(prompt.source.rpartition(":")[0]).parent / prompt.metadata["image"]
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise ValueError(f"{prompt.source}: the picture {path} cannot be read") from error
+    return np.asarray(fitted, dtype=np.float32) / 255
 
 
 @lru_cache(maxsize=64)

@@ -23,7 +23,8 @@ from flowalign.compatibility import check_groups
 if TYPE_CHECKING:
     from lightning import Trainer
 
-    from flowalign.module import AlignModule, Recipe
+    from flowalign.module import AlignModule
+    from flowalign.recipe import Recipe
 
 log = logging.getLogger("flowalign")
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
@@ -47,7 +48,7 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 def build_recipe(cfg: DictConfig) -> Recipe:
     """Every part of a run, instantiated from its group."""
-    from flowalign.module import Recipe
+    from flowalign.recipe import Recipe
 
     make = instantiate
     model = make(cfg.model)
@@ -57,6 +58,7 @@ def build_recipe(cfg: DictConfig) -> Recipe:
         algorithm=make(cfg.algo),
         dynamics=make(cfg.dynamics),
         steps=make(cfg.steps),
+        times=make(cfg.times),
         credit=make(cfg.credit),
         scorer=make(cfg.reward),
         tune=make(cfg.tune),
@@ -150,11 +152,10 @@ def quieten() -> None:
 
 def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
     """Micro-batches per optimiser step; Lightning wants to know it before it knows the module."""
-    from flowalign.geometry import Geometry
-    from flowalign.module import points_per_sample
+    from flowalign.recipe import batch_plan
 
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(int(cfg.trainer.num_nodes), 1) * devices(cfg)
-    return Geometry(recipe.batch, points_per_sample(recipe), ranks).accumulate
+    return batch_plan(recipe, ranks).accumulate
 
 
 def devices(cfg: DictConfig) -> int:

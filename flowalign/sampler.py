@@ -1,4 +1,8 @@
-"""The walk from noise to data: stochastic steps where the plan says so, an ODE solver elsewhere."""
+"""The walk from noise to data: stochastic steps where the plan says so, an ODE solver elsewhere.
+
+Samples that start from the same noise are the same until their first stochastic step, and until then the network is
+asked once for all of them.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +13,25 @@ import torch
 from torch import Tensor
 
 from flowalign.dynamics import Dynamics
+from flowalign.dynamics.base import Step
 from flowalign.keyed import INITIAL, STEP, keyed_randn
-from flowalign.solvers import Solver
+from flowalign.solvers import DPM2, Solver
 from flowalign.steps.base import StepPlan
 from flowalign.types import Rollout
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made: number of steps, classifier-free guidance (1 = off), ODE solver, pictures at a time."""
+    """How pictures are made: number of steps, classifier-free guidance (1 = off), ODE solver, pictures at a time.
+
+    same_noise: the members of a group start from the same noise.
+    """
 
     num_steps: int
     solver: Solver
     guidance: float = 1.0
     batch_size: int = 64
+    same_noise: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size"):
@@ -39,10 +48,49 @@ class Noise:
     samples: Sequence[int]
     shape: tuple[int, ...]
     device: torch.device | str = "cpu"
+    alike: int = 1
+    """So many neighbouring samples start from the same noise."""
 
     def __call__(self, stream: int) -> Tensor:
         """(B, *shape)"""
-        return keyed_randn(self.seed, self.epoch, self.samples, stream, self.shape, self.device)
+        samples = self.starts() if stream == INITIAL else self.samples
+        return keyed_randn(self.seed, self.epoch, samples, stream, self.shape, self.device)
+
+    def starts(self) -> list[int]:
+        """The sample whose noise each one starts from."""
+        return [s // self.alike * self.alike for s in self.samples]
+
+    def of(self, rows: list[int]) -> Noise:
+        """The noise of some of the samples, by position."""
+        return replace(self, samples=[self.samples[row] for row in rows])
+
+
+Rows = Tensor | slice
+"""Positions (b,) in the batch of a walk, or slice(None) for all of it."""
+
+
+class Distinct:
+    """Which samples of a walk are still the same, and hence which ones the network has to see."""
+
+    def __init__(self, starts: Sequence[int]) -> None:
+        # A sample is known by where it started until it has had noise of its own, and by its place (below 0) then.
+        self.names = list(starts)
+
+    def leave(self, rows: Sequence[int]) -> None:
+        """These samples have had noise of their own."""
+        for row in rows:
+            self.names[row] = -1 - row
+
+    def __call__(self, velocity: Callable[[Tensor, Tensor, Rows], Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+        """The velocity of every sample from one call on the distinct ones."""
+        first: dict[int, int] = {}
+        for row, name in enumerate(self.names):
+            first.setdefault(name, row)
+        if len(first) == len(x):
+            return velocity(x, sigma, slice(None))
+        place = {name: i for i, name in enumerate(first)}
+        rows = torch.tensor(list(first.values()), device=x.device)
+        return velocity(x[rows], sigma, rows)[torch.tensor([place[name] for name in self.names], device=x.device)]
 
 
 def deterministic(num_steps: int) -> StepPlan:
@@ -51,7 +99,7 @@ def deterministic(num_steps: int) -> StepPlan:
 
 
 def walk(
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    velocity: Callable[[Tensor, Tensor, Rows], Tensor],
     sigmas: Tensor,
     plan: StepPlan,
     dynamics: Dynamics,
@@ -59,35 +107,67 @@ def walk(
     noise: Noise,
     keep_mean: bool = False,
 ) -> Rollout:
-    """Walks `sigmas` (T+1,) from keyed noise to x0 with velocity(x, sigma), and records the steps that are trained.
+    """Walks `sigmas` (T+1,) from keyed noise to x0, and records the steps that are trained.
 
-    The log-probability is taken from the very tensors that are stored, so that the ratio is 1 on policy.
+    velocity(x, sigma, rows) is asked for the distinct samples only: x (b, …) at sigma (0-d), which are `rows` of the
+    batch. With a tail in the plan, sigmas is the shortened schedule, and a second-order solver takes over after the
+    last stochastic step. The log-probability is taken from the very tensors that are stored, so that the ratio is 1 on
+    policy.
     """
-    x = noise(INITIAL)
+    x, distinct, record = noise(INITIAL), Distinct(noise.starts()), Record(keep_mean)
     state = solver.start()
-    last = len(sigmas) - 2
-    kept: list[tuple[Tensor, ...]] = []
+    last, last_noisy = len(sigmas) - 2, plan.last_noisy
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        v = velocity(x, sigma)
-        if not plan.noisy[i]:
+        v = distinct(velocity, x, sigma)
+        if plan.tail is not None and i == last_noisy:
+            state = DPM2().start()  # pushed to below: the first step after this one has a history
+        rows = plan.rows(i, noise.samples) if i <= last_noisy else []
+        x_before, every = x, len(rows) == len(x)
+        if every:
+            state.push(x, v, sigma)
+        else:
             x = state.step(x, v, sigma, sigma_next, i == last)
+        if not rows:
             continue
-        state.push(x, v, sigma)
-        step = dynamics.step(x, v, sigma, sigma_next, sigmas[1], noise(STEP + i))
+        distinct.leave(rows)
+        some: Rows = slice(None) if every else torch.tensor(rows, device=x.device)
+        z = (noise if every else noise.of(rows))(STEP + i)
+        step = dynamics.step(x_before[some], v[some], sigma, sigma_next, sigmas[1], z)
+        x = step.x_next if every else x.index_copy(0, some, step.x_next)  # type: ignore[arg-type]
         if i in plan.trained:
-            log_prob = dynamics.log_prob(step.x_next, step.mean, step.std)
-            kept.append((x, step.x_next, log_prob, *([step.mean] if keep_mean else [])))
-        x = step.x_next
-    if not kept:
-        return Rollout(x0=x, sigmas=sigmas)
-    columns = [torch.stack(column, dim=1) for column in zip(*kept, strict=True)]
-    return Rollout(x, sigmas, tuple(sorted(plan.trained)), *columns)  # x, x_next, log_prob and, if kept, mean
+            record(i, rows, x_before[some], step, dynamics.log_prob(step.x_next, step.mean, step.std))
+    return record.rollout(x, sigmas)
+
+
+class Record:
+    """The trained steps of a walk as they come, each for some of the samples, and at the end by sample."""
+
+    def __init__(self, keep_mean: bool) -> None:
+        self.keep_mean = keep_mean
+        self.rows: list[int] = []
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def __call__(self, i: int, rows: list[int], x: Tensor, step: Step, log_prob: Tensor) -> None:
+        """Step i of the samples at `rows`."""
+        self.rows += rows
+        number = torch.full((len(rows),), i, device=x.device)
+        parts = {"steps": number, "x": x, "x_next": step.x_next, "log_prob": log_prob, "std": step.std.flatten()}
+        for name, part in (parts | ({"mean": step.mean} if self.keep_mean else {})).items():
+            self.parts.setdefault(name, []).append(part)
+
+    def rollout(self, x0: Tensor, sigmas: Tensor) -> Rollout:
+        """With (B, S, …) columns: every sample has recorded equally many steps."""
+        if not self.rows:
+            return Rollout(x0=x0, sigmas=sigmas)
+        order = torch.tensor(self.rows, device=x0.device).argsort(stable=True)
+        columns = {name: torch.cat(parts)[order].unflatten(0, (len(x0), -1)) for name, parts in self.parts.items()}
+        return Rollout(x0, sigmas, **columns)
 
 
 def join(parts: Sequence[Rollout]) -> Rollout:
     """Rollouts of the same plan, one after another."""
     columns = {}
-    for name in ("x0", "x", "x_next", "log_prob", "mean"):
+    for name in ("x0", "steps", "x", "x_next", "log_prob", "std", "mean"):
         tensors = [getattr(part, name) for part in parts]
         columns[name] = None if tensors[0] is None else torch.cat(tensors)
     return replace(parts[0], **columns)

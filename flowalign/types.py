@@ -63,16 +63,23 @@ class Rollout:
     """(B, …) final latent."""
     sigmas: Tensor
     """(T+1,) the schedule that was walked, from 1 to 0. Stored because a recomputed one may differ in the last bit."""
-    steps: tuple[int, ...] = ()
-    """S indices into the schedule: the recorded steps, in the order of the S dims below."""
+    steps: Tensor | None = None
+    """(B, S) long: the recorded steps of each row as indices into the schedule, ascending; None = nothing recorded."""
     x: Tensor | None = None
-    """(B, S, …) state before each recorded step; None when nothing was recorded."""
+    """(B, S, …) state before each recorded step."""
     x_next: Tensor | None = None
     """(B, S, …) state after it."""
     log_prob: Tensor | None = None
     """(B, S) log-density of x_next under the policy that walked, mean over dims."""
+    std: Tensor | None = None
+    """(B, S) standard deviation of each recorded step."""
     mean: Tensor | None = None
     """(B, S, …) mean of the step; kept only for the algorithms that ask (`keeps_mean`)."""
+
+    def index(self, i: Tensor | slice) -> Rollout:
+        """Rows i."""
+        rows = {name: t[i] for name, t in vars(self).items() if isinstance(t, Tensor) and name != "sigmas"}
+        return replace(self, **rows)
 
 
 @dataclass

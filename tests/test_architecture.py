@@ -14,7 +14,7 @@ PACKAGE = ROOT / "flowalign"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("flow", "types"),
-    ("keyed", "dynamics", "solvers", "steps", "credit", "points", "shapes", "rewards"),
+    ("keyed", "dynamics", "solvers", "steps", "times", "credit", "points", "shapes", "rewards"),
     ("algorithms", "models"),
     (
         "checks",
@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "scoring",
     )
     + ("report", "collect"),
-    ("module", "callbacks"),
+    ("recipe", "module", "callbacks"),
     ("compatibility", "summary", "run", "cli", "programs"),
 )
 """From the ground up. Files of one floor see those named before them, which keeps circles out."""

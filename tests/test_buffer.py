@@ -63,6 +63,26 @@ def test_the_epoch_counts_from_the_first_batch_on():
     assert torch.equal(next(iterator), order(5)[0])
 
 
+def test_a_group_is_never_torn_and_meets_itself_at_the_same_point():
+    """Two members of each of 6 groups at 3 points: the loss couples the members at one point."""
+    g = Geometry(Batch(prompts=6, group_size=4, micro=4, updates=3), 3, together="group", members=2)
+    batches = list(IndexLoader(g, 0, 0))
+    assert sorted(torch.cat(batches).tolist()) == list(range(6 * 2 * 3))
+    for batch in batches:
+        samples, point = batch // 3, batch % 3
+        groups, count = torch.unique(torch.stack([samples // 2, point]), dim=1, return_counts=True)
+        assert set(count.tolist()) == {2}
+        assert groups.shape[1] == 2
+
+
+def test_the_points_of_a_sample_stay_together_where_the_loss_wants_them():
+    g = Geometry(Batch(prompts=4, group_size=6, micro=6, updates=2), 3, together="sample")
+    batches = list(IndexLoader(g, 0, 0))
+    assert sorted(torch.cat(batches).tolist()) == list(range(24 * 3))
+    for batch in batches:
+        assert set(torch.unique(batch // 3, return_counts=True)[1].tolist()) == {3}
+
+
 @pytest.fixture
 def buffer() -> Buffer:
     points = Point(

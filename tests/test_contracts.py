@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,7 @@ from flowalign.checks.signatures import locate
 from flowalign.compatibility import check_groups
 from flowalign.dynamics import ODE, Dynamics, FlowSDE
 from flowalign.flow import interpolate
-from flowalign.geometry import Geometry
-from flowalign.module import points_per_sample
+from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, build_trainer, instantiate, plan_accumulation
 from flowalign.types import Point
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/**/*.yaml"))
 ALGORITHMS = [option.removeprefix("algo/") for option in OPTIONS if option.startswith("algo/")]
+STEPS = [option.removeprefix("steps/") for option in OPTIONS if option.startswith("steps/")]
 DYNAMICS = [option.removeprefix("dynamics/") for option in OPTIONS if option.startswith("dynamics/")]
 EXTRAS = {"hparams_search/optuna": "hydra_plugins.hydra_optuna_sweeper"}
 """Options that compose only with an extra of the package."""
@@ -64,7 +65,7 @@ def test_every_option_composes_and_its_classes_accept_what_it_says(compose: Call
     check_signatures(cfg)
 
 
-SHAPING = [option for option in OPTIONS if option.startswith(("algo/", "steps/", "debug/", "experiment/"))]
+SHAPING = [option for option in OPTIONS if option.startswith(("algo/", "steps/", "times/", "debug/", "experiment/"))]
 """Options that say how many points there are, or how they are cut."""
 
 
@@ -76,9 +77,9 @@ def test_the_batch_plan_of_every_option_fits_with_every_algorithm(compose: Calla
         cfg = compose(*algo, f"{group}={name}")
         if refused(cfg):
             continue
-        parts = {part: instantiate(cfg[part]) for part in ("steps", "rollout", "optimisation", "batch")}
+        parts = {part: instantiate(cfg[part]) for part in ("steps", "times", "rollout", "batch")}
         recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), **parts)
-        Geometry(recipe.batch, points_per_sample(recipe))  # type: ignore[arg-type]
+        batch_plan(recipe)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
@@ -97,38 +98,113 @@ def test_a_leaf_is_small_and_says_what_it_is(option: str):
 # ------------------------------------------------------------ algorithms and dynamics
 
 
+SMALL = {"fast": ("steps.width=2",), "branch": ("steps.branches=2", "steps.num=1"), "random": ("steps.num=2",)}
+"""What a choice of steps needs besides in the tiny geometry of 2 pictures in 4 steps."""
+CHOSEN = {"flow_grpo_fast": "fast", "tempflow": "branch"}
+"""The algorithms that choose one of those."""
+
+
+def small(algo: str, steps: str | None = None) -> tuple[str, ...]:
+    """The overrides of SMALL for what is chosen."""
+    return SMALL.get(steps or CHOSEN.get(algo, ""), ())
+
+
+def fitting(tiny: Callable[..., DictConfig], *overrides: str) -> DictConfig:
+    """The tiny config with a micro-batch that fits, whatever an algorithm couples."""
+    cfg = tiny(*overrides)
+    parts = {part: instantiate(cfg[part]) for part in ("steps", "times", "rollout")}
+    recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), **parts)
+    for micro in (3, 2, 1, 6):
+        cfg.batch.micro = micro
+        recipe.batch = instantiate(cfg.batch)
+        try:
+            batch_plan(recipe)  # type: ignore[arg-type]
+        except ValueError:
+            continue
+        return cfg
+    cfg.batch.updates, cfg.batch.micro = 1, 12  # groups that are not to be torn leave one update
+    return cfg
+
+
+def trained(cfg: DictConfig) -> tuple[Any, Any]:
+    """Module and trainer after an epoch, which must have led somewhere finite."""
+    from flowalign.module import AlignModule
+
+    recipe = build_recipe(cfg)
+    module = AlignModule(recipe)
+    trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
+    trainer.fit(module)
+    assert trainer.global_step == cfg.batch.updates
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert all(parameter.isfinite().all() for parameter in module.live.trained().values())
+    return module, trainer
+
+
+def advised(refusal: str) -> list[tuple[str, str]]:
+    """The options that a refusal names: at least one."""
+    found = re.findall(r"(algo|dynamics|steps)=(\w+)(?=, or |\.)", refusal)
+    assert found, refusal
+    return found
+
+
 @pytest.mark.parametrize("dynamics", DYNAMICS)
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_pair_trains_an_epoch_or_is_refused_with_one_that_would(
     tiny: Callable[..., DictConfig], algo: str, dynamics: str
 ):
-    from flowalign.module import AlignModule
-
-    cfg = tiny(f"algo={algo}", f"dynamics={dynamics}", "trainer.check_val_every_n_epoch=9")
-    if refusal := refused(cfg):
-        advised = re.findall(r"(algo|dynamics)=(\w+)(?=, or |\.)", refusal)
-        assert advised, refusal
-        for group, option in advised:
+    words = (f"algo={algo}", f"dynamics={dynamics}", *small(algo))
+    if refusal := refused(tiny(*words)):
+        for group, option in advised(refusal):
             choice = {"algo": algo, "dynamics": dynamics} | {group: option}
-            check_groups(tiny(*(f"{key}={value}" for key, value in choice.items())))
+            check_groups(tiny(*(f"{key}={value}" for key, value in choice.items()), *small(choice["algo"])))
         return
-    recipe = build_recipe(cfg)
-    module = AlignModule(recipe)
-    trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
-    trainer.fit(module)
-    assert trainer.global_step == 2
-    assert trainer.callback_metrics["train/loss"].isfinite()
-    assert all(parameter.isfinite().all() for parameter in module.live.trained().values())
+    trained(fitting(tiny, *words, "trainer.check_val_every_n_epoch=9"))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_every_choice_of_steps_trains_an_epoch(tiny: Callable[..., DictConfig], steps: str):
+    words = ("algo=grpo", f"steps={steps}", *small("grpo", steps))
+    trained(fitting(tiny, *words, "trainer.check_val_every_n_epoch=9"))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_steps_go_with_algorithm_and_dynamics_or_are_refused_with_what_would(
+    compose: Callable[..., DictConfig], algo: str
+):
+    """The whole grid in the default geometry, put together from nodes: to compose each anew would take minutes."""
+    nodes = {
+        group: {option: compose(f"{group}={option}")[group] for option in options}
+        for group, options in (("dynamics", DYNAMICS), ("steps", STEPS))
+    }
+    cfg = compose(f"algo={algo}")
+
+    def said(dynamics: str, steps: str, also: DictConfig = cfg) -> str:
+        also.dynamics, also.steps = nodes["dynamics"][dynamics], nodes["steps"][steps]
+        return refused(also)
+
+    grpo, nft = compose("algo=grpo"), compose("algo=nft")
+    for dynamics, steps in product(DYNAMICS, STEPS):
+        if refusal := said(dynamics, steps):
+            for group, option in advised(refusal):
+                better = {"algo": algo, "dynamics": dynamics, "steps": steps} | {group: option}
+                also = {"grpo": grpo, "nft": nft}[option] if group == "algo" else cfg
+                assert not said(better["dynamics"], better["steps"], also), refusal
+
+
+@pytest.mark.parametrize("times", [option.removeprefix("times/") for option in OPTIONS if option.startswith("times/")])
+def test_a_choice_of_times_trains_an_epoch(tiny: Callable[..., DictConfig], times: str):
+    trained(tiny(f"times={times}", "times.num=3", "trainer.check_val_every_n_epoch=9"))
 
 
 def test_a_choice_of_steps_goes_with_an_algorithm_that_replays_them(tiny: Callable[..., DictConfig]):
-    for option in (o.removeprefix("steps/") for o in OPTIONS if o.startswith("steps/")):
+    for option in STEPS:
         steps = instantiate(tiny("algo=grpo", f"steps={option}").steps)
         plan = steps(0, 10)
         assert len(plan.noisy) == 10
         assert plan.trained
         assert all(plan.noisy[i] for i in plan.trained)
         assert steps(0, 10) == plan
+        assert {steps(epoch, 10).points for epoch in range(60)} == {plan.points}
 
 
 @pytest.fixture(params=ALGORITHMS)
@@ -225,6 +301,12 @@ def test_without_noise_every_dynamics_is_the_ode(tiny: Callable[..., DictConfig]
         (("algo=grpo", "optimisation.guidance=3"), r"differs from rollout.guidance=1.0.*leave optimisation.guidance"),
         (("batch.group_size=1",), r"gives every advantage 0.*use at least 2"),
         (("algo=grpo", "algo.dynamics={_target_: flowalign.dynamics.CPS}"), r"leave it at \$\{dynamics\}"),
+        (("algo=nft", "dynamics=cps", "steps=window"), r"algo=NFT replays none: use steps=all, or algo=grpo"),
+        (("algo=nft", "dynamics=ode", "steps=branch"), r"algo=NFT replays none: use steps=all\."),
+        (("algo=mixgrpo", "steps.parity=true"), r"windows of several sizes.*use steps.parity=false"),
+        (("algo=mixgrpo", "steps.width=3"), r"window of 3 does not fit into 4 steps.*use steps.width=2"),
+        (("algo=grpo", "steps=branch", "steps.num=1"), r"group_size=2 .* 1 steps × 4 branches: use batch.group_size=4"),
+        (("algo=nft", "rollout.same_noise=true"), r"pictures of a group equal: use rollout.same_noise=false"),
     ],
 )
 def test_groups_that_contradict_each_other_are_refused(tiny: Callable[..., DictConfig], overrides: Any, sentence: str):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
+import torch
 
 from flowalign.geometry import Batch, Geometry, nearest_divisor
 
@@ -79,3 +82,49 @@ def test_the_table_says_the_plan_in_words():
     table = Geometry(Batch(16, 12, 96, 2), 9, 1).table()
     assert table["samples per epoch"] == "16 prompts × 12 = 192"
     assert table["one optimiser step"] == "9 micro-batches × 96 points"
+
+
+# ------------------------------------------------------------ rows that belong together
+
+
+def test_whole_groups_are_dealt_round_robin_and_gathered_in_order():
+    g = Geometry(Batch(prompts=4, group_size=3, micro=1), 1, 2, whole=True)
+    hands = [g.local_samples(rank) for rank in range(2)]
+    assert hands == [[0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]]
+    assert g.in_order(torch.tensor(hands)).tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_ranks_gather_is_by_sample_whatever_its_shape(whole: bool):
+    g = Geometry(Batch(prompts=2, group_size=3, micro=1), 1, 2, whole=whole)
+    hands = torch.tensor([g.local_samples(rank) for rank in range(2)])
+    assert g.in_order(torch.stack([hands, 10 * hands], dim=-1)).tolist() == [[s, 10 * s] for s in range(6)]
+
+
+def test_groups_that_cannot_be_dealt_whole_are_refused_with_the_nearest_number():
+    Geometry(Batch(prompts=3, group_size=4, micro=1), 1, 2)
+    for arguments in ({"whole": True}, {"together": "group"}, {"members": 2}):
+        with pytest.raises(ValueError, match=r"3 prompts × 4 .* 2 ranks in whole groups: use batch.prompts=4"):
+            Geometry(Batch(prompts=3, group_size=4, micro=4), 1, 2, **arguments)
+
+
+def test_training_on_a_few_members_makes_fewer_points():
+    g = Geometry(Batch(prompts=4, group_size=6, micro=4, updates=2), 3, together="group", members=2)
+    assert (g.samples_local, g.trained_local, g.units_local, g.points_per_update, g.accumulate) == (24, 8, 4, 12, 3)
+    with pytest.raises(ValueError, match=r"7 members .* more than batch.group_size=6: use batch.group_size=7"):
+        Geometry(Batch(prompts=4, group_size=6, micro=4), 1, members=7)
+
+
+@pytest.mark.parametrize(
+    ("together", "micro", "nearest"), [("group", 9, "12"), ("group", 4, "6"), ("sample", 8, "9"), ("sample", 4, "3")]
+)
+def test_a_micro_batch_holds_whole_groups_or_samples(together: Literal["group", "sample"], micro: int, nearest: str):
+    """36 points an update: 2 groups of 6 pictures with 3 points each."""
+    Geometry(Batch(prompts=4, group_size=6, micro=18, updates=2), 3, together=together)
+    with pytest.raises(ValueError, match=rf"batch.micro={micro} of whole {together}s .* number is {nearest}\."):
+        Geometry(Batch(prompts=4, group_size=6, micro=micro, updates=2), 3, together=together)
+
+
+def test_groups_that_belong_together_are_dealt_whole_to_the_updates():
+    with pytest.raises(ValueError, match=r"4 groups on a rank .* batch.updates=3 .* the nearest possible number is 4"):
+        Geometry(Batch(prompts=4, group_size=6, micro=6, updates=3), 1, together="group")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flowalign.points import noised, permuted_steps, transitions
+from flowalign.points import noised, transitions
 from flowalign.types import Point, Rollout, given
 
 SIGMAS = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
@@ -13,10 +13,11 @@ def rollout(mean: bool = False) -> Rollout:
     return Rollout(
         x0=torch.zeros(2, 1),
         sigmas=SIGMAS,
-        steps=(0, 2),
+        steps=torch.tensor([[0, 2], [0, 2]]),
         x=x,
         x_next=x + 100,
         log_prob=x[..., 0] + 200,
+        std=torch.tensor([[0.5, 0.3], [0.5, 0.3]]),
         mean=x + 300 if mean else None,
     )
 
@@ -43,55 +44,42 @@ def test_a_rollout_without_recorded_steps_has_no_transitions():
         transitions(Rollout(x0=torch.zeros(2, 1), sigmas=SIGMAS), torch.zeros(2))
 
 
-def noised_point(num: int | None) -> Point:
+def test_rows_know_their_group_their_sample_and_the_mean_noise_of_the_trained_steps():
+    p = transitions(rollout(), torch.zeros(2), group=torch.tensor([7, 8]), sample=torch.tensor([3, 4]))
+    assert given(p.group, "group").tolist() == [7, 7, 8, 8]
+    assert given(p.sample, "sample").tolist() == [3, 3, 4, 4]
+    assert torch.allclose(given(p.std_scale, "std_scale"), torch.full((4,), 0.4))
+    assert transitions(rollout(), torch.zeros(2)).group is None
+
+
+def test_samples_may_have_recorded_different_steps():
+    """Three branches of step 0 and one of step 2: the mean noise is that of the two steps."""
+    x = torch.zeros(4, 1, 1)
+    steps, std = torch.tensor([[0], [0], [0], [2]]), torch.tensor([[0.5], [0.5], [0.5], [0.1]])
+    p = transitions(Rollout(x[:, 0], SIGMAS, steps, x, x, x[..., 0], std), torch.zeros(4))
+    assert p.sigma.tolist() == [1.0, 1.0, 1.0, 0.5]
+    assert given(p.sigma_next, "sigma_next").tolist() == [0.75, 0.75, 0.75, 0.25]
+    assert torch.allclose(given(p.std_scale, "std_scale"), torch.full((4,), 0.3))
+
+
+def noised_point() -> Point:
     x0 = torch.tensor([[0.0], [8.0]])
     noise = torch.tensor([[[4.0], [8.0]], [[0.0], [4.0]]])
-    order = torch.tensor([[0, 2], [3, 1]])
-    return noised(x0, SIGMAS, torch.tensor([5.0, 6.0], dtype=torch.float64), num, noise, order)
+    sigma = torch.tensor([[1.0, 0.5], [0.25, 0.75]])
+    advantage = torch.tensor([5.0, 6.0], dtype=torch.float64)
+    return noised(x0, sigma, noise, advantage, torch.tensor([7, 8]), torch.tensor([3, 4]))
 
 
 def test_noised_points_are_ordered_by_sample_and_lie_on_the_path():
-    p = noised_point(2)
+    p = noised_point()
     assert p.sigma.tolist() == [1.0, 0.5, 0.25, 0.75]
     assert p.x.tolist() == [[4], [4], [6], [5]]  # e.g. the last one: 8 / 4 + 4 * 3 / 4
     assert given(p.x0, "x0").tolist() == [[0], [0], [8], [8]]
     assert given(p.eps, "eps").tolist() == [[4], [8], [0], [4]]
     assert p.advantage.tolist() == [5, 5, 6, 6]
-
-
-def test_fewer_points_are_the_first_ones():
-    assert noised_point(1).sigma.tolist() == [1.0, 0.25]
-
-
-def test_all_but_one_of_a_short_schedule_is_the_default():
-    assert permuted_steps(0, 0, [0], 10).shape == (1, 9)
-    x0 = torch.zeros(2, 1)
-    p = noised(x0, SIGMAS, x0[:, 0], None, torch.zeros(2, 4, 1), torch.zeros(2, 4, dtype=torch.long))
-    assert len(p.x) == 2 * 3
-
-
-def test_too_little_noise_is_refused():
-    with pytest.raises(ValueError, match="3 points per sample"):
-        noised_point(3)
+    assert given(p.group, "group").tolist() == [7, 7, 8, 8]
+    assert given(p.sample, "sample").tolist() == [3, 3, 4, 4]
 
 
 def test_float64_credit_does_not_make_the_loss_float64():
-    assert noised_point(2).advantage.dtype == torch.float32
-
-
-def test_every_row_of_permuted_steps_is_a_permutation():
-    order = permuted_steps(0, 0, range(50), 10, 10)
-    assert torch.equal(order.sort(dim=1).values, torch.arange(10).expand(50, 10))
-    assert len({tuple(row) for row in order.tolist()}) > 45
-
-
-def test_permuted_steps_belong_to_the_sample_and_the_epoch():
-    order = permuted_steps(1, 2, [3, 4, 5], 10, 9)
-    assert torch.equal(permuted_steps(1, 2, torch.tensor([5, 3]), 10, 9), order[[2, 0]])
-    assert not torch.equal(permuted_steps(1, 3, [3, 4, 5], 10, 9), order)
-
-
-def test_every_noise_level_is_visited_equally_often():
-    counts = permuted_steps(0, 0, range(2000), 10, 5).flatten().bincount()
-    assert counts.min() > 880
-    assert counts.max() < 1120
+    assert noised_point().advantage.dtype == torch.float32

@@ -2,6 +2,7 @@ import json
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from flowalign.prompts import Prompt, PromptSet, read_prompts
@@ -125,3 +126,37 @@ def test_a_prompt_without_the_key_to_balance_by_is_named():
         PromptSet([Prompt("a", metadata={"include": []}, source="p.jsonl:2")], balance="tag")
     with pytest.raises(ValueError, match="at least one"):
         PromptSet([])
+
+
+# ------------------------------------------------------------ real pictures
+
+
+def test_pictures_are_read_from_beside_the_prompts(tmp_path):
+    from PIL import Image
+
+    for name, colour in (("a.png", (255, 0, 0)), ("b.png", (0, 0, 255))):
+        Image.new("RGB", (40, 20), colour).save(tmp_path / name)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "red", "image": "a.png"}\n{"prompt": "blue", "image": "b.png"}\n')
+    prompts = PromptSet.read(str(path))
+    prompts.require_images()
+    images = prompts.images([1, 0], [5, 6], 8, 12)
+    assert images.shape == (2, 3, 8, 12)
+    assert images[:, :, 4, 6].tolist() == [[0, 0, 1], [1, 0, 0]]
+    path.write_text('{"prompt": "green", "image": "c.png"}\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl:1: the picture .*c.png cannot be read"):
+        PromptSet.read(str(path)).images([0], [0], 8, 8)
+
+
+def test_painted_pictures_are_told_the_metadata_and_the_number():
+    def painter(metadata, number, height, width):
+        return np.full((height, width, 3), metadata["grey"] / number, dtype=np.float32)
+
+    prompts = PromptSet([Prompt("grey", metadata={"grey": 1.0})], images=painter)
+    prompts.require_images()
+    assert prompts.images([0, 0], [2, 4], 2, 3)[:, 0, 0, 0].tolist() == [0.5, 0.25]
+
+
+def test_prompts_without_pictures_are_refused_where_they_are_needed():
+    with pytest.raises(ValueError, match=r"here:3: no picture to learn from: give every line an `image`"):
+        PromptSet([Prompt("a", source="here:3")]).require_images()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,21 +10,19 @@ from torch import Tensor
 
 from flowalign.dynamics import CPS, ODE, Dynamics, FlowSDE
 from flowalign.points import transitions
-from flowalign.sampler import Noise, Sampling, deterministic, join, walk
+from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
 from flowalign.solvers import DPM2, Euler
-from flowalign.steps import All, Random, StepPlan
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from flowalign.collect import Collected
+from flowalign.steps import All, Branch, Fast, Random, StepPlan, Window
+from flowalign.steps.tail import shorten
+from flowalign.types import Rollout, given
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.0])
 SHAPE = (3, 2)
 
 
-def field(x: Tensor, sigma: Tensor) -> Tensor:
+def field(x: Tensor, sigma: Tensor, rows: Rows = slice(None)) -> Tensor:
     """A smooth velocity in which neighbours in a batch do not meet."""
+    del rows
     return torch.tanh(x) * (1 + sigma)
 
 
@@ -48,9 +44,10 @@ def test_the_recorded_log_probability_is_that_of_the_recorded_step(dynamics: Dyn
     p = transitions(rollout, torch.zeros(4))
     assert p.sigma_next is not None
     mean, std = dynamics.moments(p.x, field(p.x, p.sigma[:, None, None]), p.sigma, p.sigma_next, p.sigma_max)
-    assert torch.allclose(dynamics.log_prob(p.x_next, mean, std), p.log_prob, atol=1e-6)
-    wrong = dynamics.log_prob(p.x_next, mean + 0.1 * std, std)
-    assert (wrong - p.log_prob).abs().max() > 1e-4
+    x_next, recorded = given(p.x_next, "x_next"), given(p.log_prob, "log_prob")
+    assert torch.allclose(dynamics.log_prob(x_next, mean, std), recorded, atol=1e-6)
+    wrong = dynamics.log_prob(x_next, mean + 0.1 * std, std)
+    assert (wrong - recorded).abs().max() > 1e-4
 
 
 def test_recorded_steps_join_end_to_end():
@@ -65,7 +62,8 @@ def test_recorded_steps_join_end_to_end():
 def test_only_the_trained_steps_are_kept():
     rollout = sampled(range(2), Random(num=2, seed=0)(3, 4), FlowSDE(0.7))
     assert rollout.x is not None
-    assert rollout.steps == Random(num=2, seed=0)(3, 4).trained
+    assert rollout.steps is not None
+    assert rollout.steps.tolist() == [list(Random(num=2, seed=0)(3, 4).trained)] * 2
     assert rollout.x.shape == (2, 2, *SHAPE)
     assert rollout.mean is None
     assert sampled(range(2), All()(0, 4), FlowSDE(0.7), keep_mean=True).mean is not None
@@ -92,9 +90,9 @@ def test_a_multistep_solver_starts_afresh_with_every_walk():
 def test_joined_parts_are_the_whole(plan: StepPlan):
     whole = sampled(range(6), plan, FlowSDE(0.7), keep_mean=True)
     parts = join([sampled(range(0, 4), plan, FlowSDE(0.7), True), sampled(range(4, 6), plan, FlowSDE(0.7), True)])
-    for name in ("x0", "x", "x_next", "log_prob", "mean"):
+    for name in ("x0", "steps", "x", "x_next", "log_prob", "std", "mean"):
         one, other = getattr(whole, name), getattr(parts, name)
-        assert (one is None and other is None) or torch.equal(one, other)
+        assert one is other is None or torch.equal(given(one, name), given(other, name))
 
 
 @pytest.mark.parametrize("name", ["num_steps", "batch_size"])
@@ -103,49 +101,153 @@ def test_no_steps_and_empty_batches_are_refused(name: str):
         replace(Sampling(num_steps=4, solver=Euler()), **{name: 0})
 
 
-# ------------------------------------------------------------ with the embedded model
+def test_the_std_of_a_step_is_recorded():
+    rollout = sampled(range(3), All()(0, 4), FlowSDE(0.7))
+    assert rollout.std is not None
+    for column, i in enumerate(range(3)):
+        _, std = FlowSDE(0.7).moments(torch.zeros(1, 1), torch.zeros(1, 1), SIGMAS[i], SIGMAS[i + 1], SIGMAS[1])
+        assert torch.allclose(rollout.std[:, column], std.flatten().expand(3))
 
 
-@pytest.fixture
-def collected(tiny: Callable[..., DictConfig]) -> Callable[[str, int, int], Collected]:
-    def collect(algo: str, batch_size: int, rank: int = 0, ranks: int = 1) -> Collected:
-        from flowalign.collect import Collector
-        from flowalign.conditioner import Conditioner
-        from flowalign.geometry import Geometry
-        from flowalign.module import points_per_sample
-        from flowalign.run import build_recipe
-
-        r = build_recipe(tiny(f"algo={algo}", "batch.group_size=4", f"rollout.batch_size={batch_size}"))
-        geometry = Geometry(r.batch, points_per_sample(r), ranks)
-        collector = Collector(
-            r.model, r.algorithm, r.dynamics, r.steps, r.rollout, r.credit, r.scorer, r.data["train"],
-            Conditioner(r.model, guided=False), geometry, r.train_size, r.seed, points_per_sample(r),
-        )  # fmt: skip
-        everyone = torch.arange(geometry.samples).float()
-        with torch.no_grad():
-            return collector(0, rank, torch.device("cpu"), lambda _: everyone, lambda done, reward: None)
-
-    return collect
+@pytest.mark.parametrize("plan", [All()(0, 4), Window(2, seed=0, skip=0, stay=1)(1, 4), Branch(2, seed=0)(0, 4)])
+@pytest.mark.parametrize("dynamics", [FlowSDE(1e-4), CPS(1e-4)])
+def test_with_little_noise_every_plan_is_the_ode(plan: StepPlan, dynamics: Dynamics):
+    assert torch.allclose(
+        sampled(range(6), plan, dynamics).x0, sampled(range(6), deterministic(4), ODE()).x0, atol=2e-3
+    )
 
 
-@pytest.mark.parametrize("algo", ["grpo", "nft"])
-def test_a_rollout_does_not_depend_on_its_batch_size(collected: Callable[..., Collected], algo: str):
-    small, large = collected(algo, 2).points, collected(algo, 8).points
-    assert torch.equal(small.sigma, large.sigma)
-    assert torch.equal(small.advantage, large.advantage)
-    assert torch.allclose(small.x, large.x, atol=5e-5)  # matrix products round differently with the batch
-    if small.eps is not None:
-        assert torch.equal(small.eps, large.eps)
-        assert torch.allclose(small.x0, large.x0, atol=5e-5)
-    else:
-        assert torch.allclose(small.log_prob, large.log_prob, atol=1e-5)
+# ------------------------------------------------------------ what is shared is computed once
+
+LONG = torch.tensor([1.0, 0.95, 0.9, 0.8, 0.65, 0.4, 0.2, 0.0])
+SHARED = {
+    # plan of 7 steps, samples that start alike → velocities for 2 × 6 samples
+    "nothing alike": (All()(0, 7), 1, 12 * 7),
+    "noise at once": (All()(0, 7), 6, 2 + 12 * 6),
+    "a late window": (Window(2, seed=0, stay=1)(3, 7), 6, 2 * 4 + 12 * 3),
+    "a fast window": (Fast(2, seed=0, low=2, high=4)(0, 7), 6, 2 * 3 + 12 * 4),
+    # A trunk for each six: at step 0 one row each; then the trunk and 2 branches; trunk and 4; from step 3 on all 6.
+    "branches": (StepPlan((True, True, True, *[False] * 4), (0, 1, 2), branches=2), 6, 2 * (1 + 3 + 5 + 6 * 4)),
+    "late branches": (StepPlan((False, False, True, True, *[False] * 3), (2, 3), branches=3), 6, 2 * (3 + 4 + 6 * 3)),
+    "no noise": (deterministic(7), 6, 2 * 7),
+}
 
 
-def test_ranks_divide_what_one_process_would_make(collected: Callable[..., Collected]):
-    whole = collected("nft", 8)
-    halves = [collected("nft", 8, rank, 2) for rank in range(2)]
-    per_sample = len(whole.points.x) // 8
-    for rank, half in enumerate(halves):
-        mine = whole.points.x.reshape(8, per_sample, *whole.points.x.shape[1:])[rank::2].flatten(0, 1)
-        assert torch.allclose(half.points.x, mine, atol=1e-5)
-        assert torch.equal(half.points.advantage, whole.points.advantage.reshape(8, -1)[rank::2].flatten())
+def walked(plan: StepPlan, samples: list[int], alike: int, solver: DPM2 | Euler) -> tuple[Rollout, int]:
+    """The rollout and the rows that the network saw."""
+    calls = 0
+
+    def counted(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        nonlocal calls
+        calls += len(x)
+        names = torch.arange(len(samples))[rows]
+        assert len(names) == len(x)
+        return field(x, sigma)
+
+    noise = Noise(5, 0, samples, SHAPE, alike=alike)
+    return walk(counted, LONG, plan, FlowSDE(0.7), solver, noise, keep_mean=True), calls
+
+
+@pytest.mark.parametrize("solver", [Euler(), DPM2()])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_shared_prefix_changes_nothing_and_costs_what_it_must(name: str, solver: DPM2 | Euler):
+    plan, alike, expected = SHARED[name]
+    together, calls = walked(plan, list(range(12)), alike, solver)
+    alone = [walked(plan, [sample], alike, solver) for sample in range(12)]
+    assert calls == expected
+    assert sum(count for _, count in alone) == 12 * 7
+    apart = join([rollout for rollout, _ in alone])
+    for column in ("x0", "steps", "x", "x_next", "log_prob", "std", "mean"):
+        one, other = getattr(together, column), getattr(apart, column)
+        assert one is other is None or torch.equal(given(one, column), given(other, column)), column
+
+
+def test_the_trunk_of_branches_is_the_ode():
+    plan = SHARED["branches"][0]
+    rollout, _ = walked(plan, list(range(12)), 6, Euler())
+    assert rollout.x is not None
+    assert rollout.steps is not None
+    assert rollout.steps.flatten().tolist() == [0, 0, 1, 1, 2, 2] * 2
+    x = Noise(5, 0, [0, 6], SHAPE)(0)
+    for step in range(3):
+        recorded = rollout.x[:, 0].unflatten(0, (2, 6))[:, 2 * step : 2 * step + 2]
+        assert torch.allclose(recorded, x[:, None].expand_as(recorded), atol=1e-6)
+        x = x + (LONG[step + 1] - LONG[step]) * field(x, LONG[step])
+    assert len(rollout.x0.flatten(1).unique(dim=0)) == 12
+
+
+def test_branches_differ_by_their_own_step_alone():
+    """Without its noise a branch is the trunk: mean and trunk's next state agree as eta goes to 0."""
+    plan = SHARED["branches"][0]
+    noise = Noise(5, 0, range(6), SHAPE, alike=6)
+    still = walk(field, LONG, plan, FlowSDE(1e-5), Euler(), noise)
+    assert (still.x0 - still.x0[:1]).abs().max() < 1e-3
+    moved = walk(field, LONG, plan, FlowSDE(0.7), Euler(), noise)
+    assert (moved.x0 - moved.x0[:1]).abs().max() > 1e-2
+
+
+def test_the_network_is_asked_for_the_conditions_of_the_rows_it_sees():
+    """Two prompts in a batch: the velocity of each distinct row is that of its own prompt."""
+    prompt = torch.tensor([1.0, 1, 1, 2, 2, 2])[:, None, None]
+
+    def told(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        return torch.tanh(x) * prompt[rows] * sigma
+
+    plan = Window(2, seed=0, stay=1)(2, 7)
+    shared = walk(told, LONG, plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(6), SHAPE, alike=3))
+    for sample in range(6):
+
+        def own(x: Tensor, sigma: Tensor, rows: Rows, c: Tensor = prompt[sample]) -> Tensor:
+            return torch.tanh(x) * c * sigma
+
+        alone = walk(own, LONG, plan, FlowSDE(0.7), Euler(), Noise(5, 0, [sample], SHAPE, alike=3))
+        assert torch.equal(shared.x0[sample], alone.x0[0])
+
+
+def test_a_full_window_is_flow_grpo():
+    one, other = (
+        walked(plan, list(range(6)), 1, Euler())[0] for plan in (Window(7, seed=0, skip=0)(5, 7), All(1.0)(5, 7))
+    )
+    for column in ("x0", "x", "x_next", "log_prob", "std"):
+        assert torch.equal(getattr(one, column), getattr(other, column))
+    # Without the last steps, the points of the others are still the same.
+    short = walked(Window(5, seed=0, skip=2)(5, 7), list(range(6)), 1, Euler())[0]
+    assert short.log_prob is not None
+    assert one.log_prob is not None
+    assert torch.equal(short.log_prob, one.log_prob[:, :5])
+
+
+# ------------------------------------------------------------ the tail of MixGRPO-Flash
+
+
+def test_the_tail_is_second_order_from_its_first_step():
+    plan = Window(2, seed=0, tail=0.8)(0, 7)
+    sigmas = shorten(LONG, plan.last_noisy, 0.8, 3.0)
+    assert len(sigmas) == 2 + 4  # two steps of the window, then 4 points, the first of which ends the window
+    noise = Noise(5, 0, range(2), SHAPE)
+    rollout = walk(field, sigmas, plan, FlowSDE(0.7), Euler(), noise)
+    assert rollout.x is not None
+    assert rollout.x_next is not None
+    x, state = rollout.x_next[:, 1], DPM2().start()
+    state.push(rollout.x[:, 1], field(rollout.x[:, 1], sigmas[1]), sigmas[1])
+    for i in range(2, 5):
+        x = state.step(x, field(x, sigmas[i]), sigmas[i], sigmas[i + 1], last=i == 4)
+    assert torch.equal(rollout.x0, x)
+    euler = walk(field, sigmas, replace(plan, tail=None), FlowSDE(0.7), Euler(), noise)
+    assert torch.equal(given(euler.x_next, "x_next"), rollout.x_next)
+    assert not torch.allclose(euler.x0, x, atol=1e-3)
+
+
+def test_a_short_tail_saves_steps():
+    plan = Window(2, seed=0, tail=0.4)(0, 7)
+    sigmas = shorten(LONG, plan.last_noisy, 0.4, 3.0)
+    calls = []
+
+    def counted(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        calls.append(len(x))
+        return field(x, sigma)
+
+    rollout = walk(counted, sigmas, plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(4), SHAPE, alike=4))
+    assert calls == [1, 4, 4]
+    assert rollout.x0.isfinite().all()
+    assert torch.equal(rollout.sigmas, sigmas)

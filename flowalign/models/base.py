@@ -7,6 +7,7 @@ time scale, packing, guidance and VAE normalisation are settled here and nowhere
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,6 +120,14 @@ class FlowModel(ABC):
         del num_steps, height, width, frames
         return {}
 
+    def shift(self, height: int, width: int, frames: int | None = None) -> float:
+        """How far the schedule is moved towards the noise: sigma = s u / (1 + (s - 1) u) of an even time u, s ≥ 1."""
+        config = self.pipe.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("shift") or 1.0)
+        mu = float(self.schedule_arguments(1, height, width, frames)["mu"])
+        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
     # ------------------------------------------------------------ network
 
     @abstractmethod
@@ -149,6 +158,13 @@ class FlowModel(ABC):
         vae = self.pipe.vae
         z = x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         return (vae.decode(z.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_images(self, media: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] to latents in float32, normalised as the denoiser knows them."""
+        vae = self.pipe.vae
+        z = vae.encode((2 * media - 1).to(vae.dtype), return_dict=False)[0].mode().float()
+        return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
     # ------------------------------------------------------------ files
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -91,3 +92,10 @@ def picture(spec: Spec, seed: int, size: int = 64) -> np.ndarray:
     tint = rng.uniform(-0.05, 0.05, (spec.count, 3))
     colours = np.clip(np.array([COLOURS[item.thing[0]] for item in placed]) + tint, 0, 1)
     return render(placed, background, size, colours.astype(np.float32))
+
+
+def painted(metadata: dict[str, Any], seed: int, height: int, width: int) -> np.ndarray:
+    """A picture of what a prompt's metadata asks for, (height, width, 3): what `data=shapes` gives as real pictures."""
+    if height != width:
+        raise ValueError(f"the scenes world draws squares: use resolution.train.width={height} (got {height}×{width}).")
+    return picture(Spec.from_metadata(metadata), seed, height)

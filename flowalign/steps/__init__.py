@@ -2,6 +2,9 @@
 
 from flowalign.steps.all import All
 from flowalign.steps.base import StepPlan, Steps
+from flowalign.steps.branch import Branch
+from flowalign.steps.fast import Fast
 from flowalign.steps.random import Random
+from flowalign.steps.window import Window
 
-__all__ = ["All", "Random", "StepPlan", "Steps"]
+__all__ = ["All", "Branch", "Fast", "Random", "StepPlan", "Steps", "Window"]

@@ -1,9 +1,9 @@
 """Every step stochastic (Flow-GRPO)."""
 
-from flowalign.steps.base import StepPlan, check_share, leading
+from flowalign.steps.base import StepPlan, Steps, check_share, leading
 
 
-class All:
+class All(Steps):
     """Noise on every step; all but the last are trained, since the last one says nearly nothing about the image.
 
     noisy < 1 leaves the last steps to the solver: what noise they add stays in the picture, and the reward sees it.

@@ -1,12 +1,9 @@
 """A few stochastic steps, anywhere (Flow-Factory's random SDE steps)."""
 
-import torch
-
-from flowalign.keyed import CHOICE, keyed_generator
-from flowalign.steps.base import StepPlan, check_share, leading
+from flowalign.steps.base import StepPlan, Steps, check_share, drawn, leading
 
 
-class Random:
+class Random(Steps):
     """`num` of the leading steps, drawn anew every epoch, are stochastic and trained; the others follow the solver."""
 
     def __init__(self, num: int, seed: int, trained: float = 0.99) -> None:
@@ -18,9 +15,5 @@ class Random:
 
     def __call__(self, epoch: int, num_steps: int) -> StepPlan:
         """A subset that depends on (seed, epoch) alone, hence is the same in every process."""
-        count = leading(num_steps, self.trained)
-        if self.num > count:
-            raise ValueError(f"cannot choose {self.num} of {count} steps to train on; use num ≤ {count} or more steps.")
-        order = torch.randperm(count, generator=keyed_generator(self.seed, epoch, 0, CHOICE))
-        chosen = tuple(sorted(order[: self.num].tolist()))
+        chosen = drawn(self.num, leading(num_steps, self.trained), self.seed, epoch)
         return StepPlan(noisy=tuple(i in chosen for i in range(num_steps)), trained=chosen)

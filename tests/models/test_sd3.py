@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flowalign.dynamics import ODE
+from flowalign.flow import shifted
 from flowalign.models.sd3 import SD3
-from flowalign.sampler import deterministic, walk
+from flowalign.sampler import Noise, deterministic, walk
 from flowalign.solvers import Euler
 from flowalign.types import Conditioning
 
@@ -48,6 +50,16 @@ def theirs(sd3: SD3) -> Callable[..., Tensor]:
     return call
 
 
+@dataclass(frozen=True)
+class Given(Noise):
+    """The pipeline's noise instead of the keyed one."""
+
+    noise: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __call__(self, stream: int) -> Tensor:
+        return self.noise
+
+
 def ours(sd3: SD3, guidance: float, prompts: list[str] = PROMPTS) -> Tensor:
     """The adapter's Euler walk from the same noise to latents."""
     cond = sd3.encode(prompts, NEGATIVES)
@@ -55,12 +67,12 @@ def ours(sd3: SD3, guidance: float, prompts: list[str] = PROMPTS) -> Tensor:
     sigmas = sd3.sigmas(STEPS, HEIGHT, WIDTH)
     with torch.no_grad():
         rollout = walk(
-            lambda x, sigma: sd3.velocity(x, sigma, cond, guidance),
+            lambda x, sigma, rows: sd3.velocity(x, sigma, cond.index(rows), guidance),
             sigmas,
             deterministic(STEPS),
             ODE(),
             Euler(),
-            lambda stream: noise,  # type: ignore[arg-type]
+            Given(0, 0, range(2), noise.shape[1:], noise=noise),
         )
     return rollout.x0
 
@@ -152,6 +164,32 @@ def test_asking_for_a_schedule_leaves_the_pipelines_own_alone(sd3: SD3):
     before = sd3.pipe.scheduler.sigmas.clone()
     sd3.sigmas(3, HEIGHT, WIDTH)
     assert torch.equal(sd3.pipe.scheduler.sigmas, before)
+
+
+def test_the_shift_is_that_of_the_schedule(sd3: SD3, monkeypatch: Any):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    assert sd3.shift(HEIGHT, WIDTH) == 3.0
+    dynamic = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=1.16, base_image_seq_len=16, max_image_seq_len=1024
+    )
+    monkeypatch.setattr(sd3.pipe, "scheduler", dynamic)
+    even = torch.linspace(1, 1 / 1000, STEPS, dtype=torch.float64)
+    assert torch.allclose(sd3.sigmas(STEPS, HEIGHT, WIDTH)[:-1].double(), shifted(even, sd3.shift(HEIGHT, WIDTH)))
+    assert sd3.shift(2 * HEIGHT, 2 * WIDTH) > sd3.shift(HEIGHT, WIDTH) > 1
+
+
+def test_an_encoded_picture_is_what_the_decoder_takes(sd3: SD3):
+    """Random weights do not invert each other; the normalisation of latents does."""
+    media = torch.rand(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    z = sd3.encode_images(media)
+    assert z.shape == (2, *sd3.latent_shape(HEIGHT, WIDTH))
+    vae = sd3.pipe.vae
+    with torch.no_grad():
+        mean = vae.encode(2 * media - 1).latent_dist.mean
+        decoded = (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
+    assert distance(z, (mean - 0.1) * 1.3) < 1e-5
+    assert distance(sd3.decode(z), decoded) < 1e-5
 
 
 # ------------------------------------------------------------ refusals

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flowalign.shapes.render import picture, place
+from flowalign.shapes.render import painted, picture, place
 from flowalign.shapes.world import KINDS, specs
 
 SCENES = [(specs(kind)[i * 331 % len(specs(kind))], 50 * k + i) for k, kind in enumerate(KINDS) for i in range(40)]
@@ -53,3 +53,10 @@ def test_things_lie_inside_apart_and_in_their_relation(kind):
             }
             assert gap[spec.relation] > 0.3
             assert sum(g > 0.5 * gap[spec.relation] for g in gap.values()) == 1  # no second relation to argue about
+
+
+def test_a_prompt_is_painted_from_its_metadata():
+    for spec, seed in SCENES[::10]:
+        assert np.array_equal(painted(spec.metadata(), seed, 32, 32), picture(spec, seed, 32))
+    with pytest.raises(ValueError, match="draws squares"):
+        painted(SCENES[0][0].metadata(), 0, 32, 64)

@@ -1,0 +1,79 @@
+"""Everything a run is composed of, and the batch plan that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from flowalign.algorithms.base import Algorithm
+from flowalign.collect import Size
+from flowalign.credit import Credit
+from flowalign.dynamics import Dynamics
+from flowalign.evaluation import Evaluation
+from flowalign.geometry import Batch, Geometry
+from flowalign.models.base import FlowModel
+from flowalign.policy import Tune
+from flowalign.policy.follow import Follow
+from flowalign.policy.policy import Place
+from flowalign.prompts import PromptSet
+from flowalign.sampler import Sampling
+from flowalign.schedule import Schedule
+from flowalign.scoring import Scorer
+from flowalign.steps.base import Steps, check_branches
+from flowalign.times import Times
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """The training forward: its guidance (1 = off), and a guard."""
+
+    guidance: float = 1.0
+    on_policy_tolerance: float | None = None
+    """How far from 1 the ratio may be before the first update; None: 1e-5 in float32, 1e-3 in 16 bits."""
+
+
+@dataclass
+class Recipe:
+    """One field a config group."""
+
+    model: FlowModel
+    algorithm: Algorithm
+    dynamics: Dynamics
+    steps: Steps
+    times: Times
+    credit: Credit
+    scorer: Scorer
+    tune: Tune
+    data: Mapping[str, PromptSet]
+    batch: Batch
+    rollout: Sampling
+    evaluation: Evaluation
+    optimisation: Optimisation
+    train_size: Size
+    eval_size: Size
+    frozen: Mapping[str, Follow]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    schedule: Schedule
+    device_of_frozen: Place = "same"
+    seed: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def batch_plan(recipe: Recipe, world_size: int = 1) -> Geometry:
+    """The batches of one rank: a picture's points are the recorded steps of its walk, or its re-noised points."""
+    algorithm, num_steps = recipe.algorithm, recipe.rollout.num_steps
+    replays = algorithm.point == "transition"
+    plan = recipe.steps(0, num_steps) if replays else None
+    if plan is not None:
+        check_branches(plan, recipe.batch.group_size)
+    return Geometry(
+        recipe.batch,
+        recipe.times.count(num_steps) if plan is None else plan.points,
+        world_size,
+        algorithm.together,
+        algorithm.samples_per_group,
+        whole=recipe.rollout.same_noise or (plan is not None and plan.branches > 0),
+    )

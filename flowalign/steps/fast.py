@@ -1,0 +1,36 @@
+"""A few neighbouring stochastic steps at a place drawn anew every epoch (Flow-GRPO-Fast)."""
+
+import torch
+
+from flowalign.keyed import CHOICE, keyed_generator
+from flowalign.steps.base import StepPlan, Steps, window
+
+
+class Fast(Steps):
+    """`width` successive steps within low .. high-1 are stochastic and trained, the others follow the solver.
+
+    high unset is half of the schedule, as published. The method's code draws a place for each batch and process, which
+    are here all of an epoch.
+    """
+
+    replayed = True
+
+    def __init__(self, width: int, seed: int, low: int = 0, high: int | None = None) -> None:
+        if width < 1 or low < 0:
+            raise ValueError(f"a window has at least one step and begins at 0 or later (got width={width}, low={low}).")
+        self.width = width
+        self.seed = seed
+        self.low = low
+        self.high = high
+
+    def __call__(self, epoch: int, num_steps: int) -> StepPlan:
+        """A place that depends on (seed, epoch) alone."""
+        high = num_steps // 2 if self.high is None else min(self.high, num_steps)
+        if self.low + self.width > high:
+            raise ValueError(
+                f"there is no room for {self.width} steps in {self.low} .. {high - 1} of a schedule of {num_steps}: "
+                f"use steps.width={max(high - self.low, 1)}, steps.high={self.low + self.width}, or more steps."
+            )
+        generator = keyed_generator(self.seed, epoch, 0, CHOICE)
+        start = int(torch.randint(self.low, high - self.width + 1, (), generator=generator))
+        return window(start, start + self.width, num_steps)

@@ -1,0 +1,93 @@
+"""A window of stochastic steps that slides along the schedule (MixGRPO, arXiv:2507.21802)."""
+
+import math
+from typing import Literal, get_args
+
+import torch
+
+from flowalign.keyed import CHOICE, keyed_generator
+from flowalign.steps.base import StepPlan, Steps, window
+
+Strategy = Literal["progressive", "random", "decay", "exp_decay"]
+
+
+class Window(Steps):
+    """`width` successive steps are stochastic and trained; the others follow the solver.
+
+    The window starts at the noisy side, stays for `stay` epochs (MixGRPO's iterations: one rollout each) and moves by
+    `stride`; the last `skip` steps are never trained. decay: a stay shrinks linearly from `stay` to `stay_min`;
+    exp_decay: by exp(-rate) a step beyond `threshold`; random: a place drawn every epoch. A stride of `width` makes
+    windows that do not overlap, a stride of 0 one that does not move (Flash*).
+
+    Windows are always full, and after the last one the first follows. With parity=True they are those of the method's
+    code, where a window shrinks at the end of the schedule and then is empty for a whole stay.
+    """
+
+    replayed = True
+
+    def __init__(
+        self,
+        width: int,
+        seed: int,
+        strategy: Strategy = "progressive",
+        stay: int = 25,
+        stride: int = 1,
+        roll_back: bool = True,
+        skip: int = 2,
+        stay_min: int = 1,
+        threshold: int = 13,
+        rate: float = 0.1,
+        tail: float | None = None,
+        parity: bool = False,
+    ) -> None:
+        """tail: the share of the steps after the window which MixGRPO-Flash keeps; None keeps all."""
+        if strategy not in get_args(Strategy):
+            raise ValueError(f"a window moves by {', '.join(get_args(Strategy))} (got strategy={strategy!r}).")
+        for name, value, least in (("width", width, 1), ("stay", stay, 1), ("stay_min", stay_min, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least} (got {value}).")
+        if stride < 0 or skip < 0:
+            raise ValueError(f"stride and skip count steps and cannot be negative (got {stride}, {skip}).")
+        if tail is not None and not 0 < tail <= 1:
+            raise ValueError(
+                f"tail is the share of steps kept after the window, in (0, 1]; 0.4 as published (got {tail})."
+            )
+        self.width, self.seed, self.strategy = width, seed, strategy
+        self.stay, self.stride, self.roll_back, self.skip = stay, stride, roll_back, skip
+        self.stay_min, self.threshold, self.rate = stay_min, threshold, rate
+        self.tail, self.parity = tail, parity
+
+    def __call__(self, epoch: int, num_steps: int) -> StepPlan:
+        """Where the window is after `epoch` moves, found by replaying them."""
+        steps = num_steps - self.skip
+        if steps < self.width:
+            raise ValueError(
+                f"a window of {self.width} does not fit into {num_steps} steps of which the last {self.skip} are not "
+                f"trained: use steps.width={max(steps, 1)}, or rollout.num_steps={self.width + self.skip}."
+            )
+        start = self._drawn(epoch, steps) if self.strategy == "random" else self._moved(epoch, steps)
+        return window(start, min(start + self.width, steps), num_steps, self.tail)
+
+    def _drawn(self, epoch: int, steps: int) -> int:
+        generator = keyed_generator(self.seed, epoch, 0, CHOICE)
+        return int(torch.randint(0, steps - self.width + 1, (), generator=generator))
+
+    def _moved(self, epochs: int, steps: int) -> int:
+        end = steps if self.parity else steps - self.width
+        start = stayed = 0
+        for _ in range(epochs):
+            stayed += 1
+            if stayed >= self._stay(start, steps):
+                start, stayed = start + self.stride, 0
+                if start > end:
+                    start = 0 if self.roll_back else end
+        return start
+
+    def _stay(self, start: int, steps: int) -> int:
+        """Epochs at one place."""
+        if self.strategy == "decay":
+            done = start / steps
+            return max(self.stay_min, int(self.stay * (1 - done) + self.stay_min * done))
+        if self.strategy == "exp_decay":
+            return math.ceil(self.stay * math.exp(-self.rate * max(0, start - self.threshold)))
+        return self.stay

@@ -1,0 +1,179 @@
+"""The rollout phase on the embedded model: the same points whatever the batch, the ranks and what is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from flowalign.collect import Collector
+from flowalign.conditioner import Conditioner
+from flowalign.recipe import batch_plan
+from flowalign.run import build_recipe
+from flowalign.types import given
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from flowalign.collect import Collected
+
+
+@dataclass
+class Phase:
+    """What one rank collected, by which collector."""
+
+    got: Collected
+    collector: Collector
+
+
+@pytest.fixture
+def collect(tiny: Callable[..., DictConfig]) -> Callable[..., Phase]:
+    """Two prompts × 4 pictures unless overrides say otherwise; the rewards of other ranks are those of the number."""
+
+    def collected(*overrides: str, rank: int = 0, ranks: int = 1, epoch: int = 0, **declared: Any) -> Phase:
+        r = build_recipe(tiny("batch.group_size=4", "batch.micro=1", *overrides))
+        for name, value in declared.items():
+            setattr(r.algorithm, name, value)
+        geometry = batch_plan(r, ranks)
+        collector = Collector(
+            r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
+            Conditioner(r.model, guided=False), geometry, r.train_size, r.seed,
+        )  # fmt: skip
+        everyone = torch.arange(geometry.samples).float()
+        with torch.no_grad():
+            got = collector(epoch, rank, torch.device("cpu"), lambda _: everyone, lambda done, reward: None)
+        return Phase(got, collector)
+
+    return collected
+
+
+@pytest.mark.parametrize("algo", ["grpo", "nft"])
+def test_a_rollout_does_not_depend_on_its_batch_size(collect: Callable[..., Phase], algo: str):
+    small, large = (collect(f"algo={algo}", f"rollout.batch_size={size}").got.points for size in (2, 8))
+    assert torch.equal(small.sigma, large.sigma)
+    assert torch.equal(small.advantage, large.advantage)
+    assert torch.allclose(small.x, large.x, atol=5e-5)  # matrix products round differently with the batch
+    if small.eps is not None:
+        assert torch.equal(small.eps, given(large.eps, "eps"))
+        assert torch.allclose(given(small.x0, "x0"), given(large.x0, "x0"), atol=5e-5)
+    else:
+        assert torch.allclose(given(small.log_prob, "log_prob"), given(large.log_prob, "log_prob"), atol=1e-5)
+
+
+@pytest.mark.parametrize("same_noise", ["false", "true"])
+def test_ranks_divide_what_one_process_would_make(collect: Callable[..., Phase], same_noise: str):
+    overrides = ("algo=grpo", "steps=window", f"rollout.same_noise={same_noise}")
+    whole = collect(*overrides).got
+    per_sample = len(whole.points.x) // 8
+    seen = []
+    for rank in range(2):
+        half = collect(*overrides, rank=rank, ranks=2)
+        mine = half.collector.geometry.local_samples(rank)
+        seen += mine
+        for name in ("x", "sigma", "advantage", "group", "sample"):
+            one, other = getattr(half.got.points, name), getattr(whole.points, name)
+            assert torch.allclose(one, other.unflatten(0, (8, per_sample))[mine].flatten(0, 1), atol=5e-5), name
+    assert sorted(seen) == list(range(8))
+
+
+def test_points_know_their_group_their_sample_and_their_noise(collect: Callable[..., Phase]):
+    p = collect("algo=grpo").got.points
+    assert given(p.sample, "sample").tolist() == [s for s in range(8) for _ in range(3)]
+    assert given(p.group, "group").tolist() == [g for g in range(2) for _ in range(12)]
+    assert given(p.std_scale, "std_scale").shape == (24,)
+
+
+def test_calls_of_the_network_are_counted(collect: Callable[..., Phase]):
+    assert collect("algo=nft").got.calls == 8 * 4
+    window = ("algo=grpo", "steps=window", "steps.stay=1", "steps.width=1", "rollout.batch_size=8")
+    assert collect(*window, epoch=1).got.calls == 8 * 4
+    shared = collect(*window, "rollout.same_noise=true", epoch=1)
+    assert shared.got.calls == 2 * 2 + 8 * 2
+    torn = collect(*window, "rollout.same_noise=true", "rollout.batch_size=2", epoch=1)
+    assert torn.got.calls == 4 * 2 + 8 * 2  # a group does not fit into a batch
+    assert torch.allclose(shared.got.points.x, torn.got.points.x, atol=5e-5)
+    uneven = collect(*window, "rollout.same_noise=true", "rollout.batch_size=7", epoch=1)
+    assert uneven.got.calls == shared.got.calls  # batches of one whole group
+
+
+def test_flash_makes_fewer_calls(collect: Callable[..., Phase]):
+    window = ("algo=grpo", "steps=window", "rollout.num_steps=8")
+    full, flash = collect(*window), collect(*window, "steps.tail=0.4")
+    assert full.got.calls == 8 * 8
+    assert flash.got.calls == 8 * (2 + 1)
+    for name in ("x", "x_next", "log_prob", "sigma_next"):
+        assert torch.equal(getattr(full.got.points, name), getattr(flash.got.points, name))
+
+
+def test_branches_are_compared_with_those_of_their_own_step(collect: Callable[..., Phase]):
+    """8 pictures a prompt: 2 trunks × 2 steps × 2 branches."""
+    phase = collect("algo=grpo", "batch.group_size=8", "steps=branch", "steps.branches=2", "steps.num=2")
+    p = phase.got.points
+    assert len(p.x) == 16
+    assert given(p.group, "group").tolist() == [g for g in range(8) for _ in range(2)]
+    # The made-up rewards are the numbers of the samples: within a pair the second one is better.
+    assert (p.advantage.reshape(8, 2) * torch.tensor([-1, 1]) > 0).all()
+    assert torch.equal(p.x[0::2], p.x[1::2])  # both leave the same state
+    assert given(p.std_scale, "std_scale").unique().numel() == 1
+    assert p.sigma.reshape(2, 2, 2, 2).unique(dim=0).shape[0] == 1  # the same steps everywhere
+    steps = phase.collector.plan(0).trained
+    # A batch holds a trunk. Before the first step a row, then two branches more with each step.
+    assert phase.got.calls == 4 * sum(1 + 2 * sum(s < i for s in steps) - (i > steps[1]) for i in range(4))
+
+
+# ------------------------------------------------------------ what an algorithm declares
+
+
+def test_members_of_a_group_may_share_their_noise(collect: Callable[..., Phase]):
+    p = collect("algo=nft", "batch.micro=4", shared_noise=True, together="group").got.points
+    eps, sigma = given(p.eps, "eps").unflatten(0, (2, 4, 3)), p.sigma.unflatten(0, (2, 4, 3))
+    assert torch.equal(eps, eps[:, :1].expand_as(eps))
+    assert torch.equal(sigma, sigma[:, :1].expand_as(sigma))
+    assert not torch.equal(eps[0, 0], eps[1, 0])
+    assert not torch.equal(eps[0, 0, 0], eps[0, 0, 1])
+    assert given(p.group, "group").tolist() == [0] * 12 + [1] * 12
+    own = collect("algo=nft").got.points
+    assert torch.equal(given(own.eps, "eps")[:3], given(p.eps, "eps")[:3])  # that of the group's first member
+
+
+@pytest.mark.parametrize(("members", "kept"), [(2, [0, 3, 4, 7]), (3, [0, 2, 3, 4, 6, 7])])
+def test_training_on_the_best_and_the_worst(collect: Callable[..., Phase], members: int, kept: list[int]):
+    """The made-up rewards rise with the number of the sample."""
+    p = collect("algo=nft", samples_per_group=members).got.points
+    assert given(p.sample, "sample").tolist() == [s for s in kept for _ in range(3)]
+    whole = collect("algo=nft").got
+    rows = torch.tensor([3 * s + j for s in kept for j in range(3)])
+    assert torch.equal(p.x, whole.points.x[rows])
+    assert torch.equal(p.advantage, whole.points.advantage[rows])
+
+
+def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
+    phase = collect("algo=nft", source="images")
+    got = phase.got
+    assert got.calls == 0
+    assert got.points.advantage.unique().tolist() == [1.0]
+    assert len(got.points.x) == 8 * 3
+    assert got.images.shape[0] == 2
+    x0 = given(got.points.x0, "x0")[::3]
+    assert len(x0.flatten(1).unique(dim=0)) == 8  # every member of a group is a picture of its own
+    collector = phase.collector
+    assert torch.allclose(collector.model.decode(x0[:1])[0], got.images[0], atol=0.3)
+    scores = collector.scorer.reward(collector.model.decode(x0), got.prompts)
+    assert scores.mean() > 0.7  # they show what the prompts ask for
+    assert torch.equal(x0, given(collect("algo=nft", source="images").got.points.x0, "x0")[::3])
+    assert not torch.equal(x0, given(collect("algo=nft", source="images", epoch=1).got.points.x0, "x0")[::3])
+
+
+def test_a_plan_that_grows_is_refused(collect: Callable[..., Phase]):
+    with pytest.raises(ValueError, match=r"epoch 2 trains 1 steps .* made for 2"):
+        collect("algo=grpo", "steps=window", "steps.skip=1", "steps.parity=true", "steps.stay=1", epoch=2)
+
+
+def test_an_epoch_without_a_single_score_is_refused(collect: Callable[..., Phase]):
+    collector = collect("algo=nft").collector
+    nothing = torch.full((8,), torch.nan)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="not a single picture"):
+        collector(0, 0, torch.device("cpu"), lambda _: nothing, lambda done, reward: None)
