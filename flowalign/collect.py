@@ -129,6 +129,7 @@ class Collector:
         else:
             made = self._pictures(share, report)
             advantage, stats = self._credit(gather(made.rewards).cpu(), epoch, chosen)
+        stats["diversity"] = diversity(made.rollout.x0, rows)
         mine = advantage[local]
         kept = self._kept(mine)
         rollout = made.rollout if len(kept) == len(local) else made.rollout.index(kept)
@@ -235,3 +236,18 @@ class Collector:
         draws = [keyed_randn(self.seed, epoch, keys, POINT + j, shape, device) for j in range(per_sample)]
         sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
         return noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample)
+
+
+def diversity(x0: Tensor, group: Tensor) -> float:
+    """Root mean square deviation, over dims and samples x0 (B, …), from the mean of the group (B,): 0 for copies.
+
+    Unbiased, so that it does not depend on how many members of a group are here; groups of one are left out.
+    """
+    member, count = torch.unique(group, return_inverse=True, return_counts=True)[1:]
+    x = x0.flatten(1).double()
+    mean = torch.zeros(len(count), x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, member, x)
+    mean /= count[:, None]
+    total = torch.zeros(len(count), dtype=x.dtype, device=x.device)
+    total.index_add_(0, member, (x - mean[member]).square().mean(dim=1))
+    several = count > 1
+    return float((total[several] / (count[several] - 1)).mean().sqrt()) if several.any() else float("nan")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from flowalign.collect import Collector
+from flowalign.collect import Collector, diversity
 from flowalign.conditioner import Conditioner
 from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe
@@ -177,3 +177,14 @@ def test_an_epoch_without_a_single_score_is_refused(collect: Callable[..., Phase
     nothing = torch.full((8,), torch.nan)
     with torch.no_grad(), pytest.raises(RuntimeError, match="not a single picture"):
         collector(0, 0, torch.device("cpu"), lambda _: nothing, lambda done, reward: None)
+
+
+def test_diversity_is_the_spread_within_groups_whatever_their_size():
+    generator = torch.Generator().manual_seed(0)
+    group = torch.tensor([0, 1] * 2000)
+    apart = torch.tensor([0.0, 100.0])[group].view(-1, 1, 1)
+    x0 = 0.5 * torch.randn(4000, 2, 3, generator=generator) + apart
+    assert diversity(x0, group) == pytest.approx(0.5, rel=0.02)
+    few = torch.tensor([0, 0] * 2000) + torch.arange(2000).repeat_interleave(2)
+    assert diversity(x0 - apart, few) == pytest.approx(0.5, rel=0.02)
+    assert diversity(x0[:1].expand(4, -1, -1), torch.zeros(4)) == 0
