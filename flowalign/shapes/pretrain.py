@@ -270,7 +270,7 @@ def main(cfg: DictConfig) -> None:
         raise SystemExit("the first two phases run in one process: use torchrun only once the latents are cached.")
     vae = train_vae(cfg, folder, board)
     model = GeneratorTraining(cfg, folder, board, vae).run()
-    if rank == 0:
+    if rank == 0 and cfg.train.stop:
         package(cfg, folder, model, vae)
         log.info("pipeline written to %s", folder / "pipeline")
     board.close()
