@@ -10,9 +10,6 @@ TORCH := torch>=2.9,<2.14
 PYTHON ?=
 ARGS ?=
 
-# Waiting OpenMP threads sleep instead of spinning: on a busy or small machine spinning costs more than it saves.
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: help setup train test test-full lint format bench compare pretrain clean
 
 help: ## print this text

@@ -84,7 +84,7 @@ def main() -> int:
     jobs.sort(key=lambda job: job[1])  # one seed of each first: an interrupted comparison is still one
     folders = {job: (known.to / job[0] / f"seed{job[1]}").resolve() for job in jobs}
     with ThreadPoolExecutor(known.jobs) as pool:
-        done = list(pool.map(lambda job: run(*job, folders[job], overrides), jobs))
+        done = list(pool.map(lambda job: run(job[0], job[1], folders[job], overrides), jobs))
     runs = {algo: [f for (a, _), f in folders.items() if a == algo and finished(f)] for algo in known.only}
     runs = {algo: found for algo, found in runs.items() if found}
     print(report(runs))

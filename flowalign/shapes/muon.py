@@ -35,8 +35,9 @@ class Muon(torch.optim.Optimizer):
             for shape, params in by_shape.items():
                 update = orthogonal(torch.stack([self._nesterov(p, group["momentum"]) for p in params]))
                 lr = group["lr"] * 0.2 * max(shape) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.unbind()), alpha=-lr)
+                values = [p.data for p in params]
+                torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(values, list(update.unbind()), alpha=-lr)
 
     def _nesterov(self, p: nn.Parameter, momentum: float) -> Tensor:
         buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
