@@ -22,10 +22,10 @@ train: $(STAMP) ## align the embedded model: make train ARGS="algo=grpo dynamics
 	$(BIN)/python train.py $(ARGS)
 
 test: $(STAMP) ## the quick tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-full: $(STAMP) ## all tests, the slow ones too
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow or not slow" $(ARGS)
 
 lint: $(STAMP) ## ruff, pyright and codespell, changing nothing
 	$(BIN)/ruff check .
