@@ -9,11 +9,9 @@ from flowalign.steps.base import StepPlan, Steps, window
 class Fast(Steps):
     """`width` successive steps within low .. high-1 are stochastic and trained, the others follow the solver.
 
-    high unset is half of the schedule, as published. The method's code draws a place for each batch and process, which
-    are here all of an epoch.
+    high unset is half of the schedule, as published, or as much as one window needs. The method's code draws a place
+    for each batch and process, which are here all of an epoch.
     """
-
-    replayed = True
 
     def __init__(self, width: int, seed: int, low: int = 0, high: int | None = None) -> None:
         if width < 1 or low < 0:
@@ -25,7 +23,8 @@ class Fast(Steps):
 
     def __call__(self, epoch: int, num_steps: int) -> StepPlan:
         """A place that depends on (seed, epoch) alone."""
-        high = num_steps // 2 if self.high is None else min(self.high, num_steps)
+        high = max(num_steps // 2, self.low + self.width) if self.high is None else self.high
+        high = min(high, num_steps)
         if self.low + self.width > high:
             raise ValueError(
                 f"there is no room for {self.width} steps in {self.low} .. {high - 1} of a schedule of {num_steps}: "

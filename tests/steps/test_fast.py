@@ -21,8 +21,14 @@ def test_the_place_depends_on_seed_and_epoch_alone():
     assert [Fast(2, seed=1)(epoch, 20) for epoch in range(30)] != first
 
 
+def test_a_short_schedule_has_room_for_one_window():
+    assert Fast(3, seed=0)(7, 4).trained == (0, 1, 2)
+
+
 def test_no_room_is_refused_with_what_would_do():
     with pytest.raises(ValueError, match=r"no room for 3 steps in 0 .. 1 .*steps.width=2, steps.high=3"):
-        Fast(3, seed=0)(0, 4)
+        Fast(3, seed=0, high=2)(0, 4)
+    with pytest.raises(ValueError, match="no room for 5 steps"):
+        Fast(5, seed=0)(0, 4)
     with pytest.raises(ValueError, match="at least one step"):
         Fast(0, seed=0)
