@@ -125,7 +125,7 @@ pipe("a red circle left of a blue square", height=64, width=64, max_sequence_len
 
 - **Weights**: {", ".join(f"{name} {n:,}" for name, n in sizes.items())} parameters.
 - **Training**: `make pretrain` (conf/pretrain.yaml): {steps} steps of flow matching with batch {cfg.train.batch} on {cfg.data.number_64:,} cached scenes,
-  every {cfg.data.every_128}th step at 128 pixels, {100 * cfg.train.caption_dropout:.0f} % of captions dropped. In its last stage
+  every {cfg.data.every_128}th step at 128 pixels with a quarter of the batch, {100 * cfg.train.caption_dropout:.0f} % of captions dropped. In its last stage
   the network learns its own guidance (model guidance, weight {cfg.train.stages[-1].guide_weight}), so one call a step is enough. {minutes:.0f} minutes on two
   shared CPU cores, after {vae_minutes:.0f} for the VAE. Weights are a moving average.
 - **Scheduler**: shift {shift}. On validation prompts, 10 steps, 256 pictures: {", ".join(f"shift {k} → {100 * v:.1f} %" for k, v in shifts.items())}.
