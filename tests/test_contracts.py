@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,8 @@ from flowalign.types import Point
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    Nodes = dict[str, dict[str, DictConfig]]
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.glob("*/**/*.yaml"))
@@ -109,9 +110,8 @@ def small(algo: str, steps: str | None = None) -> tuple[str, ...]:
     return SMALL.get(steps or CHOSEN.get(algo, ""), ())
 
 
-def fitting(tiny: Callable[..., DictConfig], *overrides: str) -> DictConfig:
+def fitting(cfg: DictConfig) -> DictConfig:
     """The tiny config with a micro-batch that fits, whatever an algorithm couples."""
-    cfg = tiny(*overrides)
     parts = {part: instantiate(cfg[part]) for part in ("steps", "times", "rollout")}
     recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), **parts)
     for micro in (3, 2, 1, 6):
@@ -147,48 +147,42 @@ def advised(refusal: str) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.fixture(scope="session")
+def options() -> Nodes:
+    """The nodes of every dynamics and steps in the tiny geometry: to compose each combination would be slow."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return {
+            "dynamics": {o: compose("train", [f"dynamics={o}"]).dynamics for o in DYNAMICS},
+            "steps": {o: compose("train", [f"steps={o}", *SMALL.get(o, ())]).steps for o in STEPS},
+        }
+
+
 @pytest.mark.parametrize("dynamics", DYNAMICS)
 @pytest.mark.parametrize("algo", ALGORITHMS)
-def test_a_pair_trains_an_epoch_or_is_refused_with_one_that_would(
-    tiny: Callable[..., DictConfig], algo: str, dynamics: str
+def test_every_combination_trains_an_epoch_or_is_refused_with_one_that_would(
+    tiny: Callable[..., DictConfig],
+    options: dict[str, dict[str, DictConfig]],
+    sd3_folder: Path,
+    algo: str,
+    dynamics: str,
 ):
-    words = (f"algo={algo}", f"dynamics={dynamics}", *small(algo))
-    if refusal := refused(tiny(*words)):
+    random = (f"model.pretrained={sd3_folder}", "model.max_sequence_length=4", "trainer.check_val_every_n_epoch=9")
+    configs = {name: tiny(f"algo={name}", *random, *small(name)) for name in {algo, "grpo", "nft"}}
+
+    def combined(algo: str, dynamics: str, steps: str) -> DictConfig:
+        cfg = configs[algo]
+        cfg.dynamics, cfg.steps = options["dynamics"][dynamics], options["steps"][steps]
+        return cfg
+
+    for steps in STEPS:
+        choice = {"algo": algo, "dynamics": dynamics, "steps": steps}
+        if not (refusal := refused(combined(**choice))):
+            trained(fitting(combined(**choice)))
+            continue
         for group, option in advised(refusal):
-            choice = {"algo": algo, "dynamics": dynamics} | {group: option}
-            check_groups(tiny(*(f"{key}={value}" for key, value in choice.items()), *small(choice["algo"])))
-        return
-    trained(fitting(tiny, *words, "trainer.check_val_every_n_epoch=9"))
-
-
-@pytest.mark.parametrize("steps", STEPS)
-def test_every_choice_of_steps_trains_an_epoch(tiny: Callable[..., DictConfig], steps: str):
-    words = ("algo=grpo", f"steps={steps}", *small("grpo", steps))
-    trained(fitting(tiny, *words, "trainer.check_val_every_n_epoch=9"))
-
-
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_steps_go_with_algorithm_and_dynamics_or_are_refused_with_what_would(
-    compose: Callable[..., DictConfig], algo: str
-):
-    """The whole grid in the default geometry, put together from nodes: to compose each anew would take minutes."""
-    nodes = {
-        group: {option: compose(f"{group}={option}")[group] for option in options}
-        for group, options in (("dynamics", DYNAMICS), ("steps", STEPS))
-    }
-    cfg = compose(f"algo={algo}")
-
-    def said(dynamics: str, steps: str, also: DictConfig = cfg) -> str:
-        also.dynamics, also.steps = nodes["dynamics"][dynamics], nodes["steps"][steps]
-        return refused(also)
-
-    grpo, nft = compose("algo=grpo"), compose("algo=nft")
-    for dynamics, steps in product(DYNAMICS, STEPS):
-        if refusal := said(dynamics, steps):
-            for group, option in advised(refusal):
-                better = {"algo": algo, "dynamics": dynamics, "steps": steps} | {group: option}
-                also = {"grpo": grpo, "nft": nft}[option] if group == "algo" else cfg
-                assert not said(better["dynamics"], better["steps"], also), refusal
+            assert not refused(combined(**choice | {group: option})), refusal
 
 
 @pytest.mark.parametrize("times", [option.removeprefix("times/") for option in OPTIONS if option.startswith("times/")])

@@ -31,7 +31,7 @@ class Algorithm(ABC):
     shared_noise: ClassVar[bool] = False
     """Whether the members of a group get the same noise and noise level for their j-th re-noised point."""
     samples_per_group: ClassVar[int | None] = None
-    """Train only on so many members of each group, those with the largest |advantage|; None for all."""
+    """Train only on so many members k of each group, the best ⌈k/2⌉ and the worst ⌊k/2⌋; None for all."""
     dynamics_only: ClassVar[tuple[str, ...]] = ()
     """Names of the dynamics that it is defined for; empty for all."""
     energy: ClassVar[bool] = False
