@@ -71,7 +71,7 @@ class Pictures:
     images: Tensor
     """The first picture of each group, on the CPU."""
     rewards: Tensor
-    """(B,)"""
+    """(B, R)"""
     calls: int = 0
 
 
@@ -162,8 +162,8 @@ class Collector:
             media = self.model.decode(part.x0)
             parts.append(part)
             images.append(media[self._first_of_groups(samples)].cpu())
-            rewards.append(self.scorer.reward(media, share.prompts[start : start + len(samples)]))
-            report(start + len(samples), float(torch.cat(rewards).nanmean()))
+            rewards.append(self.scorer.rewards(media, share.prompts[start : start + len(samples)]))
+            report(start + len(samples), float(self.scorer.combined(torch.cat(rewards)).nanmean()))
         return Pictures(join(parts), torch.cat(images), torch.cat(rewards), calls)
 
     def _given(self, share: Share, which: list[int], report: Progress) -> Pictures:
@@ -177,7 +177,7 @@ class Collector:
             images.append(media[self._first_of_groups(samples)])
             report(start + len(samples), 1.0)
         x0 = torch.cat(latents)
-        return Pictures(Rollout(x0, self._schedule(deterministic(0))), torch.cat(images), x0.new_ones(len(x0)))
+        return Pictures(Rollout(x0, self._schedule(deterministic(0))), torch.cat(images), x0.new_ones(len(x0), 1))
 
     def _schedule(self, plan: StepPlan) -> Tensor:
         size = (self.size.height, self.size.width, self.size.frames)
@@ -193,8 +193,9 @@ class Collector:
     # ------------------------------------------------------------ credit
 
     def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> tuple[Tensor, dict[str, float]]:
-        """Advantages of all samples of the epoch, and what their rewards look like."""
-        if not rewards.isfinite().any():
+        """Advantages (N,) of all samples of the epoch from their rewards (N, R), and what these look like."""
+        scored, weights = self.scorer.combined(rewards).isfinite(), self.scorer.weights
+        if not scored.any():
             raise RuntimeError(
                 "not a single picture of this epoch could be scored: every reward is NaN. Is the reward installed "
                 "and reachable?"
@@ -207,11 +208,13 @@ class Collector:
                 for s in range(self.geometry.samples)
             ]
         )
-        stats = {
-            f"reward_{k}" if k != "zero_std_fraction" else k: float(v) for k, v in group_stats(rewards, groups).items()
-        }
-        stats["reward_nan_fraction"] = float((~rewards.isfinite()).float().mean())
-        return self.credit(rewards, groups), stats | self.credit.stats(rewards, groups)
+        stats = group_stats(rewards, groups, weights)
+        stats = {"zero_std_fraction": stats.pop("zero_std_fraction")} | {f"reward_{k}": v for k, v in stats.items()}
+        stats["reward_nan_fraction"] = float((~scored).float().mean())
+        if len(weights) > 1:
+            stats |= {f"reward/{k}": float(r.nanmean()) for k, r in zip(self.scorer.objective, rewards.T, strict=True)}
+        advantage = self.credit(rewards, groups, weights=weights)
+        return advantage, stats | self.credit.stats(rewards, groups, weights=weights)
 
     def _kept(self, advantage: Tensor) -> Tensor:
         """Positions of the samples to train on: all, or of each group the best and the worst in equal numbers."""

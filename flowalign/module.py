@@ -265,7 +265,7 @@ class AlignModule(LightningModule):
         self.report.begin("evaluate", len(self._positions(stage).mine))
         self.shown.pop(stage, None)
         tags = sorted({str(p.metadata["tag"]) for p in self.eval_prompts[stage] if "tag" in p.metadata})
-        for name in ("reward", *self.recipe.scorer.held_out, "velocity_rms"):
+        for name in (*self.recipe.scorer.measures, "velocity_rms"):
             for key in (name, *(f"{name}/{tag}" for tag in tags if name != "velocity_rms")):
                 self._meter(f"{stage}/{key}").reset()
 

@@ -42,7 +42,7 @@ def collect(tiny: Callable[..., DictConfig]) -> Callable[..., Phase]:
             r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
             Conditioner(r.model, guided=False), geometry, r.train_size, r.seed,
         )  # fmt: skip
-        everyone = torch.arange(geometry.samples).float()
+        everyone = torch.arange(geometry.samples).float()[:, None]
         with torch.no_grad():
             got = collector(epoch, rank, torch.device("cpu"), lambda _: everyone, lambda done, reward: None)
         return Phase(got, collector)
@@ -161,7 +161,7 @@ def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
     assert len(x0.flatten(1).unique(dim=0)) == 8  # every member of a group is a picture of its own
     collector = phase.collector
     assert torch.allclose(collector.model.decode(x0[:1])[0], got.images[0], atol=0.3)
-    scores = collector.scorer.reward(collector.model.decode(x0), got.prompts)
+    scores = collector.scorer.rewards(collector.model.decode(x0), got.prompts)
     assert scores.mean() > 0.7  # they show what the prompts ask for
     assert torch.equal(x0, given(collect("algo=nft", source="images").got.points.x0, "x0")[::3])
     assert not torch.equal(x0, given(collect("algo=nft", source="images", epoch=1).got.points.x0, "x0")[::3])
@@ -174,9 +174,25 @@ def test_a_plan_that_grows_is_refused(collect: Callable[..., Phase]):
 
 def test_an_epoch_without_a_single_score_is_refused(collect: Callable[..., Phase]):
     collector = collect("algo=nft").collector
-    nothing = torch.full((8,), torch.nan)
+    nothing = torch.full((8, 1), torch.nan)
     with torch.no_grad(), pytest.raises(RuntimeError, match="not a single picture"):
         collector(0, 0, torch.device("cpu"), lambda _: nothing, lambda done, reward: None)
+
+
+def test_several_rewards_reach_the_credit_apart(collect: Callable[..., Phase]):
+    """The weighted sum of the two rewards is the same for all; apart, the second is constant and says nothing."""
+    collector = collect("algo=nft", "reward=shapes_apart", "credit=gdpo").collector
+    one = torch.tensor([1.0, 2, 3, 4] * 2)
+    advantages, stats = {}, {}
+    for name, rewards in {"opposed": torch.stack([one, -one], 1), "constant": torch.stack([one, 0 * one], 1)}.items():
+        with torch.no_grad():
+            got = collector(0, 0, torch.device("cpu"), lambda _, everyone=rewards: everyone, lambda done, reward: None)
+        advantages[name], stats[name] = got.points.advantage[::3], got.stats
+    assert advantages["opposed"].abs().max() == 0
+    assert advantages["constant"].reshape(2, 4).diff(dim=1).min() > 0  # in the order of the first
+    assert stats["constant"]["reward/strict"] == 2.5
+    assert stats["constant"]["reward/partial"] == 0
+    assert stats["constant"]["reward_mean"] == 1.25  # half of each
 
 
 def test_diversity_is_the_spread_within_groups_whatever_their_size():
