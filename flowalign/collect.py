@@ -24,7 +24,7 @@ from flowalign.steps.tail import shorten
 from flowalign.times import Times
 from flowalign.types import Conditioning, Point, Rollout
 
-Progress = Callable[[int, float], None]
+Progress = Callable[[int, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Collector:
         gather: Callable[[Tensor], Tensor],
         report: Progress,
     ) -> Collected:
-        """`gather`: local (n,) to the global one in sample order; `report`: pictures done, mean reward so far."""
+        """`gather`: local (n,) to the global one in sample order; `report`: pictures done, their mean reward if any."""
         group_size = self.geometry.batch.group_size
         chosen = self.prompts.epoch(self.seed, epoch, self.geometry.batch.prompts)
         local = self.geometry.local_samples(rank)
@@ -175,7 +175,7 @@ class Collector:
             media = self.prompts.images(which[start : start + batch], numbers, self.size.height, self.size.width)
             latents.append(self.model.encode_images(media.to(share.device)))
             images.append(media[self._first_of_groups(samples)])
-            report(start + len(samples), 1.0)
+            report(start + len(samples), None)
         x0 = torch.cat(latents)
         return Pictures(Rollout(x0, self._schedule(deterministic(0))), torch.cat(images), x0.new_ones(len(x0), 1))
 

@@ -150,8 +150,8 @@ class AlignModule(LightningModule):
             logger.log_metrics({f"rollout/{k}": v for k, v in self.stats.items()}, step=self.global_step)
         self.report.begin("optimise", g.batches_per_epoch)
 
-    def _rolled(self, done: int, reward: float) -> None:
-        self.report.advance("rollout", done, reward=reward)
+    def _rolled(self, done: int, reward: float | None) -> None:
+        self.report.advance("rollout", done, **({} if reward is None else {"reward": reward}))
 
     def _gather(self, local: Tensor) -> Tensor:
         """(n,) on every rank to (n · ranks,) in global sample order."""

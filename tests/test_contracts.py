@@ -159,6 +159,20 @@ def options() -> Nodes:
         }
 
 
+def random(folder: Path) -> tuple[str, ...]:
+    """The overrides that choose a random pipeline, which is quicker than the embedded one."""
+    return (f"model.pretrained={folder}", "model.max_sequence_length=4")
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_trains_with_all_that_is_shown_and_kept(
+    tiny: Callable[..., DictConfig], sd3_folder: Path, tmp_path: Path, algo: str
+):
+    _, trainer = trained(fitting(tiny(f"algo={algo}", *random(sd3_folder), *small(algo), "callbacks=default")))
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    assert trainer.callback_metrics["val/reward"].isfinite()
+
+
 @pytest.mark.parametrize("dynamics", DYNAMICS)
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_combination_trains_an_epoch_or_is_refused_with_one_that_would(
@@ -168,8 +182,8 @@ def test_every_combination_trains_an_epoch_or_is_refused_with_one_that_would(
     algo: str,
     dynamics: str,
 ):
-    random = (f"model.pretrained={sd3_folder}", "model.max_sequence_length=4", "trainer.check_val_every_n_epoch=9")
-    configs = {name: tiny(f"algo={name}", *random, *small(name)) for name in {algo, "grpo", "nft"}}
+    model = (*random(sd3_folder), "trainer.check_val_every_n_epoch=9")
+    configs = {name: tiny(f"algo={name}", *model, *small(name)) for name in {algo, "grpo", "nft"}}
 
     def combined(algo: str, dynamics: str, steps: str) -> DictConfig:
         cfg = configs[algo]

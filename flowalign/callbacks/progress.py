@@ -60,7 +60,8 @@ class PhaseProgress(Callback):
         if not trainer.is_global_zero or not isinstance(pl_module, AlignModule):
             return
         metrics = trainer.callback_metrics
-        shown = [f"reward {pl_module.stats['reward_mean']:.3f}"] if pl_module.stats else []
+        # Given pictures have no reward.
+        shown = [f"reward {pl_module.stats['reward_mean']:.3f}"] if "reward_mean" in pl_module.stats else []
         for key, name in (
             ("train/loss", "loss"),
             ("train/ratio", "ratio"),
