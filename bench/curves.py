@@ -28,7 +28,8 @@ def plot(target: Path, groups: dict[str, list[Path]]) -> None:
     """A panel a metric; a line a group of runs, with a band over its seeds."""
     figure, axes = plt.subplots(1, len(METRICS), figsize=(10, 4), layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
-        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors if len(groups) > 10 else plt.get_cmap("tab10").colors)
+        colours = matplotlib.color_sequences["tab20" if len(groups) > 10 else "tab10"]
+        axis.set_prop_cycle(color=colours)
         for label, members in sorted(groups.items()):
             curves = [curve(folder, metric) for folder in members]
             epochs = sorted(set.intersection(*(set(c) for c in curves)))
