@@ -6,7 +6,6 @@ time scale, packing, guidance and VAE normalisation are settled here and nowhere
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,10 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flowalign.models import schedule
 from flowalign.models.loading import load_pipeline
 from flowalign.types import Conditioning
 
-NEGATIVE = "neg."  # key prefix of the unconditional branch in a Conditioning
+NEGATIVE = "neg."
+"""Key prefix of the unconditional branch in a Conditioning."""
+SHARED = "cond."
+"""Key prefix of what both branches see, such as the latents of a given picture."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -42,7 +45,14 @@ class FlowModel(ABC):
     denoiser_names: ClassVar[tuple[str, ...]] = ("transformer",)
     default_lora_targets: ClassVar[tuple[str, ...]]
     default_max_sequence_length: ClassVar[int]
-    guidance_off: ClassVar[float] = 1.0  # classifier-free guidance at or below this is off
+    guidance_off: ClassVar[float] = 1.0
+    """Classifier-free guidance at or below this is off."""
+    evenly: ClassVar[bool] = True
+    """Whether the pipeline passes even sigmas to its scheduler; otherwise the scheduler spaces them itself."""
+    default_embedded_guidance: ClassVar[float | None] = None
+    """Guidance that a distilled network takes as an input, apart from the classifier-free one; None: it takes none."""
+    sees_images: ClassVar[bool] = False
+    """Whether a prompt comes with pictures: editing, or a first frame."""
 
     def __init__(
         self,
@@ -54,8 +64,17 @@ class FlowModel(ABC):
         lora_targets: Sequence[str] | None = None,
         max_sequence_length: int | None = None,
         absent: Sequence[str] = (),
+        embedded_guidance: float | None = None,
     ) -> None:
-        """max_sequence_length counts text tokens (null = the family's default); `absent` components are not loaded."""
+        """max_sequence_length counts text tokens (null = the family's default); `absent` components are not loaded.
+
+        embedded_guidance is the input of a guidance-distilled network, in rollouts, training and evaluation alike.
+        """
+        if embedded_guidance is not None and self.default_embedded_guidance is None:
+            raise ValueError(
+                f"{type(self).__name__} takes no embedded_guidance: use rollout.guidance, which is off at 1."
+            )
+        self.embedded_guidance = embedded_guidance or self.default_embedded_guidance
         self.pretrained, self.revision = pretrained, revision
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
@@ -94,7 +113,13 @@ class FlowModel(ABC):
         """Height and width must be multiples of this, in pixels."""
         return self.pipe.vae_scale_factor * 2
 
-    def check_size(self, height: int, width: int) -> None:
+    def check_size(self, height: int, width: int, frames: int | None = None) -> None:
+        """Raises ValueError, naming the nearest possible size, for one that the family cannot make."""
+        if frames is not None:
+            raise ValueError(f"{type(self).__name__} makes pictures: leave resolution.*.frames at null (got {frames}).")
+        self._check_sides(height, width)
+
+    def _check_sides(self, height: int, width: int) -> None:
         m = self.size_multiple
         if height % m or width % m or min(height, width) < m:
             nearest = [max(m, round(side / m) * m) for side in (height, width)]
@@ -103,30 +128,38 @@ class FlowModel(ABC):
                 f"the nearest is {nearest[0]}×{nearest[1]}."
             )
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the spatial latent outside of the network."""
+        return self.pipe.transformer.config.in_channels
+
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
         """Shape of one latent, such that randn(B, *shape) is the noise the pipeline itself would draw."""
         del frames
         scale = self.pipe.vae_scale_factor
-        return (self.pipe.transformer.config.in_channels, height // scale, width // scale)
+        return (self.latent_channels, height // scale, width // scale)
+
+    def tokens(self, height: int, width: int, frames: int | None = None) -> int:
+        """Number of picture tokens, which a resolution-dependent shift counts: patches of 2×2 latents."""
+        _, *sides = self.latent_shape(height, width, frames)
+        return math.prod(sides) // 4
+
+    def mu(self, num_steps: int, height: int, width: int, frames: int | None) -> float | None:
+        """Exponent of a shift that depends on the resolution; None where the shift is static."""
+        del num_steps
+        config = self.pipe.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return None
+        return schedule.linear_mu(config, self.tokens(height, width, frames))
 
     def sigmas(self, num_steps: int, height: int, width: int, frames: int | None = None) -> Tensor:
         """(num_steps + 1,) float32 from 1 to 0 on the CPU: exactly what the pipeline's own call would walk."""
-        scheduler = copy.deepcopy(self.pipe.scheduler)
-        scheduler.set_timesteps(num_steps, **self.schedule_arguments(num_steps, height, width, frames))
-        return scheduler.sigmas.float().cpu()
-
-    def schedule_arguments(self, num_steps: int, height: int, width: int, frames: int | None) -> dict[str, Any]:
-        """Arguments of `set_timesteps`: a family with a resolution-dependent shift gives `mu` here."""
-        del num_steps, height, width, frames
-        return {}
+        scheduler = schedule.euler(self.pipe.scheduler)
+        return schedule.sigmas(scheduler, num_steps, self.evenly, self.mu(num_steps, height, width, frames))
 
     def shift(self, height: int, width: int, frames: int | None = None) -> float:
         """How far the schedule is moved towards the noise: sigma = s u / (1 + (s - 1) u) of an even time u, s ≥ 1."""
-        config = self.pipe.scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            return float(config.get("shift") or 1.0)
-        mu = float(self.schedule_arguments(1, height, width, frames)["mu"])
-        return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        return schedule.shift(schedule.euler(self.pipe.scheduler).config, self.mu(1, height, width, frames))
 
     # ------------------------------------------------------------ network
 
@@ -144,27 +177,37 @@ class FlowModel(ABC):
         positive = Conditioning({k: c for k, c in cond.items() if not k.startswith(NEGATIVE)})
         if guidance <= self.guidance_off:
             return self.forward(x, t, positive).float()
-        negative = Conditioning({k.removeprefix(NEGATIVE): c for k, c in cond.items() if k.startswith(NEGATIVE)})
-        both = Conditioning.cat([negative, positive])  # one forward of 2B rows, in the pipeline's order
+        shared = {k: c for k, c in cond.items() if k.startswith(SHARED)}
+        negative = {k.removeprefix(NEGATIVE): c for k, c in cond.items() if k.startswith(NEGATIVE)}
+        both = Conditioning.cat([Conditioning(negative | shared), positive])  # one forward of 2B rows, in SD3's order
         v_negative, v_positive = self.forward(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
         return self.guide(v_negative, v_positive, guidance)
 
     def guide(self, v_negative: Tensor, v_positive: Tensor, guidance: float) -> Tensor:
+        """The guided velocity, (B, …) of two of them."""
         return v_negative + guidance * (v_positive - v_negative)
+
+    def denormalised(self, x: Tensor) -> Tensor:
+        """Latents as the VAE knows them."""
+        config = self.pipe.vae.config
+        return x / config.scaling_factor + (config.shift_factor or 0.0)
+
+    def normalised(self, z: Tensor) -> Tensor:
+        """The inverse: latents as the denoiser knows them."""
+        config = self.pipe.vae.config
+        return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Latents to pictures (B, 3, H, W) float32 in [0, 1]."""
+        """Latents to pictures (B, 3, H, W), or videos (B, F, 3, H, W), float32 in [0, 1]."""
         vae = self.pipe.vae
-        z = x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return (vae.decode(z.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        return (vae.decode(self.denormalised(x).to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode_images(self, media: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] to latents in float32, normalised as the denoiser knows them."""
         vae = self.pipe.vae
-        z = vae.encode((2 * media - 1).to(vae.dtype), return_dict=False)[0].mode().float()
-        return (z - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return self.normalised(vae.encode((2 * media - 1).to(vae.dtype), return_dict=False)[0].mode().float())
 
     # ------------------------------------------------------------ files
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from flowalign.models import schedule
 from flowalign.models.base import NEGATIVE, FlowModel
 from flowalign.types import Conditioning
 
@@ -16,14 +15,15 @@ class SD3(FlowModel):
     """Time goes in as 1000 sigma, latents are not packed, and the prediction is v itself."""
 
     pipeline = "StableDiffusion3Pipeline"
+    evenly = False
     default_max_sequence_length = 256  # T5 tokens; without T5 they are zeros, and still as many
     default_lora_targets = tuple(
         f"attn.{name}"
         for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     )
 
-    def check_size(self, height: int, width: int) -> None:
-        super().check_size(height, width)
+    def check_size(self, height: int, width: int, frames: int | None = None) -> None:
+        super().check_size(height, width, frames)
         config = self.pipe.transformer.config
         limit = config.pos_embed_max_size * config.patch_size * self.pipe.vae_scale_factor
         if max(height, width) > limit:
@@ -45,20 +45,10 @@ class SD3(FlowModel):
             cond |= {f"{NEGATIVE}tokens": negative_tokens, f"{NEGATIVE}pooled": negative_pooled}
         return cond
 
-    def schedule_arguments(self, num_steps: int, height: int, width: int, frames: int | None) -> dict[str, Any]:
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
+    def mu(self, num_steps: int, height: int, width: int, frames: int | None) -> float | None:
         config = self.pipe.scheduler.config
-        if not config.get("use_dynamic_shifting"):
-            return {}
-        _, rows, columns = self.latent_shape(height, width, frames)
-        patch = self.pipe.transformer.config.patch_size
-        shape = (
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-        )
-        return {"mu": calculate_shift((rows // patch) * (columns // patch), *shape, config.get("max_shift", 1.16))}
+        dynamic = config.get("use_dynamic_shifting")
+        return schedule.linear_mu(config, self.tokens(height, width, frames), max_shift=1.16) if dynamic else None
 
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
         transformer = self.pipe.transformer

@@ -1,0 +1,67 @@
+"""FLUX.1 (FluxPipeline): guidance-distilled, tokens of 2×2 latents, positions as inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowalign.models.base import NEGATIVE, FlowModel
+from flowalign.models.latents import pack, unpack
+from flowalign.types import Conditioning
+
+
+class Flux1(FlowModel):
+    """`embedded_guidance` is what the pipeline calls guidance_scale; `guidance` is its true_cfg_scale, usually off."""
+
+    pipeline = "FluxPipeline"
+    default_max_sequence_length = 512
+    default_embedded_guidance = 3.5
+    default_lora_targets = (
+        *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipe.transformer.config.in_channels // 4
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
+        tokens, pooled = self._text(prompts)
+        cond = Conditioning({"tokens": tokens, "pooled": pooled})
+        if negatives is not None:
+            tokens, pooled = self._text(negatives)
+            cond |= {f"{NEGATIVE}tokens": tokens, f"{NEGATIVE}pooled": pooled}
+        return cond
+
+    def _text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        length = self.max_sequence_length
+        return self.pipe.encode_prompt(list(texts), list(texts), self.device, max_sequence_length=length)[:2]
+
+    def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
+        transformer = self.pipe.transformer
+        dtype, (height, width) = transformer.dtype, x.shape[2:]
+        guided = transformer.config.guidance_embeds
+        tokens = branch["tokens"].to(dtype)
+        v = transformer(
+            hidden_states=pack(x).to(dtype),
+            timestep=t / 1000,
+            guidance=torch.full_like(t, self.embedded_guidance) if guided else None,
+            pooled_projections=branch["pooled"].to(dtype),
+            encoder_hidden_states=tokens,
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=dtype),
+            img_ids=positions(height // 2, width // 2, x.device, dtype),
+            return_dict=False,
+        )[0]
+        return unpack(v, height, width)
+
+
+def positions(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(rows · columns, 3): 0, row and column of every token."""
+    at = torch.zeros(rows, columns, 3, device=device, dtype=dtype)
+    at[..., 1] = torch.arange(rows, device=device, dtype=dtype)[:, None]
+    at[..., 2] = torch.arange(columns, device=device, dtype=dtype)
+    return at.flatten(0, 1)

@@ -1,0 +1,196 @@
+"""Every model of conf/model, on a random pipeline of its family: the adapter is the pipeline.
+
+A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance); MODEL and CALL, if it
+has them, are further settings of the adapter and of the pipeline's call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowalign.checks.signatures import locate
+from flowalign.dynamics import ODE
+from flowalign.models.base import FlowModel
+from flowalign.sampler import Noise, deterministic, walk
+from flowalign.solvers import Euler
+from flowalign.types import Conditioning
+from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+TINY = {
+    module.PIPELINE: module
+    for path in sorted((Path(__file__).parent / "tiny").glob("*.py"))
+    if hasattr(module := import_module(f"tests.models.tiny.{path.stem}"), "PIPELINE")
+}
+MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
+PROMPTS, NEGATIVES = ["two red circles", "a blue square above it all"], ["blurry", ""]
+HEIGHT, WIDTH, STEPS, TOKENS = 32, 48, 6, 16
+
+
+@dataclass
+class Family:
+    """A model of conf/model on random weights."""
+
+    model: FlowModel
+    tiny: ModuleType
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """Height, width and, for videos, frames."""
+        frames = {} if self.model.modality == "image" else {"frames": self.tiny.FRAMES}
+        return {"height": HEIGHT, "width": WIDTH, **frames}
+
+    def theirs(self, guidance: float, output_type: str) -> Tensor:
+        """The pipeline's own call, which draws its own noise."""
+        pipe, size = self.model.pipe, self.size
+        if "frames" in size:
+            size["num_frames"] = size.pop("frames")
+        pipe.set_progress_bar_config(disable=True)
+        result = pipe(
+            list(PROMPTS), negative_prompt=list(NEGATIVES), num_inference_steps=STEPS,
+            generator=torch.Generator().manual_seed(7), output_type=output_type, **size,
+            **self.tiny.arguments(guidance), **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),
+        )  # fmt: skip
+        return torch.as_tensor(result[0])
+
+    def ours(self, guidance: float, prompts: list[str] = PROMPTS, sign: float = 1.0, bend: float = 1.0) -> Tensor:
+        """The adapter's Euler walk from the same noise to latents."""
+        cond = self.model.encode(prompts, NEGATIVES)
+        noise = torch.randn(2, *self.model.latent_shape(**self.size), generator=torch.Generator().manual_seed(7))
+        with torch.no_grad():
+            return walk(
+                lambda x, s, rows: sign * self.model.velocity(x, s, cond.index(rows), guidance),
+                self.model.sigmas(STEPS, **self.size) ** bend,
+                deterministic(STEPS), ODE(), Euler(), Given(0, 0, range(2), noise.shape[1:], noise=noise),
+            ).x0  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given(Noise):
+    """The pipeline's noise instead of the keyed one."""
+
+    noise: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __call__(self, stream: int) -> Tensor:
+        return self.noise
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The random pipeline of a class, saved in diffusers layout."""
+    root = tmp_path_factory.mktemp("pipelines")
+
+    def folder(pipeline: str) -> Path:
+        if not (root / pipeline).exists():
+            TINY[pipeline].build().save_pretrained(root / pipeline)
+        return root / pipeline
+
+    return folder
+
+
+@pytest.fixture
+def family(compose: Callable[..., DictConfig], folders: Callable[[str], Path], name: str) -> Family:
+    node = compose(f"model={name}").model
+    adapter = locate(node["_target_"])
+    if adapter.pipeline not in TINY:
+        pytest.fail(f"no random pipeline for {adapter.pipeline}: write tests/models/tiny/…")
+    tiny = TINY[adapter.pipeline]
+    settings = {"max_sequence_length": TOKENS} | getattr(tiny, "MODEL", {})
+    return Family(adapter(str(folders(adapter.pipeline)), **settings), tiny)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_walk_ends_where_the_pipeline_does(family: Family):
+    for guidance in family.tiny.GUIDANCE:
+        pictures = family.model.decode(family.ours(guidance))
+        theirs = family.theirs(guidance, "pt")
+        assert pictures.shape == theirs.shape
+        assert distance(pictures, theirs) <= 1e-5, guidance
+        assert pictures.std() > 0.01  # not a constant picture, on which all would agree
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_comparison_notices_what_is_wrong(family: Family):
+    guidance = max(family.tiny.GUIDANCE)
+    right = family.ours(guidance)
+    assert distance(family.ours(guidance, PROMPTS[::-1]), right) > 1e-3
+    assert distance(family.ours(guidance, sign=-1.0), right) > 1e-3
+    assert distance(family.ours(guidance, bend=1.05), right) > 1e-3
+    if len(family.tiny.GUIDANCE) > 1:
+        assert distance(family.ours(guidance + 1), right) > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_of_mixed_noise_levels_equals_its_rows_alone(family: Family):
+    model, guidance = family.model, max(family.tiny.GUIDANCE)
+    cond = model.encode(PROMPTS, NEGATIVES)
+    x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
+    sigma = torch.tensor([0.95, 0.2])
+    with torch.no_grad():
+        both = model.velocity(x, sigma, cond, guidance)
+        assert both.shape == x.shape
+        assert both.dtype == torch.float32
+        for i in range(2):
+            row = slice(i, i + 1)
+            alone = model.velocity(x[row], sigma[row], model.encode(PROMPTS[row], NEGATIVES[row]), guidance)
+            assert distance(alone, both[row]) < 3e-5
+        assert distance(model.velocity(x, sigma.flip(0), cond, guidance), both) > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_conditioning_survives_what_is_done_to_it(family: Family, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    model, guidance = family.model, max(family.tiny.GUIDANCE)
+    cond = model.encode(PROMPTS, NEGATIVES)
+    assert cond.batch_size == 2
+    save_file({key: t.contiguous() for key, t in cond.items()}, tmp_path / "cond.safetensors")
+    rows = [model.encode(PROMPTS[i : i + 1], NEGATIVES[i : i + 1]) for i in range(2)]
+    x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        v = model.velocity(x, 0.7, cond, guidance)
+        assert torch.equal(model.velocity(x, 0.7, Conditioning(load_file(tmp_path / "cond.safetensors")), guidance), v)
+        assert distance(model.velocity(x, 0.7, Conditioning.cat(rows), guidance), v) < 3e-5
+        swapped = cond.index(torch.tensor([1, 0, 1]))
+        again = model.velocity(x[[1, 0, 1]], 0.7, swapped, guidance)
+        assert distance(again, v[[1, 0, 1]]) < 3e-5
+        twice = model.velocity(x.repeat_interleave(2, 0), 0.7, cond.repeat_interleave(2), guidance)
+        assert distance(twice[::2], v) < 3e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_have_somewhere_to_go_and_blocks_are_found(family: Family):
+    targets = family.model.lora_targets
+    for denoiser in family.model.denoisers().values():
+        linear = [n for n, m in denoiser.named_modules() if isinstance(m, torch.nn.Linear)]
+        for target in targets:
+            assert any(n == target or n.endswith(f".{target}") for n in linear), target
+    blocks = family.model.blocks()
+    assert blocks
+    total = sum(p.numel() for d in family.model.denoisers().values() for p in d.parameters())
+    assert sum(p.numel() for b in blocks for p in b.parameters()) > 0.3 * total
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_schedule_falls_from_one_to_zero(family: Family):
+    sigmas = family.model.sigmas(STEPS, **family.size)
+    assert sigmas.shape == (STEPS + 1,)
+    assert sigmas.dtype == torch.float32
+    assert sigmas[0] == pytest.approx(1.0, abs=1e-6)
+    assert sigmas[-1] == 0
+    assert (sigmas.diff() < 0).all()

@@ -1,0 +1,115 @@
+"""Tokenizers, text encoders and VAEs of random pipelines: from configs, nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def shaken(module: torch.nn.Module, seed: int = 0) -> Any:
+    """The module with noise on every parameter, so that parts initialised at zero or one matter as well."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def seeded(make: Any, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
+    """A module of random weights that are the same every time, shaken."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = make(*args, **kwargs)
+    return shaken(module, seed)
+
+
+# ------------------------------------------------------------ text
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's 256 printable stand-ins for bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(len(others))]
+
+
+def clip_tokenizer() -> Any:
+    """Letters as tokens."""
+    from transformers import CLIPTokenizer
+
+    characters = _byte_alphabet()
+    words = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def clip_config() -> Any:
+    """Two layers of width 32."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=514,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+    )
+
+
+def t5_tokenizer() -> Any:
+    """Letters as tokens."""
+    from transformers import T5Tokenizer
+
+    letters = [(chr(c), -3.0) for c in range(33, 127)]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def t5(width: int = 32, umt5: bool = False) -> Any:
+    """A two-layer encoder."""
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    sizes = {"vocab_size": 128, "d_model": width, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+    return seeded(UMT5EncoderModel, UMT5Config(**sizes)) if umt5 else seeded(T5EncoderModel, T5Config(**sizes))
+
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Any:
+    """Bytes as tokens; stands in for Gemma's and Llama's too."""
+    from transformers import Qwen2Tokenizer
+
+    vocab = {c: i for i, c in enumerate(_byte_alphabet() + SPECIAL)}
+    return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=CHAT, additional_special_tokens=SPECIAL[1:])
+
+
+# ------------------------------------------------------------ pictures
+
+
+def vae(**changes: Any) -> Any:
+    """An AutoencoderKL of factor 2 and 4 channels with a scale and a shift."""
+    from diffusers import AutoencoderKL
+
+    sizes = {
+        "block_out_channels": (4, 8),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 1.3,
+        "shift_factor": 0.1,
+    }
+    return seeded(AutoencoderKL, **sizes | changes)
