@@ -1,33 +1,66 @@
-"""Text conditioning, encoded once a prompt and kept on the CPU."""
+"""Text conditioning, encoded once a prompt and kept on the CPU, and on disk if a folder is given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from flowalign.embeddings import Embeddings
 from flowalign.models.base import FlowModel
 from flowalign.prompts import Prompt
 from flowalign.types import Conditioning
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How prompts become conditioning."""
+
+    cache: str | None = None
+    """Folder where encoded prompts are kept and found again; None: nowhere."""
+    release: bool = False
+    """Encode every prompt of the run before training, and let the text encoders leave memory."""
+    batch_size: int = 64
+
+
 class Conditioner:
     """Prompts to Conditioning rows. The unconditional branch is encoded only if somebody will guide with it."""
 
-    def __init__(self, model: FlowModel, guided: bool, batch_size: int = 64) -> None:
-        self.model, self.guided, self.batch_size = model, guided, batch_size
-        self._rows: dict[tuple[str, str], Conditioning] = {}
+    def __init__(self, model: FlowModel, guided: bool, encoding: Encoding | None = None) -> None:
+        self.model, self.guided, self.encoding = model, guided, encoding or Encoding()
+        self._rows: dict[tuple[str, ...], Conditioning] = {}
+        folder = self.encoding.cache
+        self._disk = None if folder is None else Embeddings(folder, model.text_fingerprint())
 
     def __call__(self, prompts: Sequence[Prompt], device: torch.device) -> Conditioning:
         """One row a prompt, in order."""
-        keys = [(p.text, p.negative or "") for p in prompts]
-        missing = [key for key in dict.fromkeys(keys) if key not in self._rows]
-        for start in range(0, len(missing), self.batch_size):
-            self._encode(missing[start : start + self.batch_size])
-        return Conditioning.cat([self._rows[key] for key in keys]).to(device)
+        self.prepare(prompts)
+        return Conditioning.cat([self._rows[self._key(p)] for p in prompts]).to(device)
 
-    def _encode(self, keys: list[tuple[str, str]]) -> None:
-        negatives = [negative for _, negative in keys] if self.guided else None
-        cond = self.model.encode([text for text, _ in keys], negatives).to("cpu")
+    def prepare(self, prompts: Sequence[Prompt], report: Callable[[int], None] | None = None) -> None:
+        """Encodes what is not known yet; `report` is told how many of the distinct prompts are done."""
+        keys = list(dict.fromkeys(map(self._key, prompts)))
+        missing = [key for key in keys if key not in self._rows]
+        if self._disk is not None:
+            found = {key: row for key in missing if (row := self._disk.read(key)) is not None}
+            self._rows |= found
+            missing = [key for key in missing if key not in found]
+        for start in range(0, len(missing), self.encoding.batch_size):
+            part = missing[start : start + self.encoding.batch_size]
+            self._encode(part)
+            if report is not None:
+                report(len(keys) - len(missing) + start + len(part))
+
+    def _key(self, prompt: Prompt) -> tuple[str, ...]:
+        return (prompt.text, prompt.negative or "") if self.guided else (prompt.text,)
+
+    def _encode(self, keys: list[tuple[str, ...]]) -> None:
+        negatives = [key[1] for key in keys] if self.guided else None
+        cond = self.model.encode([key[0] for key in keys], negatives).to("cpu")
         for i, key in enumerate(keys):
-            self._rows[key] = cond.index(slice(i, i + 1))
+            # A copy: a view of one row would keep the whole batch in memory.
+            row = Conditioning({name: t.clone() for name, t in cond.index(slice(i, i + 1)).items()})
+            self._rows[key] = row
+            if self._disk is not None:
+                self._disk.write(key, row)

@@ -49,13 +49,13 @@ class AlignModule(LightningModule):
             max(recipe.rollout.guidance, recipe.evaluation.sampling.guidance, recipe.optimisation.guidance)
             > recipe.model.guidance_off
         )
-        self.conditioner = Conditioner(recipe.model, guided)
+        self.conditioner = Conditioner(recipe.model, guided, recipe.encoding)
         self.eval_prompts: dict[str, list[Prompt]] = {
             stage: [recipe.data[stage].prompts[i] for i in recipe.data[stage].fixed(number)]
             for stage, number in (("val", recipe.evaluation.num_val), ("test", recipe.evaluation.num_test))
         }
         for size in (recipe.train_size, recipe.eval_size):
-            recipe.model.check_size(size.height, size.width)
+            recipe.model.check_size(size.height, size.width, size.frames)
         if recipe.algorithm.source == "images":
             recipe.data["train"].require_images()
 
@@ -95,6 +95,25 @@ class AlignModule(LightningModule):
                 f"trainer.accumulate_grad_batches follows from the batch plan ({self.geometry.accumulate}): leave "
                 "it unset, and set batch.micro and batch.updates."
             )
+
+        if r.encoding.release:
+            self._encode_all()
+
+    def _encode_all(self) -> None:
+        """Every prompt of the run is encoded now, by rank 0 first where a folder keeps it; then the encoders go."""
+        r, strategy = self.recipe, self.trainer.strategy
+        if not r.model.text_encoders():  # setup comes once for each of fit, validate and test
+            return
+        r.model.to(strategy.root_device)
+        prompts = [*r.data["train"].prompts, *(p for prompts in self.eval_prompts.values() for p in prompts)]
+        self.report.begin("encode", len(prompts))
+        advance = partial(self.report.advance, "encode")
+        if r.encoding.cache is not None and self.trainer.is_global_zero:
+            self.conditioner.prepare(prompts, advance)
+        strategy.barrier("prompts")
+        self.conditioner.prepare(prompts, advance)
+        self.report.end("encode")
+        r.model.release_text_encoders()
 
     def configure_optimizers(self) -> Any:
         r = self.recipe

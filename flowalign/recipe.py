@@ -10,6 +10,7 @@ import torch
 
 from flowalign.algorithms.base import Algorithm
 from flowalign.collect import Size
+from flowalign.conditioner import Encoding
 from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
 from flowalign.evaluation import Evaluation
@@ -58,6 +59,7 @@ class Recipe:
     optimizer: Callable[..., torch.optim.Optimizer]
     schedule: Schedule
     device_of_frozen: Place = "same"
+    encoding: Encoding = field(default_factory=Encoding)
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 

@@ -73,6 +73,7 @@ def build_recipe(cfg: DictConfig) -> Recipe:
         optimizer=make(cfg.optimizer),
         schedule=make(cfg.schedule),
         device_of_frozen=cfg.policy.device_of_frozen,
+        encoding=make(cfg.encoding),
         seed=cfg.seed,
         config=plain,  # type: ignore[arg-type]
     )

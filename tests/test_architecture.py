@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sampler",
         "evaluation",
         "grid",
+        "embeddings",
         "conditioner",
         "scoring",
     )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-from flowalign.conditioner import Conditioner
+from flowalign.conditioner import Conditioner, Encoding
 from flowalign.prompts import Prompt
 from flowalign.types import Conditioning
 
@@ -18,6 +21,10 @@ class Encoder:
         self.asked: list[str] = []
         self.negatives: list[str] | None = None
         self.largest = 0
+        self.name = "first"
+
+    def text_fingerprint(self) -> str:
+        return self.name
 
     def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
         self.asked += prompts
@@ -32,9 +39,9 @@ def words(cond: Conditioning) -> list[str]:
     return ["".join(chr(int(c)) for c in row if c) for row in cond["tokens"]]
 
 
-def conditioner(guided: bool = False, batch_size: int = 64) -> tuple[Conditioner, Encoder]:
+def conditioner(guided: bool = False, **settings: Any) -> tuple[Conditioner, Encoder]:
     encoder = Encoder()
-    return Conditioner(encoder, guided, batch_size), encoder  # type: ignore[arg-type]
+    return Conditioner(encoder, guided, Encoding(**settings)), encoder  # type: ignore[arg-type]
 
 
 def test_every_distinct_prompt_is_encoded_once():
@@ -59,3 +66,70 @@ def test_encoding_goes_in_batches():
     texts = [f"prompt {i}" for i in range(8)]
     assert words(condition([Prompt(t) for t in texts], torch.device("cpu"))) == texts
     assert encoder.largest == 3
+
+
+# ------------------------------------------------------------ on disk
+
+
+def test_a_second_run_finds_what_the_first_one_encoded(tmp_path: Path):
+    prompts = [Prompt("red", "blurry"), Prompt("blue")]
+    first, encoder = conditioner(guided=True, cache=str(tmp_path))
+    made = first(prompts, torch.device("cpu"))
+    second, other = conditioner(guided=True, cache=str(tmp_path))
+    found = second(prompts, torch.device("cpu"))
+    assert encoder.asked == ["red", "blue"]
+    assert other.asked == []
+    assert torch.equal(made["tokens"], found["tokens"])
+    unguided, _ = conditioner(guided=False, cache=str(tmp_path))
+    assert words(unguided(prompts, torch.device("cpu"))) == ["red", "blue"]  # its rows are others, without a negative
+
+
+def test_another_encoder_has_files_of_its_own(tmp_path: Path):
+    conditioner(cache=str(tmp_path))[0].prepare([Prompt("red")])
+    encoder = Encoder()
+    encoder.name = "second"
+    Conditioner(encoder, False, Encoding(str(tmp_path))).prepare([Prompt("red")])  # type: ignore[arg-type]
+    assert encoder.asked == ["red"]
+    assert len(list(tmp_path.glob("*/*/*.safetensors"))) == 2
+
+
+def _torn(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def _emptied(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _changed(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def _exchanged(file: Path) -> None:
+    other = next(f for f in file.parents[1].glob("*/*.safetensors") if f != file)
+    file.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize("damage", [_torn, _emptied, _changed, _exchanged])
+def test_what_is_damaged_is_noticed_and_made_again(tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture):
+    prompts = [Prompt("red"), Prompt("blue")]
+    conditioner(cache=str(tmp_path))[0].prepare(prompts)
+    damage(sorted(tmp_path.glob("*/*/*.safetensors"))[0])
+    again, encoder = conditioner(cache=str(tmp_path))
+    assert words(again(prompts, torch.device("cpu"))) == ["red", "blue"]
+    assert len(encoder.asked) == 1
+    assert "is made again" in caplog.text
+    healed, nobody = conditioner(cache=str(tmp_path))
+    healed.prepare(prompts)
+    assert nobody.asked == []
+    assert not list(tmp_path.glob("*/*/.*"))  # nothing half written
+
+
+def test_progress_counts_distinct_prompts(tmp_path: Path):
+    condition, _ = conditioner(batch_size=2, cache=str(tmp_path))
+    condition.prepare([Prompt("red")])
+    seen: list[int] = []
+    condition.prepare([Prompt(c) for c in ("red", "blue", "blue", "green", "grey")], seen.append)
+    assert seen == [3, 4]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.models import schedule
-from flowalign.models.loading import load_pipeline
+from flowalign.models.loading import load_pipeline, text_fingerprint
 from flowalign.types import Conditioning
 
 NEGATIVE = "neg."
@@ -31,6 +31,13 @@ def torch_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise ValueError(f"a dtype is one of {', '.join(known)} (got {name!r}).")
     return known[name]
+
+
+def _released(prompts: Sequence[str], *others: Any, **also: Any) -> Conditioning:
+    raise RuntimeError(
+        f"{prompts[0]!r} cannot be encoded: the text encoders have left memory (encoding.release=true) and this prompt "
+        "was in none of the prompt files."
+    )
 
 
 class FlowModel(ABC):
@@ -75,7 +82,7 @@ class FlowModel(ABC):
                 f"{type(self).__name__} takes no embedded_guidance: use rollout.guidance, which is off at 1."
             )
         self.embedded_guidance = embedded_guidance or self.default_embedded_guidance
-        self.pretrained, self.revision = pretrained, revision
+        self.pretrained, self.revision, self.absent = pretrained, revision, tuple(absent)
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
         self.pipe = load_pipeline(
@@ -208,6 +215,24 @@ class FlowModel(ABC):
         """Pictures (B, 3, H, W) in [0, 1] to latents in float32, normalised as the denoiser knows them."""
         vae = self.pipe.vae
         return self.normalised(vae.encode((2 * media - 1).to(vae.dtype), return_dict=False)[0].mode().float())
+
+    # ------------------------------------------------------------ text encoders
+
+    def text_fingerprint(self) -> str:
+        """What the encoding of a prompt depends on beside its text; an encoding kept on disk belongs to one."""
+        encoder = next((m for name, m in self.text_encoders().items()), None)
+        kind = f"{type(self).__name__} {self.max_sequence_length} {getattr(encoder, 'dtype', None)} {self.absent}"
+        return f"{kind} {text_fingerprint(self.pretrained, self.revision)}"
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by their names in the pipeline."""
+        parts = {name: part for name, part in self.pipe.components.items() if name.startswith("text_encoder")}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+    def release_text_encoders(self) -> None:
+        """Lets go of their memory; nothing can be encoded afterwards."""
+        self.pipe.register_modules(**dict.fromkeys(self.text_encoders()))
+        self.encode = _released  # type: ignore[method-assign]
 
     # ------------------------------------------------------------ files
 

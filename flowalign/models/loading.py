@@ -77,3 +77,16 @@ def load_pipeline(
             f"{pretrained} could not be loaded: it is not in the local cache and the hub cannot be reached "
             f"({str(error).splitlines()[0]})."
         ) from error
+
+
+def text_fingerprint(pretrained: str, revision: str | None) -> str:
+    """What tells the text encoders of two pipelines apart: the files of a folder, or the commit in the hub's cache."""
+    where = Path(resolve(pretrained))
+    if where.is_dir():
+        files = sorted(p for part in ("text_encoder*", "tokenizer*") for p in where.glob(f"{part}/*") if p.is_file())
+        states = [(p.relative_to(where).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        return f"{where.resolve()} {states}"
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(pretrained, "model_index.json", revision=revision)
+    return f"{pretrained}@{Path(index).parent.name if isinstance(index, str) else revision}"

@@ -1,7 +1,7 @@
 """Every model of conf/model, on a random pipeline of its family: the adapter is the pipeline.
 
-A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance); MODEL and CALL, if it
-has them, are further settings of the adapter and of the pipeline's call.
+A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance); MODEL and CALL, if
+it has them, are further settings of the adapter and of the pipeline's call.
 """
 
 from __future__ import annotations

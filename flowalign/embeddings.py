@@ -1,0 +1,81 @@
+"""Encoded prompts on disk: one safetensors file a prompt, trusted only if it is what its name says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowalign.types import Conditioning
+
+log = logging.getLogger("flowalign")
+
+
+class Embeddings:
+    """A folder of encoded prompts, shared by runs and by the processes of a run: a file appears whole or not at all.
+
+    `encoder` says what made them (model, revision, weights, dtype, length): another one has other files. A file that is
+    damaged, or holds something else than its name says, is reported and made again.
+    """
+
+    def __init__(self, folder: str | Path, encoder: str) -> None:
+        self.folder = Path(folder).expanduser() / _digest(encoder)[:16]
+        self.encoder = encoder
+
+    def read(self, key: tuple[str, ...]) -> Conditioning | None:
+        """The row of a prompt, or None if it is not there or cannot be trusted."""
+        from safetensors import SafetensorError, safe_open
+
+        file = self._file(key)
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, framework="pt") as held:
+                said, tensors = held.metadata() or {}, {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            return self._distrust(file, str(error))
+        if said.get("prompt") != json.dumps(key) or said.get("encoder") != self.encoder:
+            return self._distrust(file, "it holds another prompt or another encoder's")
+        if said.get("digest") != _content(tensors):
+            return self._distrust(file, "its content has changed")
+        return Conditioning(tensors)
+
+    def write(self, key: tuple[str, ...], row: Conditioning) -> None:
+        """Keeps one row, (1, …) each."""
+        from safetensors.torch import save_file
+
+        file = self._file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.contiguous() for name, t in row.items()}
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        said = {"prompt": json.dumps(key), "encoder": self.encoder, "digest": _content(tensors)}
+        save_file(tensors, partial, said)
+        os.replace(partial, file)
+
+    def _file(self, key: tuple[str, ...]) -> Path:
+        name = _digest(json.dumps(key))
+        return self.folder / name[:2] / f"{name[2:40]}.safetensors"
+
+    @staticmethod
+    def _distrust(file: Path, why: str) -> None:
+        log.warning("the encoded prompt %s is made again: %s", file, why.splitlines()[0])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
