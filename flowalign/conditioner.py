@@ -21,7 +21,9 @@ class Encoding:
     """Folder where encoded prompts are kept and found again; None: nowhere."""
     release: bool = False
     """Encode every prompt of the run before training, and let the text encoders leave memory."""
-    batch_size: int = 64
+    batch_size: int = 1
+    """Prompts in one forward pass. With several, rounding and padding depend on the neighbours, and a resumed run, which
+    meets prompts in other company, equals the uninterrupted one only to rounding."""
 
 
 class Conditioner:

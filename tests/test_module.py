@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -257,3 +258,20 @@ def test_the_average_is_judged_where_it_is_asked_for(prepared: Callable[..., Run
     module.live.copy_into_live("ema")
     run.recipe.evaluation = replace(run.recipe.evaluation, weights="live")
     assert run.trainer.validate(module, verbose=False)[0] == pytest.approx(averaged, abs=1e-6)
+
+
+# ------------------------------------------------------------ text encoders
+
+
+def test_letting_the_text_encoders_go_changes_no_number(prepared: Callable[..., Run], tmp_path: Path):
+    few = ("data.train.limit=8", "trainer.max_epochs=2", "optimizer.lr=0.01")
+    kept = prepared("algo=nft", *few)
+    kept.fit()
+    for _ in range(2):  # the second finds all on disk
+        released = prepared("algo=nft", *few, "encoding.release=true", f"encoding.cache={tmp_path / 'prompts'}")
+        module = released.fit()
+        assert released.recipe.model.text_encoders() == {}
+        for name, parameter in module.live.trained().items():
+            assert torch.equal(parameter, kept.module.live.trained()[name]), name
+    with pytest.raises(RuntimeError, match=r"'something new' cannot be encoded: the text encoders have left memory"):
+        released.recipe.model.encode(["something new"])
