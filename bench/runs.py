@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from flowalign.curves import curves
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -21,17 +21,8 @@ def finished(folder: Path) -> bool:
 
 
 def curve(folder: Path, metric: str) -> dict[int, float]:
-    """A metric by epoch, 0 for the baseline; an interrupted run's events are read as one."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    per_epoch = config.batch.updates * config.batch.passes
-    found: dict[int, float] = {}
-    for file in sorted((folder / "tensorboard").glob("events*")):
-        events = EventAccumulator(str(file)).Reload()
-        if metric in events.Tags()["scalars"]:
-            found |= {-(-e.step // per_epoch): e.value for e in events.Scalars(metric)}
-    return dict(sorted(found.items()))
+    """A metric by epoch, 0 for the baseline."""
+    return curves(folder, metric).get(metric, {})
 
 
 def spread(values: list[float]) -> str:

@@ -22,8 +22,8 @@ class Encoding:
     release: bool = False
     """Encode every prompt of the run before training, and let the text encoders leave memory."""
     batch_size: int = 1
-    """Prompts in one forward pass. With several, rounding and padding depend on the neighbours, and a resumed run, which
-    meets prompts in other company, equals the uninterrupted one only to rounding."""
+    """Prompts in one forward pass. With several, rounding and padding depend on the neighbours: a resumed run, which
+    meets prompts in other company, then equals the uninterrupted one only to rounding."""
 
 
 class Conditioner:

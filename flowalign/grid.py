@@ -24,10 +24,9 @@ def _picture(image: Tensor) -> Image.Image:
 
 def _caption(shown: Shown, i: int) -> list[str]:
     scores = "  ".join(f"{name} {float(values[i]):.2f}" for name, values in shown.scores.items() if name != "reward")
-    return [
-        *textwrap.wrap(shown.prompts[i], 22)[:3],
-        *textwrap.wrap(scores or f"reward {float(shown.scores['reward'][i]):.2f}", 24),
-    ]
+    if not scores and "reward" in shown.scores:
+        scores = f"reward {float(shown.scores['reward'][i]):.2f}"
+    return [*textwrap.wrap(shown.prompts[i], 22)[:3], *textwrap.wrap(scores, 24)]
 
 
 def grid(*rows_of: Shown, columns: int = 8, titles: tuple[str, ...] = ()) -> np.ndarray:

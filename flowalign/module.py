@@ -18,15 +18,14 @@ from torchmetrics import MeanMetric
 
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, refusals
-from flowalign.collect import Collector, Size
+from flowalign.collect import Collector
 from flowalign.conditioner import Conditioner
-from flowalign.dynamics import ODE
 from flowalign.evaluation import Positions, Shown
+from flowalign.generate import generate
 from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
-from flowalign.sampler import Noise, Rows, Sampling, deterministic, walk
 
 
 class AlignModule(LightningModule):
@@ -300,7 +299,8 @@ class AlignModule(LightningModule):
         ids = positions.tolist()
         prompts = [self.eval_prompts[stage][i] for i in ids]
         with self.live.use(r.evaluation.copy), self._precision():
-            media, rms = self.generate(prompts, ids, r.evaluation.seed, sampling, r.eval_size)
+            cond = self.conditioner(prompts, self.device)
+            media, rms = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
         self._meter(f"{stage}/velocity_rms").update(rms)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size
         scores = r.scorer.all(media, prompts)
@@ -313,26 +313,6 @@ class AlignModule(LightningModule):
         self.report.advance(
             "evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean())
         )
-
-    def generate(
-        self, prompts: list[Prompt], ids: list[int], seed: int, sampling: Sampling, size: Size
-    ) -> tuple[Tensor, Tensor]:
-        """By the ODE, noise keyed by the sample `ids`: pictures (B, 3, H, W) in [0, 1], size of velocities (B,)."""
-        model = self.recipe.model
-        cond = self.conditioner(prompts, self.device)
-        sigmas = model.sigmas(sampling.num_steps, size.height, size.width, size.frames)
-        shape = model.latent_shape(size.height, size.width, size.frames)
-        noise = Noise(seed, 0, ids, shape, self.device)
-
-        sizes: list[Tensor] = []
-
-        def velocity(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
-            v = model.velocity(x, sigma, cond.index(rows), sampling.guidance)
-            sizes.append(v.float().square().flatten(1).mean(dim=1).sqrt())
-            return v
-
-        rollout = walk(velocity, sigmas, deterministic(sampling.num_steps), ODE(), sampling.solver, noise)
-        return model.decode(rollout.x0), torch.stack(sizes).mean(dim=0)
 
     def _show(self, stage: str, ids: list[int], media: Tensor, scores: dict[str, Tensor]) -> None:
         wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))

@@ -30,9 +30,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "conditioner",
         "scoring",
     )
-    + ("report", "collect"),
+    + ("report", "collect", "generate", "media"),
     ("recipe", "module", "callbacks"),
-    ("compatibility", "summary", "run", "cli", "programs"),
+    ("compatibility", "summary", "curves", "run", "commands", "cli", "programs"),
 )
 """From the ground up. Files of one floor see those named before them, which keeps circles out."""
 
@@ -41,8 +41,8 @@ PURE = {"torch", "numpy"}
 WORLD = PURE | {"scipy", "PIL"}  # the scenes are drawn and read with these
 PROGRAMS = {f"shapes.{name}" for name in ("pretrain", "data", "networks", "card", "tokenizer", "prompts")}
 """What made the embedded pipeline: run by hand, and nothing else imports it."""
-HYDRA = {"run", "cli", "compatibility", "shapes.pretrain"}
-OMEGACONF = HYDRA | {"summary"} | PROGRAMS
+HYDRA = {"run", "compatibility", "shapes.pretrain"}
+OMEGACONF = HYDRA | {"summary", "curves", "commands.saved", "commands.export"} | PROGRAMS
 
 
 def name_of(path: Path) -> str:

@@ -141,12 +141,14 @@ def plain_pipeline() -> Any:
 def test_exported_adapters_are_the_trained_model_in_plain_diffusers(
     trained: Path, tmp_path: Path, say: Callable[..., Any]
 ):
-    from flowalign.cli import load, main
+    from flowalign.cli import main
+    from flowalign.commands.saved import opened
 
     last = str(trained / "checkpoints" / "last.ckpt")
     code, _, _ = say(main, "export", f"ckpt={last}", f"to={tmp_path}")
     assert code == 0
-    config, model, _ = load(last, "live")
+    saved = opened(last, "live")
+    config, model = saved.config, saved.model
     assert config["tune"]["alpha"] != config["tune"]["rank"]  # equal ones would hide a lost alpha
     pipe = plain_pipeline()
     base = picture(pipe)
@@ -161,7 +163,8 @@ def test_exported_adapters_are_the_trained_model_in_plain_diffusers(
 def test_an_exported_transformer_is_the_trained_one(tiny: Callable[..., Any], tmp_path: Path, say: Callable[..., Any]):
     from diffusers import SD3Transformer2DModel
 
-    from flowalign.cli import load, main
+    from flowalign.cli import main
+    from flowalign.commands.saved import opened
     from flowalign.module import AlignModule
     from flowalign.run import build_recipe, build_trainer, plan_accumulation
 
@@ -173,22 +176,88 @@ def test_an_exported_transformer_is_the_trained_one(tiny: Callable[..., Any], tm
     code, _, _ = say(main, "export", f"ckpt={last}", f"to={tmp_path / 'export'}")
     assert code == 0
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "export" / "transformer").state_dict()
-    _, model, _ = load(last, "live")
+    model = opened(last, "live").model
     live = recipe.model.pipe.transformer.state_dict()
     for name, tensor in model.pipe.transformer.state_dict().items():
         assert torch.equal(loaded[name], tensor)
         assert torch.equal(live[name], tensor)
 
 
+def test_merged_adapters_are_the_adapted_model(trained: Path, tmp_path: Path, say: Callable[..., Any]):
+    from diffusers import SD3Transformer2DModel
+
+    from flowalign.cli import main
+    from flowalign.commands.saved import opened
+
+    last = str(trained / "checkpoints" / "last.ckpt")
+    assert say(main, "export", f"ckpt={last}", f"to={tmp_path}", "merge=true")[0] == 0
+    pipe = plain_pipeline()
+    base = picture(pipe)
+    pipe.transformer = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert not any("lora" in name for name, _ in pipe.transformer.named_parameters())
+    assert (picture(pipe) - picture(opened(last, "live").model.pipe)).abs().max() < 1e-4
+    assert (picture(pipe) - base).abs().max() > 1e-3
+
+
+def test_a_card_tells_base_recipe_curve_and_rewards(trained: Path, tmp_path: Path, say: Callable[..., Any]):
+    from flowalign.cli import main
+
+    last = trained / "checkpoints" / "last.ckpt"
+    assert say(main, "export", f"ckpt={last}", f"to={tmp_path}")[0] == 0
+    card = (tmp_path / "README.md").read_text()
+    for said in ("`tiny_sd3`", "NFT with CPS, 1 epochs", "| reward | Shapes; watched beside it: strict, quality |"):
+        assert said in card
+    summary = json.loads((trained / "summary.json").read_text())
+    curve = next(line for line in card.splitlines() if line.startswith("| reward | 0"))
+    assert curve == f"| reward | {summary['baseline']['val/reward']:.3f} | {summary['final']['val/reward']:.3f} |"
+
+
+def test_evaluate_gives_the_figures_of_the_run_again(trained: Path, tmp_path: Path, say: Callable[..., Any]):
+    from flowalign.cli import main
+
+    last = trained / "checkpoints" / "last.ckpt"
+    summary = json.loads((trained / "summary.json").read_text())
+    for weights, phase in (("live", "final"), ("base", "baseline")):
+        folder = tmp_path / weights
+        assert say(main, "evaluate", f"ckpt={last}", f"weights={weights}", f"to={folder}")[0] == 0
+        scores = json.loads((folder / "summary.json").read_text())["scores"]
+        for name in ("reward", "strict", "quality", "quality/two"):
+            assert scores[name] == pytest.approx(summary[phase][f"test/{name}"], abs=1e-5), (weights, name)
+        rows = (folder / "scores.csv").read_text().splitlines()
+        assert set(rows[0].split(",")) == {"sample", "prompt", "tag", "reward", "strict", "quality"}
+        assert len(rows) == 1 + 4
+        assert Image.open(folder / "pictures.png").width > 64
+
+
+def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
+    trained: Path, tmp_path: Path, say: Callable[..., Any]
+):
+    from flowalign.cli import main
+
+    (tmp_path / "asked.txt").write_text("two red circles\n\na blue square\n")
+    words = (f"ckpt={trained / 'checkpoints' / 'last.ckpt'}", f"prompts={tmp_path / 'asked.txt'}", "steps=1")
+    code, out, _ = say(main, "sample", *words, f"to={tmp_path / 'p.png'}", "compare=true")
+    assert code == 0
+    assert [Path(line).name for line in out.split()] == ["p_0.png", "p_1.png", "p_compare.png"]
+    assert Image.open(tmp_path / "p_compare.png").height > 2 * 132
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (("sample", "prompt=a"), "flowalign sample needs ckpt=…"),
+        (("sample", "ckpt={last}"), "needs either prompt=… or prompts=FILE"),
+        (("sample", "ckpt={last}", "prompt=a", "to=a.mp4"), "a.mp4 cannot hold a picture"),
+        (("sample", "ckpt={last}", "prompt=a", "compare=perhaps"), "compare takes true or false, and not 'perhaps'"),
+        (("evaluate", "ckpt={last}", "split=train"), "split is val or test"),
+        (("evaluate", "ckpt={last}", "prompts=nowhere.txt"), "there is no prompt file nowhere.txt"),
+        (("export", "ckpt={last}", "to=x", "weights=base"), "there is nothing to export"),
+        (("export", "ckpt=README.md", "to=x"), "ckpt=README.md cannot be read as a checkpoint"),
         (("sample", "ckpt=nowhere.ckpt", "prompt=a"), "ckpt=nowhere.ckpt does not exist"),
         (("sample", "ckpt={last}", "prompt=a", "stepz=3"), "did you mean steps=…?"),
         (("sample", "ckpt={last}", "prompt=a", "steps=few"), "steps takes a int, and not 'few'"),
         (("sample", "ckpt={last}", "prompt=a", "size=70"), "the nearest is 72×72"),
-        (("export", "ckpt={last}", "to=x", "weights=ema"), "the checkpoint holds live, old, reference"),
+        (("export", "ckpt={last}", "to=x", "weights=ema"), "the checkpoint holds live, old, reference, base"),
         (("exports",), "there is no command 'exports'"),
     ],
 )

@@ -1,0 +1,116 @@
+"""`flowalign export`: what plain diffusers loads, with a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from flowalign.commands.saved import Saved, opened
+from flowalign.curves import curves
+from flowalign.models.loading import resolve
+
+
+def export(ckpt: str, to: str, weights: str = "live", merge: bool = False) -> None:
+    """Writes what plain diffusers loads: a folder for `load_lora_weights`, or denoisers for `from_pretrained`.
+
+    merge=true adds adapters to the base's weights and writes those, as for a run with tune=full.
+    """
+    if weights == "base":
+        raise ValueError("weights=base are the pipeline's own: there is nothing to export.")
+    saved = opened(ckpt, weights, device="cpu")
+    if weights != "live":
+        saved.policy.copy_into_live(weights)
+    lora = saved.config.tune["_target_"].endswith("Lora")
+    folder = Path(to)
+    folder.mkdir(parents=True, exist_ok=True)
+    if lora and not merge:
+        saved.model.save_lora(folder)
+    else:
+        for name, denoiser in saved.policy.denoisers.items():
+            _write_whole(denoiser, folder / name, lora)
+    config = OmegaConf.to_container(saved.config, resolve=True)
+    about = {"base": saved.model.pretrained, "weights": weights, "epoch": saved.epoch, "config": config}
+    (folder / "flowalign.json").write_text(json.dumps(about, indent=2, default=str))
+    (folder / "README.md").write_text(card(saved, lora and not merge))
+    print(folder)
+
+
+def _write_whole(denoiser: nn.Module, folder: Path, lora: bool) -> None:
+    if lora:
+        denoiser.fuse_lora()  # type: ignore[operator]
+        denoiser.unload_lora()  # type: ignore[operator]
+    denoiser.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+
+
+def card(saved: Saved, lora: bool) -> str:
+    """A model card whose code works from inside the folder."""
+    model, config = saved.model, saved.config
+    none = "".join(f", {name}=None" for name in model.absent)
+    base = model.pretrained if resolve(model.pretrained) == model.pretrained else f"flowalign/assets/{model.pretrained}"
+    if lora:
+        lines = 'pipe.load_lora_weights(".")'
+    else:
+        lines = "\n".join(
+            f'pipe.{name} = type(pipe.{name}).from_pretrained("./{name}")' for name in saved.policy.denoisers
+        )
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(saved).items())
+    return f"""---
+base_model: {model.pretrained}
+library_name: diffusers
+tags: [flow-matching, reinforcement-learning, {"lora" if lora else "full"}]
+---
+# {"LoRA" if lora else "Denoiser"} aligned with flowalign
+
+```python
+from diffusers import {model.pipeline}
+
+pipe = {model.pipeline}.from_pretrained("{base}"{none})
+{lines}
+```
+
+| | |
+|---|---|
+{rows}
+
+## Curve
+
+{_curve(saved)}
+"""
+
+
+def _facts(saved: Saved) -> dict[str, str]:
+    config, judged = saved.config, saved.config.evaluation.sampling
+    algorithm, dynamics = (config[part]["_target_"].rsplit(".", 1)[-1] for part in ("algo", "dynamics"))
+    objective = config.reward.objective
+    rewards = [objective] if "_target_" in objective else objective.values()
+    size = config.resolution.eval
+    return {
+        "base": f"`{saved.model.pretrained}`",
+        "recipe": f"{algorithm} with {dynamics}, {saved.epoch} epochs of {config.batch.prompts} prompts × "
+        f"{config.batch.group_size}, seed {config.seed}; whole in flowalign.json",
+        "weights": saved.weights,
+        "reward": f"{', '.join(r['_target_'].rsplit('.', 1)[-1] for r in rewards)}; watched beside it: "
+        f"{', '.join(config.reward.held_out or {}) or 'nothing'}",
+        "judged with": f"{judged.num_steps} steps, guidance {judged.guidance}, {size.height}×{size.width}",
+    }
+
+
+def _curve(saved: Saved) -> str:
+    """Validation by epoch, as far as the run's folder still holds it."""
+    folder = saved.path.parents[1] if len(saved.path.parents) > 1 else saved.path.parent
+    if not (folder / ".hydra" / "config.yaml").is_file():
+        return "The run's folder was not at hand."
+    measures = ["reward", *(saved.config.reward.held_out or {})]
+    found = {name.removeprefix("val/"): points for name, points in curves(folder, "val/").items()}
+    found = {name: found[name] for name in measures if name in found}
+    if not found:
+        return "The run kept no TensorBoard files."
+    epochs = [epoch for epoch in next(iter(found.values())) if epoch <= saved.epoch]
+    lines = [f"| epoch | {' | '.join(map(str, epochs))} |", "|---" * (len(epochs) + 1) + "|"]
+    for name, points in found.items():
+        values = " | ".join(f"{points[epoch]:.3f}" if epoch in points else "" for epoch in epochs)
+        lines.append(f"| {name} | {values} |")
+    return "\n".join(lines)

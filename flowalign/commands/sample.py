@@ -1,0 +1,77 @@
+"""`flowalign sample`: pictures or videos of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from flowalign.collect import Size
+from flowalign.commands.saved import Saved, opened
+from flowalign.conditioner import Conditioner
+from flowalign.evaluation import Shown
+from flowalign.generate import generate
+from flowalign.grid import grid
+from flowalign.media import check_suffix, save
+from flowalign.prompts import Prompt, read_prompts
+from flowalign.sampler import Sampling
+
+
+def sample(
+    ckpt: str,
+    prompt: str = "",
+    prompts: str = "",
+    to: str = "",
+    seed: int = 0,
+    num: int = 1,
+    steps: int = 0,
+    guidance: float = 0.0,
+    size: int = 0,
+    weights: str = "live",
+    compare: bool = False,
+    fps: float = 16.0,
+) -> None:
+    """Writes pictures or videos of a prompt, or of a file of prompts, by the ODE, as the run's evaluation makes them.
+
+    compare=true writes a grid of the base and the trained weights beside them.
+    """
+    if bool(prompt) == bool(prompts):
+        raise ValueError("flowalign sample needs either prompt=… or prompts=FILE.")
+    asked = [Prompt(prompt)] if prompt else read_prompts(prompts)
+    asked = [p for p in asked for _ in range(num)]
+    saved = opened(ckpt, weights, base=compare)
+    video = saved.model.modality == "video"
+    target = Path(to or ("sample.gif" if video else "sample.png"))
+    check_suffix(target, video)
+    sampling, area = saved.sampling(steps, guidance), saved.size(size)
+    media = made(saved, asked, seed, sampling, area, weights)
+    paths = [target if len(asked) == 1 else target.with_stem(f"{target.stem}_{i}") for i in range(len(asked))]
+    for one, path in zip(media, paths, strict=True):
+        save(one, path, fps)
+        print(path)
+    if compare:
+        path = target.with_name(f"{target.stem}_compare.png")
+        _compared(saved, asked, media, made(saved, asked, seed, sampling, area, "base"), path)
+        print(path)
+
+
+def made(saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str) -> Tensor:
+    """Media of the prompts, (B, …) on the CPU, in batches of the run's evaluation."""
+    condition = Conditioner(saved.model, sampling.guidance > saved.model.guidance_off)
+    parts = []
+    with saved.use(weights):
+        for start in range(0, len(asked), sampling.batch_size):
+            ids = range(start, min(start + sampling.batch_size, len(asked)))
+            cond = condition([asked[i] for i in ids], saved.model.device)
+            parts.append(generate(saved.model, cond, ids, seed, sampling, size, saved.model.device)[0].cpu())
+    return torch.cat(parts)
+
+
+def _compared(saved: Saved, asked: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:
+    def shown(media: Tensor) -> Shown:
+        pictures = media if media.ndim == 4 else media[:, media.shape[1] // 2]  # of a video its middle
+        return Shown(pictures, [p.text for p in asked], {})
+
+    Image.fromarray(grid(shown(before), shown(after), titles=("before", "after"))).save(path)

@@ -1,0 +1,83 @@
+"""A run's checkpoint, opened for use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from flowalign.collect import Size
+from flowalign.models.base import FlowModel
+from flowalign.policy import Policy
+from flowalign.run import instantiate
+from flowalign.sampler import Sampling
+
+
+@dataclass
+class Saved:
+    """What a checkpoint says of its run, with the pipeline and the weights in it."""
+
+    path: Path
+    weights: str
+    config: DictConfig
+    model: FlowModel
+    policy: Policy
+    epoch: int
+
+    @contextmanager
+    def use(self, weights: str) -> Iterator[None]:
+        """Inside, the network is the live one, a frozen copy (`ema`), or as it was before training (`base`)."""
+        with self.policy.use(None if weights == "live" else weights):
+            yield
+
+    def sampling(self, steps: int = 0, guidance: float = 0.0) -> Sampling:
+        """That of the run's evaluation, where nothing else is asked for."""
+        node = self.config.evaluation.sampling.copy()
+        node.num_steps, node.guidance = steps or node.num_steps, guidance or node.guidance
+        return instantiate(node)
+
+    def size(self, size: int = 0) -> Size:
+        """That of the run's evaluation; `size` makes a square."""
+        node = self.config.resolution.eval.copy()
+        if size:
+            node.height = node.width = size
+        made = instantiate(node)
+        self.model.check_size(made.height, made.width, made.frames)
+        return made
+
+
+def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto") -> Saved:
+    """A checkpoint of flowalign that holds such weights; base=True keeps those before training too.
+
+    Raises ValueError with one sentence for anything else.
+    """
+    path = Path(ckpt).expanduser()
+    if not path.is_file():
+        raise ValueError(f"ckpt={ckpt} does not exist.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch names neither the file nor a cause that a user knows
+        raise ValueError(f"ckpt={ckpt} cannot be read as a checkpoint ({type(error).__name__}).") from error
+    if not isinstance(state, dict) or "flowalign" not in state:
+        raise ValueError(f"ckpt={ckpt} was not written by flowalign.")
+    config = OmegaConf.create(state["flowalign"]["config"])
+    held = {key.removeprefix("policy."): value for key, value in state["state_dict"].items()}
+    copies = sorted({key.split(".")[1] for key in held if key.startswith("copies.")})
+    if weights not in (known := ["live", *copies, "base"]):
+        raise ValueError(f"weights={weights}: the checkpoint holds {', '.join(known)}.")
+    model = instantiate(config.model)
+    # Made before the trained weights come in, "base" keeps those of the pipeline.
+    before = ["base"] if base or weights == "base" else []
+    policy = Policy(model.denoisers(), instantiate(config.tune), model.lora_targets, [*copies, *before])
+    differing = sorted({key for key in policy.kept_keys() if not key.startswith("copies.base.")} ^ held.keys())
+    if differing:
+        raise ValueError(f"ckpt={ckpt} does not fit its own config ({len(differing)} entries, first {differing[0]}).")
+    policy.load_state_dict(held, strict=False)
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    policy.to(where)
+    model.to(where)
+    return Saved(path, weights, config, model, policy, int(state.get("epoch", 0)) + 1)

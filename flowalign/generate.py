@@ -1,0 +1,42 @@
+"""Media of prompts by the ODE, as evaluations and commands make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowalign.collect import Size
+from flowalign.dynamics import ODE
+from flowalign.models.base import FlowModel
+from flowalign.sampler import Noise, Rows, Sampling, deterministic, walk
+from flowalign.types import Conditioning
+
+
+@torch.no_grad()
+def generate(
+    model: FlowModel,
+    cond: Conditioning,
+    ids: Sequence[int],
+    seed: int,
+    sampling: Sampling,
+    size: Size,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], and the root mean square of the velocities (B,).
+
+    Noise is keyed by the sample `ids`, so that a prompt's picture depends neither on its batch nor on its neighbours.
+    """
+    where = (size.height, size.width, size.frames)
+    noise = Noise(seed, 0, ids, model.latent_shape(*where), device)
+    sizes: list[Tensor] = []
+
+    def velocity(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        v = model.velocity(x, sigma, cond.index(rows), sampling.guidance)
+        sizes.append(v.float().square().flatten(1).mean(dim=1).sqrt())
+        return v
+
+    plan, sigmas = deterministic(sampling.num_steps), model.sigmas(sampling.num_steps, *where)
+    rollout = walk(velocity, sigmas, plan, ODE(), sampling.solver, noise)
+    return model.decode(rollout.x0), torch.stack(sizes).mean(dim=0)

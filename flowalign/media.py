@@ -1,0 +1,55 @@
+"""Pictures and videos to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4")
+
+
+def check_suffix(target: Path, video: bool) -> None:
+    """Raises ValueError, naming what is possible, for a file that cannot hold such media."""
+    possible = VIDEOS if video else PICTURES
+    if target.suffix.lower() not in possible:
+        kind = "a video" if video else "a picture"
+        raise ValueError(f"{target} cannot hold {kind}: its name must end in {', '.join(possible)}.")
+    if target.suffix.lower() == ".mp4":
+        _writer()
+
+
+def save(media: Tensor, target: Path, fps: float = 16) -> None:
+    """One picture (3, H, W) or video (F, 3, H, W) in [0, 1], in the format of the suffix: .gif or .mp4 for videos."""
+    check_suffix(target, media.ndim == 4)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    frames = (media.clamp(0, 1).float().cpu() * 255).round().byte().movedim(-3, -1).numpy()
+    if media.ndim == 3:
+        Image.fromarray(frames).save(target)
+    elif target.suffix.lower() == ".gif":
+        first, *others = [Image.fromarray(frame) for frame in frames]
+        first.save(target, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+    else:
+        _save_mp4(frames, target, fps)
+
+
+def _writer() -> object:
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        raise ValueError("an .mp4 needs the video extra (pip install 'flowalign[video]'), a .gif nothing.") from None
+    return imageio_ffmpeg
+
+
+def _save_mp4(frames: np.ndarray, target: Path, fps: float) -> None:
+    """H.264; sides are padded to even numbers, which its colour sampling needs."""
+    height, width = frames.shape[1:3]
+    padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    size = (padded.shape[2], padded.shape[1])
+    writer = _writer().write_frames(str(target), size, fps=fps, codec="libx264", macro_block_size=2, quality=8)  # type: ignore[attr-defined]
+    writer.send(None)
+    for frame in padded:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
