@@ -47,7 +47,7 @@ def _write_whole(denoiser: nn.Module, folder: Path, lora: bool) -> None:
 
 def card(saved: Saved, lora: bool) -> str:
     """A model card whose code works from inside the folder."""
-    model, config = saved.model, saved.config
+    model = saved.model
     none = "".join(f", {name}=None" for name in model.absent)
     base = model.pretrained if resolve(model.pretrained) == model.pretrained else f"flowalign/assets/{model.pretrained}"
     if lora:
