@@ -1,7 +1,7 @@
 """Every model of conf/model, on a random pipeline of its family: the adapter is the pipeline.
 
-A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance); MODEL and CALL, if it
-has them, are further settings of the adapter and of the pipeline's call.
+A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance). It may have MODEL,
+CALL: further settings of the adapter and of the call, and NEGATIVE: what its pipeline takes without being asked.
 """
 
 from __future__ import annotations
@@ -58,15 +58,17 @@ class Family:
             size["num_frames"] = size.pop("frames")
         pipe.set_progress_bar_config(disable=True)
         result = pipe(
-            list(PROMPTS), negative_prompt=list(NEGATIVES), num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(7), output_type=output_type, **size,
-            **self.tiny.arguments(guidance), **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),
+            list(PROMPTS), num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7),
+            output_type=output_type, **size, **self.tiny.arguments(guidance),
+            **{} if hasattr(self.tiny, "NEGATIVE") else {"negative_prompt": list(NEGATIVES)},
+            **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),
         )  # fmt: skip
         return torch.as_tensor(result[0])
 
     def ours(self, guidance: float, prompts: list[str] = PROMPTS, sign: float = 1.0, bend: float = 1.0) -> Tensor:
         """The adapter's Euler walk from the same noise to latents."""
-        cond = self.model.encode(prompts, NEGATIVES)
+        negatives = [self.tiny.NEGATIVE] * 2 if hasattr(self.tiny, "NEGATIVE") else NEGATIVES
+        cond = self.model.encode(prompts, negatives)
         noise = torch.randn(2, *self.model.latent_shape(**self.size), generator=torch.Generator().manual_seed(7))
         with torch.no_grad():
             return walk(

@@ -73,7 +73,14 @@ def t5(width: int = 32, umt5: bool = False) -> Any:
     """A two-layer encoder."""
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-    sizes = {"vocab_size": 128, "d_model": width, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+    sizes: dict[str, Any] = {
+        "vocab_size": 128,
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 37,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
     return seeded(UMT5EncoderModel, UMT5Config(**sizes)) if umt5 else seeded(T5EncoderModel, T5Config(**sizes))
 
 
@@ -97,13 +104,39 @@ def qwen_vl() -> Any:
     """Qwen 2.5 VL with two layers, and eyes as small."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    attention = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    attention: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 264, **attention}
-    eyes = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    marks = {"vision_start_token_id": 259, "vision_end_token_id": 260, "image_token_id": 262, "video_token_id": 263}
+    text: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "vocab_size": 264,
+        **attention,
+    }
+    eyes: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+    }
+    marks: dict[str, Any] = {
+        "vision_start_token_id": 259,
+        "vision_end_token_id": 260,
+        "image_token_id": 262,
+        "video_token_id": 263,
+    }
     config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=eyes, **marks)
     return seeded(Qwen2_5_VLForConditionalGeneration, config)
+
+
+def qwen3(kind: Any, layers: int) -> Any:
+    """Qwen 3 of width 16, with or without its head."""
+    from transformers import Qwen3Config
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=264, num_key_value_heads=2, num_hidden_layers=layers, **sizes)
+    return seeded(kind, config)
 
 
 # ------------------------------------------------------------ pictures
@@ -132,6 +165,6 @@ def qwen_vae() -> Any:
     """An AutoencoderKLQwenImage of factor 4 and 4 channels with a mean and a deviation of each."""
     from diffusers import AutoencoderKLQwenImage
 
-    sizes = {"base_dim": 12, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1}
-    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.2, 0.8, 1.5, 1.0]}
+    sizes: dict[str, Any] = {"base_dim": 12, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1}
+    statistics: dict[str, Any] = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.2, 0.8, 1.5, 1.0]}
     return seeded(AutoencoderKLQwenImage, temperal_downsample=[False, True], **sizes, **statistics)
