@@ -58,7 +58,7 @@ class Family:
             size["num_frames"] = size.pop("frames")
         pipe.set_progress_bar_config(disable=True)
         result = pipe(
-            list(PROMPTS), num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7),
+            prompt=list(PROMPTS), num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7),
             output_type=output_type, **size, **self.tiny.arguments(guidance),
             **{} if hasattr(self.tiny, "NEGATIVE") else {"negative_prompt": list(NEGATIVES)},
             **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),

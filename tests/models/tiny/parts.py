@@ -139,26 +139,46 @@ def qwen3(kind: Any, layers: int) -> Any:
     return seeded(kind, config)
 
 
+def mistral3(layers: int) -> Any:
+    """Mistral 3 of width 16, and eyes as small."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 2}
+    text = {"model_type": "mistral", "vocab_size": 264, "num_key_value_heads": 2, "num_hidden_layers": layers, **sizes}
+    eyes = {"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 28, "patch_size": 14, **sizes}
+    config = Mistral3Config(text_config=text, vision_config=eyes, image_token_index=262)
+    return seeded(Mistral3ForConditionalGeneration, config)
+
+
 # ------------------------------------------------------------ pictures
+
+KL: dict[str, Any] = {
+    "block_out_channels": (4, 8),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 
 
 def vae(**changes: Any) -> Any:
     """An AutoencoderKL of factor 2 and 4 channels with a scale and a shift."""
     from diffusers import AutoencoderKL
 
-    sizes = {
-        "block_out_channels": (4, 8),
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 1,
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "scaling_factor": 1.3,
-        "shift_factor": 0.1,
-    }
-    return seeded(AutoencoderKL, **sizes | changes)
+    return seeded(AutoencoderKL, **{**KL, "scaling_factor": 1.3, "shift_factor": 0.1, **changes})
+
+
+def flux2_vae() -> Any:
+    """An AutoencoderKLFlux2 of the same size with a mean and a deviation of each of the 16 numbers in a patch."""
+    from diffusers import AutoencoderKLFlux2
+
+    module = seeded(AutoencoderKLFlux2, **KL)
+    module.bn.running_mean.copy_(torch.linspace(-0.3, 0.3, 16))
+    module.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
+    return module
 
 
 def qwen_vae() -> Any:
