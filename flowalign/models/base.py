@@ -53,6 +53,8 @@ class FlowModel(ABC):
     """Guidance that a distilled network takes as an input, apart from the classifier-free one; None: it takes none."""
     sees_images: ClassVar[bool] = False
     """Whether a prompt comes with pictures: editing, or a first frame."""
+    checkpointing_is_exact: ClassVar[bool] = True
+    """Whether the network predicts the same under gradient checkpointing."""
 
     def __init__(
         self,
@@ -190,12 +192,12 @@ class FlowModel(ABC):
     def denormalised(self, x: Tensor) -> Tensor:
         """Latents as the VAE knows them."""
         config = self.pipe.vae.config
-        return x / config.scaling_factor + (config.shift_factor or 0.0)
+        return x / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     def normalised(self, z: Tensor) -> Tensor:
         """The inverse: latents as the denoiser knows them."""
         config = self.pipe.vae.config
-        return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+        return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Every model of conf/model, on a random pipeline of its family: the adapter is the pipeline.
 
-A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance). It may have MODEL,
-CALL: further settings of the adapter and of the call, and NEGATIVE: what its pipeline takes without being asked.
+A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance). It may have SIZE,
+MODEL and CALL, further settings of the adapter and of the call, and NEGATIVE, which its pipeline takes without asking.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Family:
     def size(self) -> dict[str, Any]:
         """Height, width and, for videos, frames."""
         frames = {} if self.model.modality == "image" else {"frames": self.tiny.FRAMES}
-        return {"height": HEIGHT, "width": WIDTH, **frames}
+        height, width = getattr(self.tiny, "SIZE", (HEIGHT, WIDTH))
+        return {"height": height, "width": width, **frames}
 
     def theirs(self, guidance: float, output_type: str) -> Tensor:
         """The pipeline's own call, which draws its own noise."""
@@ -173,6 +174,24 @@ def test_conditioning_survives_what_is_done_to_it(family: Family, tmp_path: Path
         assert distance(again, v[[1, 0, 1]]) < 3e-5
         twice = model.velocity(x.repeat_interleave(2, 0), 0.7, cond.repeat_interleave(2), guidance)
         assert distance(twice[::2], v) < 3e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_negative_prompts_the_rest_is_the_same(family: Family):
+    both, alone = family.model.encode(PROMPTS, NEGATIVES), family.model.encode(PROMPTS)
+    assert alone.keys() == {key for key in both if not key.startswith("neg.")}
+    assert all(distance(alone[key], both[key]) < 1e-5 for key in alone)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pictures_become_latents_on_the_scale_of_the_network(family: Family):
+    model = family.model
+    if model.modality != "image":
+        pytest.skip("learning from given videos is not supported")
+    height, width = family.size["height"], family.size["width"]
+    x = model.encode_images(torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1)))
+    assert x.shape == (2, *model.latent_shape(**family.size))
+    assert distance(model.normalised(model.denormalised(x)), x) < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -150,6 +150,14 @@ def mistral3(layers: int) -> Any:
     return seeded(Mistral3ForConditionalGeneration, config)
 
 
+def gemma2() -> Any:
+    """Gemma 2 of width 16 with two layers, without its head."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 2}
+    return seeded(Gemma2Model, Gemma2Config(vocab_size=264, num_key_value_heads=2, num_hidden_layers=2, **sizes))
+
+
 # ------------------------------------------------------------ pictures
 
 KL: dict[str, Any] = {
