@@ -74,7 +74,8 @@ class FlowModel(ABC):
         """
         if embedded_guidance is not None and self.default_embedded_guidance is None:
             raise ValueError(
-                f"{type(self).__name__} takes no embedded_guidance: use rollout.guidance, which is off at 1."
+                f"{type(self).__name__} takes no embedded_guidance: use rollout.guidance, "
+                f"which is off at {self.guidance_off:g}."
             )
         self.embedded_guidance = embedded_guidance or self.default_embedded_guidance or 0.0
         self.pretrained, self.revision = pretrained, revision
