@@ -60,6 +60,8 @@ class FlowModel(ABC):
     """Guidance that a distilled network takes as an input, apart from the classifier-free one; None: it takes none."""
     sees_images: ClassVar[bool] = False
     """Whether a prompt comes with pictures: editing, or a first frame."""
+    checkpointing_is_exact: ClassVar[bool] = True
+    """Whether the network predicts the same under gradient checkpointing."""
 
     def __init__(
         self,
@@ -79,9 +81,10 @@ class FlowModel(ABC):
         """
         if embedded_guidance is not None and self.default_embedded_guidance is None:
             raise ValueError(
-                f"{type(self).__name__} takes no embedded_guidance: use rollout.guidance, which is off at 1."
+                f"{type(self).__name__} takes no embedded_guidance: use rollout.guidance, "
+                f"which is off at {self.guidance_off:g}."
             )
-        self.embedded_guidance = embedded_guidance or self.default_embedded_guidance
+        self.embedded_guidance = embedded_guidance or self.default_embedded_guidance or 0.0
         self.pretrained, self.revision, self.absent = pretrained, revision, tuple(absent)
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
@@ -197,12 +200,12 @@ class FlowModel(ABC):
     def denormalised(self, x: Tensor) -> Tensor:
         """Latents as the VAE knows them."""
         config = self.pipe.vae.config
-        return x / config.scaling_factor + (config.shift_factor or 0.0)
+        return x / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     def normalised(self, z: Tensor) -> Tensor:
         """The inverse: latents as the denoiser knows them."""
         config = self.pipe.vae.config
-        return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+        return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Every model of conf/model, on a random pipeline of its family: the adapter is the pipeline.
 
-A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance); MODEL and CALL, if
-it has them, are further settings of the adapter and of the pipeline's call.
+A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance). It may have SIZE,
+MODEL and CALL, further settings of the adapter and of the call, and NEGATIVE, which its pipeline takes without asking.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Family:
     def size(self) -> dict[str, Any]:
         """Height, width and, for videos, frames."""
         frames = {} if self.model.modality == "image" else {"frames": self.tiny.FRAMES}
-        return {"height": HEIGHT, "width": WIDTH, **frames}
+        height, width = getattr(self.tiny, "SIZE", (HEIGHT, WIDTH))
+        return {"height": height, "width": width, **frames}
 
     def theirs(self, guidance: float, output_type: str) -> Tensor:
         """The pipeline's own call, which draws its own noise."""
@@ -58,15 +59,17 @@ class Family:
             size["num_frames"] = size.pop("frames")
         pipe.set_progress_bar_config(disable=True)
         result = pipe(
-            list(PROMPTS), negative_prompt=list(NEGATIVES), num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(7), output_type=output_type, **size,
-            **self.tiny.arguments(guidance), **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),
+            prompt=list(PROMPTS), num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7),
+            output_type=output_type, **size, **self.tiny.arguments(guidance),
+            **{} if hasattr(self.tiny, "NEGATIVE") else {"negative_prompt": list(NEGATIVES)},
+            **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),
         )  # fmt: skip
         return torch.as_tensor(result[0])
 
     def ours(self, guidance: float, prompts: list[str] = PROMPTS, sign: float = 1.0, bend: float = 1.0) -> Tensor:
         """The adapter's Euler walk from the same noise to latents."""
-        cond = self.model.encode(prompts, NEGATIVES)
+        negatives = [self.tiny.NEGATIVE] * 2 if hasattr(self.tiny, "NEGATIVE") else NEGATIVES
+        cond = self.model.encode(prompts, negatives)
         noise = torch.randn(2, *self.model.latent_shape(**self.size), generator=torch.Generator().manual_seed(7))
         with torch.no_grad():
             return walk(
@@ -171,6 +174,24 @@ def test_conditioning_survives_what_is_done_to_it(family: Family, tmp_path: Path
         assert distance(again, v[[1, 0, 1]]) < 3e-5
         twice = model.velocity(x.repeat_interleave(2, 0), 0.7, cond.repeat_interleave(2), guidance)
         assert distance(twice[::2], v) < 3e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_negative_prompts_the_rest_is_the_same(family: Family):
+    both, alone = family.model.encode(PROMPTS, NEGATIVES), family.model.encode(PROMPTS)
+    assert alone.keys() == {key for key in both if not key.startswith("neg.")}
+    assert all(distance(alone[key], both[key]) < 1e-5 for key in alone)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pictures_become_latents_on_the_scale_of_the_network(family: Family):
+    model = family.model
+    if model.modality != "image":
+        pytest.skip("learning from given videos is not supported")
+    height, width = family.size["height"], family.size["width"]
+    x = model.encode_images(torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1)))
+    assert x.shape == (2, *model.latent_shape(**family.size))
+    assert distance(model.normalised(model.denormalised(x)), x) < 1e-5
 
 
 @pytest.mark.parametrize("name", MODELS)

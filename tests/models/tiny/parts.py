@@ -73,7 +73,14 @@ def t5(width: int = 32, umt5: bool = False) -> Any:
     """A two-layer encoder."""
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
-    sizes = {"vocab_size": 128, "d_model": width, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+    sizes: dict[str, Any] = {
+        "vocab_size": 128,
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 37,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
     return seeded(UMT5EncoderModel, UMT5Config(**sizes)) if umt5 else seeded(T5EncoderModel, T5Config(**sizes))
 
 
@@ -93,23 +100,99 @@ def qwen_tokenizer() -> Any:
     return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=CHAT, additional_special_tokens=SPECIAL[1:])
 
 
+def qwen_vl() -> Any:
+    """Qwen 2.5 VL with two layers, and eyes as small."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    attention: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    text: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "vocab_size": 264,
+        **attention,
+    }
+    eyes: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+    }
+    marks: dict[str, Any] = {
+        "vision_start_token_id": 259,
+        "vision_end_token_id": 260,
+        "image_token_id": 262,
+        "video_token_id": 263,
+    }
+    config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=eyes, **marks)
+    return seeded(Qwen2_5_VLForConditionalGeneration, config)
+
+
+def qwen3(kind: Any, layers: int) -> Any:
+    """Qwen 3 of width 16, with or without its head."""
+    from transformers import Qwen3Config
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 2}
+    config = Qwen3Config(vocab_size=264, num_key_value_heads=2, num_hidden_layers=layers, **sizes)
+    return seeded(kind, config)
+
+
+def mistral3(layers: int) -> Any:
+    """Mistral 3 of width 16, and eyes as small."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 2}
+    text = {"model_type": "mistral", "vocab_size": 264, "num_key_value_heads": 2, "num_hidden_layers": layers, **sizes}
+    eyes = {"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 28, "patch_size": 14, **sizes}
+    config = Mistral3Config(text_config=text, vision_config=eyes, image_token_index=262)
+    return seeded(Mistral3ForConditionalGeneration, config)
+
+
+def gemma2() -> Any:
+    """Gemma 2 of width 16 with two layers, without its head."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 2}
+    return seeded(Gemma2Model, Gemma2Config(vocab_size=264, num_key_value_heads=2, num_hidden_layers=2, **sizes))
+
+
 # ------------------------------------------------------------ pictures
+
+KL: dict[str, Any] = {
+    "block_out_channels": (4, 8),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 
 
 def vae(**changes: Any) -> Any:
     """An AutoencoderKL of factor 2 and 4 channels with a scale and a shift."""
     from diffusers import AutoencoderKL
 
-    sizes = {
-        "block_out_channels": (4, 8),
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 1,
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "scaling_factor": 1.3,
-        "shift_factor": 0.1,
-    }
-    return seeded(AutoencoderKL, **sizes | changes)
+    return seeded(AutoencoderKL, **{**KL, "scaling_factor": 1.3, "shift_factor": 0.1, **changes})
+
+
+def flux2_vae() -> Any:
+    """An AutoencoderKLFlux2 of the same size with a mean and a deviation of each of the 16 numbers in a patch."""
+    from diffusers import AutoencoderKLFlux2
+
+    module = seeded(AutoencoderKLFlux2, **KL)
+    module.bn.running_mean.copy_(torch.linspace(-0.3, 0.3, 16))
+    module.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
+    return module
+
+
+def qwen_vae() -> Any:
+    """An AutoencoderKLQwenImage of factor 4 and 4 channels with a mean and a deviation of each."""
+    from diffusers import AutoencoderKLQwenImage
+
+    sizes: dict[str, Any] = {"base_dim": 12, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1}
+    statistics: dict[str, Any] = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.2, 0.8, 1.5, 1.0]}
+    return seeded(AutoencoderKLQwenImage, temperal_downsample=[False, True], **sizes, **statistics)

@@ -1,0 +1,82 @@
+"""FLUX.2 (Flux2KleinPipeline, Flux2Pipeline): latents are patches already, and the schedule depends on its length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowalign.models.base import NEGATIVE, FlowModel
+from flowalign.types import Conditioning
+
+
+class Flux2Klein(FlowModel):
+    """`guidance` is the pipeline's guidance_scale with a negative prompt of your own, where the pipeline's is empty.
+
+    The models distilled to 4 steps were made to run without it. Pictures can be made, not edited.
+    """
+
+    pipeline = "Flux2KleinPipeline"
+    default_max_sequence_length = 512
+    # The single blocks' attn.to_out stays out: peft matches the ends of names, and in the double blocks it is a list.
+    default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
+
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        return (self.latent_channels, height // self.size_multiple, width // self.size_multiple)
+
+    def tokens(self, height: int, width: int, frames: int | None = None) -> int:
+        return math.prod(self.latent_shape(height, width)[1:])
+
+    def mu(self, num_steps: int, height: int, width: int, frames: int | None) -> float | None:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        dynamic = self.pipe.scheduler.config.use_dynamic_shifting
+        return compute_empirical_mu(self.tokens(height, width), num_steps) if dynamic else None
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
+        cond = Conditioning(tokens=self._text(prompts))
+        if negatives is not None:
+            cond[f"{NEGATIVE}tokens"] = self._text(negatives)
+        return cond
+
+    def _text(self, texts: Sequence[str]) -> Tensor:
+        return self.pipe.encode_prompt(list(texts), self.device, max_sequence_length=self.max_sequence_length)[0]
+
+    def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
+        transformer = self.pipe.transformer
+        dtype, guided = transformer.dtype, transformer.config.guidance_embeds
+        tokens = branch["tokens"].to(dtype)
+        v = transformer(
+            hidden_states=x.flatten(2).transpose(1, 2).to(dtype),
+            timestep=t / 1000,
+            guidance=torch.full_like(t, self.embedded_guidance) if guided else None,
+            encoder_hidden_states=tokens,
+            txt_ids=self.pipe._prepare_text_ids(tokens[:1]).to(x.device),
+            img_ids=self.pipe._prepare_latent_ids(x[:1]).to(x.device),
+            return_dict=False,
+        )[0]
+        return v.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        vae = self.pipe.vae
+        mean, std = vae.bn.running_mean, torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        return mean.view(1, -1, 1, 1).to(x), std.view(1, -1, 1, 1).to(x)
+
+    def denormalised(self, x: Tensor) -> Tensor:
+        mean, std = self._statistics(x)
+        return self.pipe._unpatchify_latents(x * std + mean)
+
+    def normalised(self, z: Tensor) -> Tensor:
+        patches = self.pipe._patchify_latents(z)
+        mean, std = self._statistics(patches)
+        return (patches - mean) / std
+
+
+class Flux2(Flux2Klein):
+    """Guidance-distilled: `embedded_guidance` is the pipeline's guidance_scale, and `guidance` is usually off."""
+
+    pipeline = "Flux2Pipeline"
+    default_embedded_guidance = 4.0
