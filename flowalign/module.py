@@ -55,7 +55,7 @@ class AlignModule(LightningModule):
             for stage, number in (("val", recipe.evaluation.num_val), ("test", recipe.evaluation.num_test))
         }
         for size in (recipe.train_size, recipe.eval_size):
-            recipe.model.check_size(size.height, size.width)
+            recipe.model.check_size(size.height, size.width, size.frames)
         if recipe.algorithm.source == "images":
             recipe.data["train"].require_images()
 

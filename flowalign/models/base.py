@@ -155,7 +155,8 @@ class FlowModel(ABC):
     def sigmas(self, num_steps: int, height: int, width: int, frames: int | None = None) -> Tensor:
         """(num_steps + 1,) float32 from 1 to 0 on the CPU: exactly what the pipeline's own call would walk."""
         scheduler = schedule.euler(self.pipe.scheduler)
-        return schedule.sigmas(scheduler, num_steps, self.evenly, self.mu(num_steps, height, width, frames))
+        evenly = self.evenly or scheduler is not self.pipe.scheduler  # the multistep ones space evenly, then shift
+        return schedule.sigmas(scheduler, num_steps, evenly, self.mu(num_steps, height, width, frames))
 
     def shift(self, height: int, width: int, frames: int | None = None) -> float:
         """How far the schedule is moved towards the noise: sigma = s u / (1 + (s - 1) u) of an even time u, s ≥ 1."""

@@ -1,7 +1,9 @@
 """Every model of conf/model, on a random pipeline of its family: the adapter is the pipeline.
 
-A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance); MODEL and CALL, if it
-has them, are further settings of the adapter and of the pipeline's call.
+A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance), and if needed
+
+    MODEL, CALL     further settings of the adapter and of the pipeline's call
+    FRAMES, SIZE    frames of a video; height and width
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Family:
     def size(self) -> dict[str, Any]:
         """Height, width and, for videos, frames."""
         frames = {} if self.model.modality == "image" else {"frames": self.tiny.FRAMES}
-        return {"height": HEIGHT, "width": WIDTH, **frames}
+        height, width = getattr(self.tiny, "SIZE", (HEIGHT, WIDTH))
+        return {"height": height, "width": width, **frames}
 
     def theirs(self, guidance: float, output_type: str) -> Tensor:
         """The pipeline's own call, which draws its own noise."""

@@ -113,3 +113,19 @@ def vae(**changes: Any) -> Any:
         "shift_factor": 0.1,
     }
     return seeded(AutoencoderKL, **sizes | changes)
+
+
+def wan_vae() -> Any:
+    """A causal video VAE of factor 8 in space and 4 in time, with a mean and a deviation for each of 16 channels."""
+    from diffusers import AutoencoderKLWan
+
+    return seeded(
+        AutoencoderKLWan,
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1] * 4,
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.05 * i - 0.3 for i in range(16)],
+        latents_std=[0.8 + 0.05 * i for i in range(16)],
+    )
