@@ -84,7 +84,7 @@ def sample(
 
 
 def export(ckpt: str, to: str, weights: str) -> None:
-    """Writes what plain diffusers loads: a folder for `load_lora_weights`, or a transformer for `from_pretrained`."""
+    """Writes what plain diffusers loads: a folder for `load_lora_weights`, or transformers for `from_pretrained`."""
     config, model, policy = load(ckpt, weights)
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,11 +109,7 @@ def _card(model: FlowModel, lora: bool, weights: str) -> str:
         f", {name}=None" for name, part in model.pipe.components.items() if part is None and "text" in name
     )
     base = model.pretrained if resolve(model.pretrained) == model.pretrained else f"flowalign/assets/{model.pretrained}"
-    load_line = (
-        'pipe.load_lora_weights(".")'
-        if lora
-        else 'pipe.transformer = type(pipe.transformer).from_pretrained("./transformer")'
-    )
+    load_lines = "\n".join(_load_line(name, lora) for name in model.denoisers())
     return f"""# {"LoRA" if lora else "Transformer"} aligned with flowalign
 
 Base `{model.pretrained}`, {weights} weights; the whole recipe is in flowalign.json.
@@ -122,9 +118,17 @@ Base `{model.pretrained}`, {weights} weights; the whole recipe is in flowalign.j
 from diffusers import {model.pipeline}
 
 pipe = {model.pipeline}.from_pretrained("{base}"{absent})
-{load_line}
+{load_lines}
 ```
 """
+
+
+def _load_line(denoiser: str, lora: bool) -> str:
+    if not lora:
+        return f'pipe.{denoiser} = type(pipe.{denoiser}).from_pretrained("./{denoiser}")'
+    if denoiser == "transformer":
+        return 'pipe.load_lora_weights(".")'
+    return f'pipe.load_lora_weights("./{denoiser}", load_into_{denoiser}=True)'
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {

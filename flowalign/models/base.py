@@ -218,12 +218,16 @@ class FlowModel(ABC):
         return [block for blocks in lists for block in blocks]
 
     def save_lora(self, folder: Path) -> None:
-        """Writes the adapters of all denoisers; `load_lora_weights(folder)` restores them with the right alpha."""
+        """Writes the adapters; `load_lora_weights(folder)` restores them with the right alpha.
+
+        A further denoiser's are in folder/NAME, for `load_lora_weights(folder/NAME, load_into_NAME=True)`.
+        """
         from peft.utils import get_peft_model_state_dict
 
-        arguments: dict[str, Any] = {}
         for name, denoiser in self.denoisers().items():
-            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(denoiser)
-            # Without this header alpha would come back as the rank.
-            arguments[f"{name}_lora_adapter_metadata"] = denoiser.peft_config["default"].to_dict()  # type: ignore
-        type(self.pipe).save_lora_weights(str(folder), **arguments)
+            arguments: dict[str, Any] = {
+                "transformer_lora_layers": get_peft_model_state_dict(denoiser),
+                # Without this header alpha would come back as the rank.
+                "transformer_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),  # type: ignore
+            }
+            type(self.pipe).save_lora_weights(str(folder / name if name != "transformer" else folder), **arguments)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowalign.models.base import NEGATIVE
 from flowalign.models.latents import channel_statistics
@@ -26,14 +26,14 @@ class Wan(VideoModel):
     default_max_sequence_length = 512
     default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, pretrained: str, **settings: Any) -> None:
-        super().__init__(pretrained, **settings)
+    def denoisers(self) -> dict[str, nn.Module]:
         experts = 1 if self.pipe.config.boundary_ratio is None else 2
         if experts != len(self.denoiser_names):
             raise ValueError(
-                f"{pretrained} has {experts} denoiser(s), but {type(self).__name__} drives {len(self.denoiser_names)}: "
-                "choose model=wan2_1_… for one and model=wan2_2_… for two."
+                f"{self.pretrained} has {experts} denoiser(s), but {type(self).__name__} drives "
+                f"{len(self.denoiser_names)}: model=wan2_1_… is for one and model=wan2_2_… for two."
             )
+        return super().denoisers()
 
     @property
     def patch(self) -> tuple[int, int, int]:
@@ -71,3 +71,36 @@ class Wan(VideoModel):
     def normalised(self, z: Tensor) -> Tensor:
         mean, std = channel_statistics(self.pipe.vae.config, z)
         return (z - mean) / std
+
+
+class WanTwoExperts(Wan):
+    """Wan 2.2: `transformer` knows much noise, from boundary_ratio of the pipeline upwards, `transformer_2` little.
+
+    Each row goes to the expert of its sigma, so a batch may leave one of them without gradients: DDP then wants
+    trainer.strategy=ddp_find_unused_parameters_true, and sharding the same expert to be asked on all ranks.
+    """
+
+    denoiser_names = ("transformer", "transformer_2")
+
+    def __init__(self, pretrained: str, guidance_2: float | None = None, **settings: Any) -> None:
+        """guidance_2 replaces the guidance of the low-noise expert wherever there is guidance; null = the same."""
+        super().__init__(pretrained, **settings)
+        self.guidance_2 = guidance_2
+
+    def is_high(self, t: Tensor) -> Tensor:
+        """(B,) bool: which rows of times t belong to `transformer`."""
+        return t >= self.pipe.config.boundary_ratio * 1000
+
+    def denoiser(self, t: Tensor) -> Any:
+        return self.pipe.transformer if self.is_high(t).all() else self.pipe.transformer_2
+
+    def velocity(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0) -> Tensor:
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        low_guidance = guidance if guidance <= self.guidance_off else self.guidance_2 or guidance
+        v = torch.empty_like(x, dtype=torch.float32)
+        high = self.is_high(1000 * sigma)
+        for mask, scale in ((high, guidance), (~high, low_guidance)):
+            rows = mask.nonzero().flatten()
+            if len(rows):
+                v = v.index_copy(0, rows, super().velocity(x[rows], sigma[rows], cond.index(rows), scale))
+        return v

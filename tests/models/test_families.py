@@ -2,6 +2,7 @@
 
 A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance), and if needed
 
+    ADAPTER         name of the adapter's class, where the pipeline's class has several
     MODEL, CALL     further settings of the adapter and of the pipeline's call
     FRAMES, SIZE    frames of a video; height and width
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from flowalign.checks.signatures import locate
 from flowalign.dynamics import ODE
 from flowalign.models.base import FlowModel
+from flowalign.policy import Lora
 from flowalign.sampler import Noise, deterministic, walk
 from flowalign.solvers import Euler
 from flowalign.types import Conditioning
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 TINY = {
-    module.PIPELINE: module
+    getattr(module, "ADAPTER", module.PIPELINE): module
     for path in sorted((Path(__file__).parent / "tiny").glob("*.py"))
     if hasattr(module := import_module(f"tests.models.tiny.{path.stem}"), "PIPELINE")
 }
@@ -91,13 +93,13 @@ class Given(Noise):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The random pipeline of a class, saved in diffusers layout."""
+    """The random pipeline of a family, saved in diffusers layout."""
     root = tmp_path_factory.mktemp("pipelines")
 
-    def folder(pipeline: str) -> Path:
-        if not (root / pipeline).exists():
-            TINY[pipeline].build().save_pretrained(root / pipeline)
-        return root / pipeline
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            TINY[name].build().save_pretrained(root / name)
+        return root / name
 
     return folder
 
@@ -106,11 +108,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def family(compose: Callable[..., DictConfig], folders: Callable[[str], Path], name: str) -> Family:
     node = compose(f"model={name}").model
     adapter = locate(node["_target_"])
-    if adapter.pipeline not in TINY:
-        pytest.fail(f"no random pipeline for {adapter.pipeline}: write tests/models/tiny/…")
-    tiny = TINY[adapter.pipeline]
-    settings = {"max_sequence_length": TOKENS} | getattr(tiny, "MODEL", {})
-    return Family(adapter(str(folders(adapter.pipeline)), **settings), tiny)
+    key = adapter.__name__ if adapter.__name__ in TINY else adapter.pipeline
+    if key not in TINY:
+        pytest.fail(f"no random pipeline for {key}: write tests/models/tiny/…")
+    settings = {"max_sequence_length": TOKENS} | getattr(TINY[key], "MODEL", {})
+    return Family(adapter(str(folders(key)), **settings), TINY[key])
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -197,3 +199,27 @@ def test_the_schedule_falls_from_one_to_zero(family: Family):
     assert sigmas[0] == pytest.approx(1.0, abs=1e-6)
     assert sigmas[-1] == 0
     assert (sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_adapters_are_restored_by_the_pipeline(family: Family, tmp_path: Path):
+    from diffusers import DiffusionPipeline
+
+    model, tune = family.model, Lora(rank=4, alpha=8)
+    for denoiser in model.denoisers().values():
+        tune(denoiser, model.lora_targets)
+        for key, parameter in denoiser.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(key)))
+    model.save_lora(tmp_path)
+    fresh = DiffusionPipeline.from_pretrained(model.pretrained)
+    for name, denoiser in model.denoisers().items():
+        if name == "transformer":
+            fresh.load_lora_weights(tmp_path)
+        else:
+            fresh.load_lora_weights(tmp_path / name, **{f"load_into_{name}": True})
+        (loaded,) = getattr(fresh, name).peft_config.values()
+        assert (loaded.r, loaded.lora_alpha) == (4, 8)
+        ours = [p for key, p in denoiser.named_parameters() if "lora_" in key]
+        theirs = [p for key, p in getattr(fresh, name).named_parameters() if "lora_" in key]
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
