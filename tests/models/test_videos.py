@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from flowalign.checks import ConfigError, check_signatures
+from flowalign.models.hunyuan_video import HunyuanVideo
+from flowalign.models.ltx_video import LTXVideo
+from flowalign.models.video import VideoModel
 from flowalign.models.wan import Wan, WanTwoExperts
 from flowalign.types import Conditioning
-from tests.models.tiny import wan2_1, wan2_2
+from tests.models.tiny import hunyuan_video, ltx_video, wan2_1, wan2_2
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +68,17 @@ def test_a_multistep_scheduler_gives_its_noise_levels(wan_folder: Path):
     assert wan.shift(32, 48, 9) == 3.0
 
 
-def test_latents_of_a_video_have_the_shape_and_scale_of_noise(wan: Wan):
-    video = torch.rand(2, 9, 3, 32, 48, generator=torch.Generator().manual_seed(0))
-    z = wan.encode_images(video)
-    assert z.shape == (2, *wan.latent_shape(32, 48, 9))
-    torch.testing.assert_close(wan.normalised(wan.denormalised(z)), z)
-    assert wan.decode(z).shape == video.shape
+@pytest.mark.parametrize(("adapter", "tiny"), [(Wan, wan2_1), (LTXVideo, ltx_video), (HunyuanVideo, hunyuan_video)])
+def test_videos_become_latents_and_back(adapter: type[VideoModel], tiny: ModuleType, tmp_path: Path):
+    tiny.build().save_pretrained(tmp_path)
+    model = adapter(str(tmp_path))
+    height, width = getattr(tiny, "SIZE", (32, 48))
+    model.check_size(height, width, tiny.FRAMES)
+    video = torch.rand(2, tiny.FRAMES, 3, height, width, generator=torch.Generator().manual_seed(0))
+    z = model.encode_images(video)
+    assert z.shape == (2, *model.latent_shape(height, width, tiny.FRAMES))
+    torch.testing.assert_close(model.normalised(model.denormalised(z)), z)
+    assert model.decode(z).shape == video.shape
 
 
 def test_one_denoiser_and_two_experts_are_not_confused(wan_folder: Path, experts_folder: Path):
