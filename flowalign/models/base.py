@@ -165,8 +165,18 @@ class FlowModel(ABC):
     # ------------------------------------------------------------ network
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
-        """Text to Conditioning, one row a prompt; `negatives` adds the unconditional branch under "neg."."""
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str] | None = None,
+        images: Sequence[Tensor] | None = None,
+        size: tuple[int, int, int | None] | None = None,
+    ) -> Conditioning:
+        """Text to Conditioning, one row a prompt; `negatives` adds the unconditional branch under "neg.".
+
+        Families that see pictures (`sees_images`) also take these, (n, 3, H, W) in [0, 1] for each prompt, and the
+        (height, width, frames) of what will be made; what becomes of them is under "cond.". The others leave both out.
+        """
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:

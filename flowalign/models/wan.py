@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.models.base import NEGATIVE
+from flowalign.models.base import NEGATIVE, SHARED
 from flowalign.models.latents import channel_statistics
 from flowalign.models.video import VideoModel
 from flowalign.types import Conditioning
+
+VISION = f"{SHARED}vision"
+"""Key of what CLIP saw in the first picture, for the variants that take it."""
 
 
 class Wan(VideoModel):
@@ -57,10 +60,12 @@ class Wan(VideoModel):
 
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
         network = self.denoiser(t)
+        seen = branch.get(VISION)
         return network(
             hidden_states=x.to(network.dtype),
             timestep=t,
             encoder_hidden_states=branch["tokens"].to(network.dtype),
+            encoder_hidden_states_image=None if seen is None else seen.to(network.dtype),
             return_dict=False,
         )[0]
 

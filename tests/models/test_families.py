@@ -5,11 +5,14 @@ A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and a
     ADAPTER         name of the adapter's class, where the pipeline's class has several
     MODEL, CALL     further settings of the adapter and of the pipeline's call
     FRAMES, SIZE    frames of a video; height and width
+    IMAGES          what each of the two prompts sees, (n, 3, H, W)
+    patched()       context in which the pipeline's own call runs
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flowalign.checks.signatures import locate
@@ -40,6 +44,7 @@ TINY = {
 MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
 PROMPTS, NEGATIVES = ["two red circles", "a blue square above it all"], ["blurry", ""]
 HEIGHT, WIDTH, STEPS, TOKENS = 32, 48, 6, 16
+EVERY = slice(None)
 
 
 @dataclass
@@ -57,22 +62,45 @@ class Family:
         return {"height": height, "width": width, **frames}
 
     def theirs(self, guidance: float, output_type: str) -> Tensor:
-        """The pipeline's own call, which draws its own noise."""
+        """The pipeline's own call, which draws its own noise. Those that see pictures are called prompt by prompt."""
         pipe, size = self.model.pipe, self.size
         if "frames" in size:
             size["num_frames"] = size.pop("frames")
         pipe.set_progress_bar_config(disable=True)
-        result = pipe(
-            list(PROMPTS), negative_prompt=list(NEGATIVES), num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(7), output_type=output_type, **size,
-            **self.tiny.arguments(guidance), **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),
-        )  # fmt: skip
-        return torch.as_tensor(result[0])
+        generator, results = torch.Generator().manual_seed(7), []
+        for rows in [slice(0, 1), slice(1, 2)] if self.model.sees_images else [slice(0, 2)]:
+            with getattr(self.tiny, "patched", nullcontext)():
+                result = pipe(
+                    prompt=list(PROMPTS[rows]), negative_prompt=list(NEGATIVES[rows]), num_inference_steps=STEPS,
+                    generator=generator, output_type=output_type, **size, **self.seen(rows.start),
+                    **self.tiny.arguments(guidance), **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),
+                )  # fmt: skip
+            results.append(torch.as_tensor(result[0]))
+        return torch.cat(results)
 
-    def ours(self, guidance: float, prompts: list[str] = PROMPTS, sign: float = 1.0, bend: float = 1.0) -> Tensor:
+    def seen(self, prompt: int) -> dict[str, Any]:
+        """The pictures of a prompt as the pipeline's call takes them."""
+        if not self.model.sees_images:
+            return {}
+        arrays = (self.tiny.IMAGES[prompt] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        images = [Image.fromarray(array) for array in arrays]
+        return {"image": images if len(images) > 1 else images[0]}
+
+    def encode(self, rows: slice = EVERY, prompts: list[str] = PROMPTS, turned: bool = False) -> Conditioning:
+        """What the adapter makes of the prompts; `turned`: each with the pictures of the other."""
+        texts = (prompts[rows], NEGATIVES[rows])
+        if not self.model.sees_images:
+            return self.model.encode(*texts)
+        images = self.tiny.IMAGES[::-1] if turned else self.tiny.IMAGES
+        size = self.size
+        return self.model.encode(*texts, images[rows], (size["height"], size["width"], size.get("frames")))
+
+    def ours(self, guidance: float, sign: float = 1.0, bend: float = 1.0, **changes: Any) -> Tensor:
         """The adapter's Euler walk from the same noise to latents."""
-        cond = self.model.encode(prompts, NEGATIVES)
-        noise = torch.randn(2, *self.model.latent_shape(**self.size), generator=torch.Generator().manual_seed(7))
+        cond = self.encode(**changes)
+        generator, shape = torch.Generator().manual_seed(7), self.model.latent_shape(**self.size)
+        draws = (1, 1) if self.model.sees_images else (2,)
+        noise = torch.cat([torch.randn(n, *shape, generator=generator) for n in draws])
         with torch.no_grad():
             return walk(
                 lambda x, s, rows: sign * self.model.velocity(x, s, cond.index(rows), guidance),
@@ -133,9 +161,11 @@ def test_the_walk_ends_where_the_pipeline_does(family: Family):
 def test_the_comparison_notices_what_is_wrong(family: Family):
     guidance = max(family.tiny.GUIDANCE)
     right = family.ours(guidance)
-    assert distance(family.ours(guidance, PROMPTS[::-1]), right) > 1e-3
+    assert distance(family.ours(guidance, prompts=PROMPTS[::-1]), right) > 1e-3
     assert distance(family.ours(guidance, sign=-1.0), right) > 1e-3
     assert distance(family.ours(guidance, bend=1.05), right) > 1e-3
+    if family.model.sees_images:
+        assert distance(family.ours(guidance, turned=True), right) > 1e-3
     if len(family.tiny.GUIDANCE) > 1:
         assert distance(family.ours(guidance + 1), right) > 1e-3
 
@@ -143,7 +173,7 @@ def test_the_comparison_notices_what_is_wrong(family: Family):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_of_mixed_noise_levels_equals_its_rows_alone(family: Family):
     model, guidance = family.model, max(family.tiny.GUIDANCE)
-    cond = model.encode(PROMPTS, NEGATIVES)
+    cond = family.encode()
     x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
     sigma = torch.tensor([0.95, 0.2])
     with torch.no_grad():
@@ -152,7 +182,7 @@ def test_a_batch_of_mixed_noise_levels_equals_its_rows_alone(family: Family):
         assert both.dtype == torch.float32
         for i in range(2):
             row = slice(i, i + 1)
-            alone = model.velocity(x[row], sigma[row], model.encode(PROMPTS[row], NEGATIVES[row]), guidance)
+            alone = model.velocity(x[row], sigma[row], family.encode(row), guidance)
             assert distance(alone, both[row]) < 3e-5
         assert distance(model.velocity(x, sigma.flip(0), cond, guidance), both) > 1e-3
 
@@ -162,10 +192,10 @@ def test_conditioning_survives_what_is_done_to_it(family: Family, tmp_path: Path
     from safetensors.torch import load_file, save_file
 
     model, guidance = family.model, max(family.tiny.GUIDANCE)
-    cond = model.encode(PROMPTS, NEGATIVES)
+    cond = family.encode()
     assert cond.batch_size == 2
     save_file({key: t.contiguous() for key, t in cond.items()}, tmp_path / "cond.safetensors")
-    rows = [model.encode(PROMPTS[i : i + 1], NEGATIVES[i : i + 1]) for i in range(2)]
+    rows = [family.encode(slice(i, i + 1)) for i in range(2)]
     x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         v = model.velocity(x, 0.7, cond, guidance)
@@ -220,6 +250,9 @@ def test_saved_adapters_are_restored_by_the_pipeline(family: Family, tmp_path: P
             fresh.load_lora_weights(tmp_path / name, **{f"load_into_{name}": True})
         (loaded,) = getattr(fresh, name).peft_config.values()
         assert (loaded.r, loaded.lora_alpha) == (4, 8)
-        ours = [p for key, p in denoiser.named_parameters() if "lora_" in key]
-        theirs = [p for key, p in getattr(fresh, name).named_parameters() if "lora_" in key]
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        ours, theirs = (
+            {key.replace(".default_0.", ".default."): p for key, p in network.named_parameters() if "lora_" in key}
+            for network in (denoiser, getattr(fresh, name))
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -96,6 +96,12 @@ def qwen_tokenizer() -> Any:
 # ------------------------------------------------------------ pictures
 
 
+def pictures(n: int, height: int, width: int, seed: int) -> torch.Tensor:
+    """(n, 3, height, width) of 8 bits in [0, 1]."""
+    levels = torch.randint(0, 256, (n, 3, height, width), generator=torch.Generator().manual_seed(seed))
+    return levels / 255
+
+
 def vae(**changes: Any) -> Any:
     """An AutoencoderKL of factor 2 and 4 channels with a scale and a shift."""
     from diffusers import AutoencoderKL
