@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.models.base import SHARED
-from flowalign.models.pictures import given_pictures
+from flowalign.models.pictures import given_pictures, size_of
 from flowalign.models.wan import VISION, Wan
 from flowalign.types import Conditioning
 
@@ -34,10 +34,8 @@ class WanImageToVideo(Wan):
         size: tuple[int, int, int | None] | None = None,
     ) -> Conditioning:
         cond = super().encode(prompts, negatives)
-        pictures = given_pictures(prompts, images, 1, type(self).__name__)
-        if size is None:
-            raise ValueError(f"{type(self).__name__} encodes a picture for one size of video: size=(…) is missing.")
-        cond |= Conditioning.cat([self._seen(picture, *size) for (picture,) in pictures])
+        pictures = given_pictures(self, prompts, images, most=1)
+        cond |= Conditioning.cat([self._seen(picture, *size_of(self, size)) for (picture,) in pictures])
         return cond
 
     def _seen(self, picture: Any, height: int, width: int, frames: int | None) -> Conditioning:
