@@ -74,7 +74,7 @@ class FlowModel(ABC):
             raise ValueError(
                 f"{type(self).__name__} takes no embedded_guidance: use rollout.guidance, which is off at 1."
             )
-        self.embedded_guidance = embedded_guidance or self.default_embedded_guidance
+        self.embedded_guidance = embedded_guidance or self.default_embedded_guidance or 0.0
         self.pretrained, self.revision = pretrained, revision
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)

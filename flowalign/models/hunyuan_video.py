@@ -41,7 +41,7 @@ class HunyuanVideo(VideoModel):
             encoder_hidden_states=branch["tokens"].to(dtype),
             encoder_attention_mask=branch["mask"].to(dtype),
             pooled_projections=branch["pooled"].to(dtype),
-            guidance=1000 * torch.full_like(t, self.embedded_guidance or 1.0),
+            guidance=1000 * torch.full_like(t, self.embedded_guidance),
             return_dict=False,
         )[0]
 
