@@ -93,6 +93,19 @@ def qwen_tokenizer() -> Any:
     return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=CHAT, additional_special_tokens=SPECIAL[1:])
 
 
+def qwen_vl() -> Any:
+    """Qwen 2.5 VL with two layers, and eyes as small."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    attention = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 264, **attention}
+    eyes = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    marks = {"vision_start_token_id": 259, "vision_end_token_id": 260, "image_token_id": 262, "video_token_id": 263}
+    config = Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=eyes, **marks)
+    return seeded(Qwen2_5_VLForConditionalGeneration, config)
+
+
 # ------------------------------------------------------------ pictures
 
 
@@ -135,3 +148,12 @@ def wan_vae() -> Any:
         latents_mean=[0.05 * i - 0.3 for i in range(16)],
         latents_std=[0.8 + 0.05 * i for i in range(16)],
     )
+
+
+def qwen_vae() -> Any:
+    """An AutoencoderKLQwenImage of factor 4 and 4 channels with a mean and a deviation of each."""
+    from diffusers import AutoencoderKLQwenImage
+
+    sizes = {"base_dim": 12, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1}
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.2, 0.8, 1.5, 1.0]}
+    return seeded(AutoencoderKLQwenImage, temperal_downsample=[False, True], **sizes, **statistics)

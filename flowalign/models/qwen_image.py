@@ -1,0 +1,71 @@
+"""Qwen-Image (QwenImagePipeline): prompts of any length, and guidance that keeps the length of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flowalign.models.base import NEGATIVE, FlowModel
+from flowalign.models.latents import channel_statistics, pack, unpack
+from flowalign.types import Conditioning
+
+
+class QwenImage(FlowModel):
+    """`guidance` is the pipeline's true_cfg_scale. Its VAE is one for videos, here of a single frame."""
+
+    pipeline = "QwenImagePipeline"
+    default_max_sequence_length = 512
+    default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipe.transformer.config.in_channels // 4
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
+        cond = self._text(prompts)
+        if negatives is not None:
+            cond |= {f"{NEGATIVE}{key}": tensor for key, tensor in self._text(negatives).items()}
+        return cond
+
+    def _text(self, texts: Sequence[str]) -> Conditioning:
+        length = self.max_sequence_length
+        tokens, mask = self.pipe.encode_prompt(list(texts), self.device, max_sequence_length=length)
+        return Conditioning(
+            tokens=tokens, mask=torch.ones_like(tokens[..., 0], dtype=torch.long) if mask is None else mask
+        )
+
+    def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
+        transformer = self.pipe.transformer
+        dtype, (height, width) = transformer.dtype, x.shape[2:]
+        mask = branch["mask"]
+        v = transformer(
+            hidden_states=pack(x).to(dtype),
+            timestep=t / 1000,
+            encoder_hidden_states=branch["tokens"].to(dtype),
+            encoder_hidden_states_mask=None if mask.all() else mask,  # as the pipeline; the attention is a faster one
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x),
+            return_dict=False,
+        )[0]
+        return unpack(v, height, width)
+
+    def guide(self, v_negative: Tensor, v_positive: Tensor, guidance: float) -> Tensor:
+        guided = pack(super().guide(v_negative, v_positive, guidance))
+        length = pack(v_positive).norm(dim=-1, keepdim=True)
+        return unpack(guided * (length / guided.norm(dim=-1, keepdim=True)), *v_positive.shape[2:])
+
+    def denormalised(self, x: Tensor) -> Tensor:
+        mean, std = channel_statistics(self.pipe.vae.config, x)
+        return x * std + mean
+
+    def normalised(self, z: Tensor) -> Tensor:
+        mean, std = channel_statistics(self.pipe.vae.config, z)
+        return (z - mean) / std
+
+    def decode(self, x: Tensor) -> Tensor:
+        return super().decode(x[:, :, None])[:, :, 0]
+
+    def encode_images(self, media: Tensor) -> Tensor:
+        return super().encode_images(media[:, :, None])[:, :, 0]
