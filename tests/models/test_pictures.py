@@ -9,8 +9,10 @@ from PIL import Image
 from flowalign.models.base import FlowModel
 from flowalign.models.flux1_kontext import Flux1Kontext
 from flowalign.models.pictures import given_pictures
+from flowalign.models.qwen_edit import QwenImageEdit
 from flowalign.models.wan_i2v import WanImageToVideo
-from tests.models.tiny import flux1_kontext, wan2_1_i2v
+from flowalign.types import Conditioning
+from tests.models.tiny import flux1_kontext, qwen_edit, wan2_1_i2v
 from tests.models.tiny.parts import pictures
 
 SEEN = [pictures(1, 40, 64, seed=3)]
@@ -28,6 +30,15 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> WanImageToVideo:
     folder = tmp_path_factory.mktemp("wan2_1_i2v")
     wan2_1_i2v.build().save_pretrained(folder)
     return WanImageToVideo(str(folder), max_sequence_length=16)
+
+
+@pytest.fixture(scope="module")
+def edit(tmp_path_factory: pytest.TempPathFactory) -> QwenImageEdit:
+    folder = tmp_path_factory.mktemp("qwen_edit")
+    qwen_edit.build().save_pretrained(folder)
+    model = QwenImageEdit(str(folder), absent=["processor"])
+    qwen_edit.equip(model.pipe)
+    return model
 
 
 @pytest.fixture(params=["kontext", "wan"])
@@ -72,3 +83,19 @@ def test_encoding_a_first_picture_draws_no_noise(wan: WanImageToVideo):
     before = torch.get_rng_state()
     wan.encode(["a"], None, SEEN, (32, 48, 9))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_prompts_with_other_numbers_of_pictures_are_not_joined(edit: QwenImageEdit):
+    one, two = (edit.encode(["a"], None, [pictures(n, 32, 64, seed=n)], (32, 64, None)) for n in (1, 2))
+    with pytest.raises(ValueError, match="cond.picture1.* differ"):
+        Conditioning.cat([one, two])
+    with pytest.raises(ValueError, match="sees 1 to 3 pictures"):
+        edit.encode(["a"], None, [pictures(4, 32, 64, seed=0)], (32, 64, None))
+
+
+def test_the_order_of_pictures_matters(edit: QwenImageEdit):
+    seen = pictures(2, 32, 64, seed=0)
+    x = torch.randn(1, *edit.latent_shape(32, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (edit.velocity(x, 0.5, edit.encode(["a"], None, [s], (32, 64, None))) for s in (seen, seen.flip(0)))
+    assert (a - b).abs().max() > 1e-3
