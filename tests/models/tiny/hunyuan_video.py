@@ -11,7 +11,7 @@ FRAMES = 9
 GUIDANCE = (1.0, 3.0)
 # Bytes are tokens here, and of the pipeline's long template before the prompt only 95 are cut off.
 MODEL = CALL = {"max_sequence_length": 448}
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "num_attention_heads": 2,
@@ -25,8 +25,13 @@ TRANSFORMER = {
     "pooled_projection_dim": 32,
     "rope_axes_dim": (2, 4, 4),
 }
-VAE = {"latent_channels": 4, "block_out_channels": (4, 4, 4, 4), "layers_per_block": 1, "norm_num_groups": 4}
-LLAMA = {
+VAE: dict[str, Any] = {
+    "latent_channels": 4,
+    "block_out_channels": (4, 4, 4, 4),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+LLAMA: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 4,

@@ -10,7 +10,7 @@ PIPELINE = "LTXPipeline"
 FRAMES, SIZE = 17, (64, 96)
 GUIDANCE = (1.0, 3.0)
 MODEL = CALL = {"frame_rate": 20.0}
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "in_channels": 8,
     "out_channels": 8,
     "num_attention_heads": 2,
@@ -19,7 +19,7 @@ TRANSFORMER = {
     "num_layers": 2,
     "caption_channels": 32,
 }
-VAE = {
+VAE: dict[str, Any] = {
     "latent_channels": 8,
     "block_out_channels": (8, 8, 8, 8),
     "decoder_block_out_channels": (8, 8, 8, 8),

@@ -9,7 +9,7 @@ from tests.models.tiny.parts import seeded, t5, t5_tokenizer, wan_vae
 PIPELINE = "WanPipeline"
 FRAMES = 9
 GUIDANCE = (1.0, 5.0)
-TRANSFORMER = {
+TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 2,
     "attention_head_dim": 12,

@@ -15,7 +15,7 @@ __all__ = ["FRAMES", "GUIDANCE", "IMAGES", "PIPELINE", "arguments", "build", "pa
 
 PIPELINE = "WanImageToVideoPipeline"
 IMAGES = [pictures(1, 40, 64, seed=1), pictures(1, 32, 48, seed=2)]  # the first one is resized
-CLIP = {
+CLIP: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 37,
     "num_hidden_layers": 3,
