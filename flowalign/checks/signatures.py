@@ -100,6 +100,9 @@ def _parameters(target: Any) -> dict[str, Any] | None:
             hints["**"] = Any
         elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             hints[name] = _hint(target, parameter.annotation)
+    if "**" in hints and inspect.isclass(target) and _is_ours(target.__module__):  # ours hand them on to their base
+        del hints["**"]
+        return (_parameters(target.__mro__[1]) or {}) | hints
     return hints
 
 

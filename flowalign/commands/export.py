@@ -50,12 +50,7 @@ def card(saved: Saved, lora: bool) -> str:
     model = saved.model
     none = "".join(f", {name}=None" for name in model.absent)
     base = model.pretrained if resolve(model.pretrained) == model.pretrained else f"flowalign/assets/{model.pretrained}"
-    if lora:
-        lines = 'pipe.load_lora_weights(".")'
-    else:
-        lines = "\n".join(
-            f'pipe.{name} = type(pipe.{name}).from_pretrained("./{name}")' for name in saved.policy.denoisers
-        )
+    lines = "\n".join(_load_line(name, lora) for name in saved.policy.denoisers)
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(saved).items())
     return f"""---
 base_model: {model.pretrained}
@@ -79,6 +74,14 @@ pipe = {model.pipeline}.from_pretrained("{base}"{none})
 
 {_curve(saved)}
 """
+
+
+def _load_line(denoiser: str, lora: bool) -> str:
+    if not lora:
+        return f'pipe.{denoiser} = type(pipe.{denoiser}).from_pretrained("./{denoiser}")'
+    if denoiser == "transformer":
+        return 'pipe.load_lora_weights(".")'
+    return f'pipe.load_lora_weights("./{denoiser}", load_into_{denoiser}=True)'
 
 
 def _facts(saved: Saved) -> dict[str, str]:

@@ -165,7 +165,8 @@ class FlowModel(ABC):
     def sigmas(self, num_steps: int, height: int, width: int, frames: int | None = None) -> Tensor:
         """(num_steps + 1,) float32 from 1 to 0 on the CPU: exactly what the pipeline's own call would walk."""
         scheduler = schedule.euler(self.pipe.scheduler)
-        return schedule.sigmas(scheduler, num_steps, self.evenly, self.mu(num_steps, height, width, frames))
+        evenly = self.evenly or scheduler is not self.pipe.scheduler  # the multistep ones space evenly, then shift
+        return schedule.sigmas(scheduler, num_steps, evenly, self.mu(num_steps, height, width, frames))
 
     def shift(self, height: int, width: int, frames: int | None = None) -> float:
         """How far the schedule is moved towards the noise: sigma = s u / (1 + (s - 1) u) of an even time u, s ≥ 1."""
@@ -174,8 +175,18 @@ class FlowModel(ABC):
     # ------------------------------------------------------------ network
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
-        """Text to Conditioning, one row a prompt; `negatives` adds the unconditional branch under "neg."."""
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str] | None = None,
+        images: Sequence[Tensor] | None = None,
+        size: tuple[int, int, int | None] | None = None,
+    ) -> Conditioning:
+        """Text to Conditioning, one row a prompt; `negatives` adds the unconditional branch under "neg.".
+
+        Families that see pictures (`sees_images`) also take these, (n, 3, H, W) in [0, 1] for each prompt, and the
+        (height, width, frames) of what will be made; what becomes of them is under "cond.". The others leave both out.
+        """
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
@@ -245,12 +256,16 @@ class FlowModel(ABC):
         return [block for blocks in lists for block in blocks]
 
     def save_lora(self, folder: Path) -> None:
-        """Writes the adapters of all denoisers; `load_lora_weights(folder)` restores them with the right alpha."""
+        """Writes the adapters; `load_lora_weights(folder)` restores them with the right alpha.
+
+        A further denoiser's are in folder/NAME, for `load_lora_weights(folder/NAME, load_into_NAME=True)`.
+        """
         from peft.utils import get_peft_model_state_dict
 
-        arguments: dict[str, Any] = {}
         for name, denoiser in self.denoisers().items():
-            arguments[f"{name}_lora_layers"] = get_peft_model_state_dict(denoiser)
-            # Without this header alpha would come back as the rank.
-            arguments[f"{name}_lora_adapter_metadata"] = denoiser.peft_config["default"].to_dict()  # type: ignore
-        type(self.pipe).save_lora_weights(str(folder), **arguments)
+            arguments: dict[str, Any] = {
+                "transformer_lora_layers": get_peft_model_state_dict(denoiser),
+                # Without this header alpha would come back as the rank.
+                "transformer_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),  # type: ignore
+            }
+            type(self.pipe).save_lora_weights(str(folder / name if name != "transformer" else folder), **arguments)

@@ -46,22 +46,29 @@ class Flux1(FlowModel):
         dtype, (height, width) = transformer.dtype, x.shape[2:]
         guided = transformer.config.guidance_embeds
         tokens = branch["tokens"].to(dtype)
+        patches, at = self.patches(x, branch)
         v = transformer(
-            hidden_states=pack(x).to(dtype),
+            hidden_states=patches.to(dtype),
             timestep=t / 1000,
             guidance=torch.full_like(t, self.embedded_guidance) if guided else None,
             pooled_projections=branch["pooled"].to(dtype),
             encoder_hidden_states=tokens,
             txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=dtype),
-            img_ids=positions(height // 2, width // 2, x.device, dtype),
+            img_ids=at.to(dtype),
             return_dict=False,
         )[0]
-        return unpack(v, height, width)
+        return unpack(v[:, : height * width // 4], height, width)
+
+    def patches(self, x: Tensor, branch: Conditioning) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, 4C), those of x first, and their positions (N, 3)."""
+        del branch
+        return pack(x), positions(x)
 
 
-def positions(rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(rows · columns, 3): 0, row and column of every token."""
-    at = torch.zeros(rows, columns, 3, device=device, dtype=dtype)
-    at[..., 1] = torch.arange(rows, device=device, dtype=dtype)[:, None]
-    at[..., 2] = torch.arange(columns, device=device, dtype=dtype)
+def positions(x: Tensor) -> Tensor:
+    """(N, 3): 0, row and column of every token of latents x."""
+    rows, columns = x.shape[2] // 2, x.shape[3] // 2
+    at = torch.zeros(rows, columns, 3, device=x.device)
+    at[..., 1] = torch.arange(rows, device=x.device)[:, None]
+    at[..., 2] = torch.arange(columns, device=x.device)
     return at.flatten(0, 1)

@@ -48,6 +48,11 @@ def load_pipeline(
     index = Path(where) / "model_index.json"
     if index.is_file():
         found = json.loads(index.read_text())["_class_name"]
+        if found.startswith("CogVideoX"):
+            raise ValueError(
+                f"{pretrained} holds a {found}, which is no flow-matching model: CogVideoX is a variance-preserving "
+                "diffusion over discrete times, whose prediction is not the velocity eps - x0."
+            )
         if found != name:
             raise ValueError(
                 f"{pretrained} holds a {found}, but this model adapter drives a {name}: choose another model=… or "

@@ -41,15 +41,21 @@ class QwenImage(FlowModel):
         transformer = self.pipe.transformer
         dtype, (height, width) = transformer.dtype, x.shape[2:]
         mask = branch["mask"]
+        parts = [x, *self.given(branch)]
         v = transformer(
-            hidden_states=pack(x).to(dtype),
+            hidden_states=torch.cat([pack(part) for part in parts], dim=1).to(dtype),
             timestep=t / 1000,
             encoder_hidden_states=branch["tokens"].to(dtype),
             encoder_hidden_states_mask=None if mask.all() else mask,  # as the pipeline; the attention is a faster one
-            img_shapes=[[(1, height // 2, width // 2)]] * len(x),
+            img_shapes=[[(1, part.shape[2] // 2, part.shape[3] // 2) for part in parts]] * len(x),
             return_dict=False,
         )[0]
-        return unpack(v, height, width)
+        return unpack(v[:, : height * width // 4], height, width)
+
+    def given(self, branch: Conditioning) -> list[Tensor]:
+        """Latents (B, C, H, W) of pictures that are looked at beside x."""
+        del branch
+        return []
 
     def guide(self, v_negative: Tensor, v_positive: Tensor, guidance: float) -> Tensor:
         guided = pack(super().guide(v_negative, v_positive, guidance))

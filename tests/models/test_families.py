@@ -1,12 +1,20 @@
 """Every model of conf/model, on a random pipeline of its family: the adapter is the pipeline.
 
-A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance). It may have SIZE,
-MODEL and CALL, further settings of the adapter and of the call, and NEGATIVE, which its pipeline takes without asking.
+A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance), and if needed
+
+    ADAPTER         name of the adapter's class, where the pipeline's class has several
+    MODEL, CALL     further settings of the adapter and of the pipeline's call
+    NEGATIVE        the negative prompt that its pipeline takes without asking
+    FRAMES, SIZE    frames of a video; height and width
+    IMAGES          what each of the two prompts sees, (n, 3, H, W)
+    patched()       context in which the pipeline's own call runs
+    equip(pipe)     what the pipeline needs and a folder cannot hold
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -15,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flowalign.checks.signatures import locate
 from flowalign.dynamics import ODE
 from flowalign.models.base import FlowModel
+from flowalign.policy import Lora
 from flowalign.sampler import Noise, deterministic, walk
 from flowalign.solvers import Euler
 from flowalign.types import Conditioning
@@ -29,13 +39,14 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 TINY = {
-    module.PIPELINE: module
+    getattr(module, "ADAPTER", module.PIPELINE): module
     for path in sorted((Path(__file__).parent / "tiny").glob("*.py"))
     if hasattr(module := import_module(f"tests.models.tiny.{path.stem}"), "PIPELINE")
 }
 MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
 PROMPTS, NEGATIVES = ["two red circles", "a blue square above it all"], ["blurry", ""]
 HEIGHT, WIDTH, STEPS, TOKENS = 32, 48, 6, 16
+EVERY = slice(None)
 
 
 @dataclass
@@ -53,24 +64,49 @@ class Family:
         return {"height": height, "width": width, **frames}
 
     def theirs(self, guidance: float, output_type: str) -> Tensor:
-        """The pipeline's own call, which draws its own noise."""
+        """The pipeline's own call, which draws its own noise. Those that see pictures are called prompt by prompt."""
         pipe, size = self.model.pipe, self.size
         if "frames" in size:
             size["num_frames"] = size.pop("frames")
         pipe.set_progress_bar_config(disable=True)
-        result = pipe(
-            prompt=list(PROMPTS), num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7),
-            output_type=output_type, **size, **self.tiny.arguments(guidance),
-            **{} if hasattr(self.tiny, "NEGATIVE") else {"negative_prompt": list(NEGATIVES)},
-            **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),
-        )  # fmt: skip
-        return torch.as_tensor(result[0])
+        generator, results = torch.Generator().manual_seed(7), []
+        for rows in [slice(0, 1), slice(1, 2)] if self.model.sees_images else [slice(0, 2)]:
+            with getattr(self.tiny, "patched", nullcontext)():
+                result = pipe(
+                    prompt=list(PROMPTS[rows]), num_inference_steps=STEPS, generator=generator,
+                    output_type=output_type, **size, **self.seen(rows.start),
+                    **{} if hasattr(self.tiny, "NEGATIVE") else {"negative_prompt": list(NEGATIVES[rows])},
+                    **self.tiny.arguments(guidance), **{"max_sequence_length": TOKENS} | getattr(self.tiny, "CALL", {}),
+                )  # fmt: skip
+            results.append(torch.as_tensor(result[0]))
+        return torch.cat(results)
 
-    def ours(self, guidance: float, prompts: list[str] = PROMPTS, sign: float = 1.0, bend: float = 1.0) -> Tensor:
-        """The adapter's Euler walk from the same noise to latents."""
+    def seen(self, prompt: int) -> dict[str, Any]:
+        """The pictures of a prompt as the pipeline's call takes them."""
+        if not self.model.sees_images:
+            return {}
+        arrays = (self.tiny.IMAGES[prompt] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        images = [Image.fromarray(array) for array in arrays]
+        return {"image": images if len(images) > 1 else images[0]}
+
+    def encode(
+        self, rows: slice = EVERY, prompts: list[str] = PROMPTS, turned: bool = False, negative: bool = True
+    ) -> Conditioning:
+        """What the adapter makes of the prompts; `turned`: each with the pictures of the other."""
         negatives = [self.tiny.NEGATIVE] * 2 if hasattr(self.tiny, "NEGATIVE") else NEGATIVES
-        cond = self.model.encode(prompts, negatives)
-        noise = torch.randn(2, *self.model.latent_shape(**self.size), generator=torch.Generator().manual_seed(7))
+        texts = (prompts[rows], negatives[rows] if negative else None)
+        if not self.model.sees_images:
+            return self.model.encode(*texts)
+        images = self.tiny.IMAGES[::-1] if turned else self.tiny.IMAGES
+        size = self.size
+        return self.model.encode(*texts, images[rows], (size["height"], size["width"], size.get("frames")))
+
+    def ours(self, guidance: float, sign: float = 1.0, bend: float = 1.0, **changes: Any) -> Tensor:
+        """The adapter's Euler walk from the same noise to latents."""
+        cond = self.encode(**changes)
+        generator, shape = torch.Generator().manual_seed(7), self.model.latent_shape(**self.size)
+        draws = (1, 1) if self.model.sees_images else (2,)
+        noise = torch.cat([torch.randn(n, *shape, generator=generator) for n in draws])
         with torch.no_grad():
             return walk(
                 lambda x, s, rows: sign * self.model.velocity(x, s, cond.index(rows), guidance),
@@ -91,13 +127,13 @@ class Given(Noise):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The random pipeline of a class, saved in diffusers layout."""
+    """The random pipeline of a family, saved in diffusers layout."""
     root = tmp_path_factory.mktemp("pipelines")
 
-    def folder(pipeline: str) -> Path:
-        if not (root / pipeline).exists():
-            TINY[pipeline].build().save_pretrained(root / pipeline)
-        return root / pipeline
+    def folder(name: str) -> Path:
+        if not (root / name).exists():
+            TINY[name].build().save_pretrained(root / name)
+        return root / name
 
     return folder
 
@@ -106,11 +142,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def family(compose: Callable[..., DictConfig], folders: Callable[[str], Path], name: str) -> Family:
     node = compose(f"model={name}").model
     adapter = locate(node["_target_"])
-    if adapter.pipeline not in TINY:
-        pytest.fail(f"no random pipeline for {adapter.pipeline}: write tests/models/tiny/…")
-    tiny = TINY[adapter.pipeline]
-    settings = {"max_sequence_length": TOKENS} | getattr(tiny, "MODEL", {})
-    return Family(adapter(str(folders(adapter.pipeline)), **settings), tiny)
+    key = adapter.__name__ if adapter.__name__ in TINY else adapter.pipeline
+    if key not in TINY:
+        pytest.fail(f"no random pipeline for {key}: write tests/models/tiny/…")
+    settings = {"max_sequence_length": TOKENS} | getattr(TINY[key], "MODEL", {})
+    model = adapter(str(folders(key)), **settings)
+    if hasattr(TINY[key], "equip"):
+        TINY[key].equip(model.pipe)
+    return Family(model, TINY[key])
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -131,9 +170,11 @@ def test_the_walk_ends_where_the_pipeline_does(family: Family):
 def test_the_comparison_notices_what_is_wrong(family: Family):
     guidance = max(family.tiny.GUIDANCE)
     right = family.ours(guidance)
-    assert distance(family.ours(guidance, PROMPTS[::-1]), right) > 1e-3
+    assert distance(family.ours(guidance, prompts=PROMPTS[::-1]), right) > 1e-3
     assert distance(family.ours(guidance, sign=-1.0), right) > 1e-3
     assert distance(family.ours(guidance, bend=1.05), right) > 1e-3
+    if family.model.sees_images:
+        assert distance(family.ours(guidance, turned=True), right) > 1e-3
     if len(family.tiny.GUIDANCE) > 1:
         assert distance(family.ours(guidance + 1), right) > 1e-3
 
@@ -141,7 +182,7 @@ def test_the_comparison_notices_what_is_wrong(family: Family):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_batch_of_mixed_noise_levels_equals_its_rows_alone(family: Family):
     model, guidance = family.model, max(family.tiny.GUIDANCE)
-    cond = model.encode(PROMPTS, NEGATIVES)
+    cond = family.encode()
     x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
     sigma = torch.tensor([0.95, 0.2])
     with torch.no_grad():
@@ -150,7 +191,7 @@ def test_a_batch_of_mixed_noise_levels_equals_its_rows_alone(family: Family):
         assert both.dtype == torch.float32
         for i in range(2):
             row = slice(i, i + 1)
-            alone = model.velocity(x[row], sigma[row], model.encode(PROMPTS[row], NEGATIVES[row]), guidance)
+            alone = model.velocity(x[row], sigma[row], family.encode(row), guidance)
             assert distance(alone, both[row]) < 3e-5
         assert distance(model.velocity(x, sigma.flip(0), cond, guidance), both) > 1e-3
 
@@ -160,10 +201,10 @@ def test_conditioning_survives_what_is_done_to_it(family: Family, tmp_path: Path
     from safetensors.torch import load_file, save_file
 
     model, guidance = family.model, max(family.tiny.GUIDANCE)
-    cond = model.encode(PROMPTS, NEGATIVES)
+    cond = family.encode()
     assert cond.batch_size == 2
     save_file({key: t.contiguous() for key, t in cond.items()}, tmp_path / "cond.safetensors")
-    rows = [model.encode(PROMPTS[i : i + 1], NEGATIVES[i : i + 1]) for i in range(2)]
+    rows = [family.encode(slice(i, i + 1)) for i in range(2)]
     x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         v = model.velocity(x, 0.7, cond, guidance)
@@ -178,7 +219,7 @@ def test_conditioning_survives_what_is_done_to_it(family: Family, tmp_path: Path
 
 @pytest.mark.parametrize("name", MODELS)
 def test_without_negative_prompts_the_rest_is_the_same(family: Family):
-    both, alone = family.model.encode(PROMPTS, NEGATIVES), family.model.encode(PROMPTS)
+    both, alone = family.encode(), family.encode(negative=False)
     assert alone.keys() == {key for key in both if not key.startswith("neg.")}
     assert all(distance(alone[key], both[key]) < 1e-5 for key in alone)
 
@@ -215,3 +256,31 @@ def test_the_schedule_falls_from_one_to_zero(family: Family):
     assert sigmas[0] == pytest.approx(1.0, abs=1e-6)
     assert sigmas[-1] == 0
     assert (sigmas.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_adapters_are_restored_by_the_pipeline(family: Family, tmp_path: Path):
+    from diffusers import DiffusionPipeline
+
+    model, tune = family.model, Lora(rank=4, alpha=8)
+    for denoiser in model.denoisers().values():
+        tune(denoiser, model.lora_targets)
+        for key, parameter in denoiser.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(key)))
+    model.save_lora(tmp_path)
+    absent = getattr(family.tiny, "MODEL", {}).get("absent", ())
+    fresh = DiffusionPipeline.from_pretrained(model.pretrained, **dict.fromkeys(absent))
+    for name, denoiser in model.denoisers().items():
+        if name == "transformer":
+            fresh.load_lora_weights(tmp_path)
+        else:
+            fresh.load_lora_weights(tmp_path / name, **{f"load_into_{name}": True})
+        (loaded,) = getattr(fresh, name).peft_config.values()
+        assert (loaded.r, loaded.lora_alpha) == (4, 8)
+        ours, theirs = (
+            {key.replace(".default_0.", ".default."): p for key, p in network.named_parameters() if "lora_" in key}
+            for network in (denoiser, getattr(fresh, name))
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)

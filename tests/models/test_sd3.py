@@ -236,6 +236,13 @@ def test_a_pipeline_of_another_family_is_refused(sd3_folder: Path, tmp_path: Pat
         SD3(str(tmp_path / "flux"))
 
 
+@pytest.mark.parametrize("name", ["CogVideoXPipeline", "CogVideoXImageToVideoPipeline"])
+def test_cogvideox_is_refused_because_it_does_not_match_flows(tmp_path: Path, name: str):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=f"holds a {name}, which is no flow-matching model"):
+        SD3(str(tmp_path))
+
+
 def test_a_hub_model_out_of_reach_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="nobody/nothing could not be loaded: it is not in the local cache"):

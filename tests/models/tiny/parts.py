@@ -172,6 +172,12 @@ KL: dict[str, Any] = {
 }
 
 
+def pictures(n: int, height: int, width: int, seed: int) -> torch.Tensor:
+    """(n, 3, height, width) of 8 bits in [0, 1]."""
+    levels = torch.randint(0, 256, (n, 3, height, width), generator=torch.Generator().manual_seed(seed))
+    return levels / 255
+
+
 def vae(**changes: Any) -> Any:
     """An AutoencoderKL of factor 2 and 4 channels with a scale and a shift."""
     from diffusers import AutoencoderKL
@@ -187,6 +193,22 @@ def flux2_vae() -> Any:
     module.bn.running_mean.copy_(torch.linspace(-0.3, 0.3, 16))
     module.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
     return module
+
+
+def wan_vae() -> Any:
+    """A causal video VAE of factor 8 in space and 4 in time, with a mean and a deviation for each of 16 channels."""
+    from diffusers import AutoencoderKLWan
+
+    return seeded(
+        AutoencoderKLWan,
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1] * 4,
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.05 * i - 0.3 for i in range(16)],
+        latents_std=[0.8 + 0.05 * i for i in range(16)],
+    )
 
 
 def qwen_vae() -> Any:

@@ -1,0 +1,111 @@
+"""Wan 2.1 and 2.2, text to video (WanPipeline)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.models.base import NEGATIVE, SHARED
+from flowalign.models.latents import channel_statistics
+from flowalign.models.video import VideoModel
+from flowalign.types import Conditioning
+
+VISION = f"{SHARED}vision"
+"""Key of what CLIP saw in the first picture, for the variants that take it."""
+
+
+class Wan(VideoModel):
+    """Time goes in as 1000 sigma, the text padded to one length with zeros that are attended to.
+
+    Checkpoints ship a multistep solver, UniPC, of which only the noise levels are kept: steps are those of
+    rollout.solver, and pictures therefore not those of the pipeline's own call unless its scheduler is the Euler one.
+    """
+
+    pipeline = "WanPipeline"
+    evenly = False
+    default_max_sequence_length = 512
+    default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def denoisers(self) -> dict[str, nn.Module]:
+        experts = 1 if self.pipe.config.boundary_ratio is None else 2
+        if experts != len(self.denoiser_names):
+            raise ValueError(
+                f"{self.pretrained} has {experts} denoiser(s), but {type(self).__name__} drives "
+                f"{len(self.denoiser_names)}: model=wan2_1_… is for one and model=wan2_2_… for two."
+            )
+        return super().denoisers()
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        return self.pipe.transformer.config.patch_size
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
+        cond = Conditioning({"tokens": self._text(prompts)})
+        if negatives is not None:
+            cond[f"{NEGATIVE}tokens"] = self._text(negatives)
+        return cond
+
+    def _text(self, texts: Sequence[str]) -> Tensor:
+        settings = {"max_sequence_length": self.max_sequence_length, "device": self.device}
+        return self.pipe.encode_prompt(list(texts), do_classifier_free_guidance=False, **settings)[0]
+
+    def denoiser(self, t: Tensor) -> Any:
+        """The network for rows of time t, all on one side of the boundary if there are two."""
+        del t
+        return self.pipe.transformer
+
+    def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
+        network = self.denoiser(t)
+        seen = branch.get(VISION)
+        return network(
+            hidden_states=x.to(network.dtype),
+            timestep=t,
+            encoder_hidden_states=branch["tokens"].to(network.dtype),
+            encoder_hidden_states_image=None if seen is None else seen.to(network.dtype),
+            return_dict=False,
+        )[0]
+
+    def denormalised(self, x: Tensor) -> Tensor:
+        mean, std = channel_statistics(self.pipe.vae.config, x)
+        return x * std + mean
+
+    def normalised(self, z: Tensor) -> Tensor:
+        mean, std = channel_statistics(self.pipe.vae.config, z)
+        return (z - mean) / std
+
+
+class WanTwoExperts(Wan):
+    """Wan 2.2: `transformer` knows much noise, from boundary_ratio of the pipeline upwards, `transformer_2` little.
+
+    Each row goes to the expert of its sigma, so a batch may leave one of them without gradients: DDP then wants
+    trainer.strategy=ddp_find_unused_parameters_true, and sharding the same expert to be asked on all ranks.
+    """
+
+    denoiser_names = ("transformer", "transformer_2")
+
+    def __init__(self, pretrained: str, guidance_2: float | None = None, **settings: Any) -> None:
+        """guidance_2 replaces the guidance of the low-noise expert wherever there is guidance; null = the same."""
+        super().__init__(pretrained, **settings)
+        self.guidance_2 = guidance_2
+
+    def is_high(self, t: Tensor) -> Tensor:
+        """(B,) bool: which rows of times t belong to `transformer`."""
+        return t >= self.pipe.config.boundary_ratio * 1000
+
+    def denoiser(self, t: Tensor) -> Any:
+        return self.pipe.transformer if self.is_high(t).all() else self.pipe.transformer_2
+
+    def velocity(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0) -> Tensor:
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+        low_guidance = guidance if guidance <= self.guidance_off else self.guidance_2 or guidance
+        v = torch.empty_like(x, dtype=torch.float32)
+        high = self.is_high(1000 * sigma)
+        for mask, scale in ((high, guidance), (~high, low_guidance)):
+            rows = mask.nonzero().flatten()
+            if len(rows):
+                v = v.index_copy(0, rows, super().velocity(x[rows], sigma[rows], cond.index(rows), scale))
+        return v

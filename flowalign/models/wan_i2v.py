@@ -1,0 +1,59 @@
+"""Wan 2.1, a first picture to video (WanImageToVideoPipeline)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.models.base import SHARED
+from flowalign.models.pictures import given_pictures, size_of
+from flowalign.models.wan import VISION, Wan
+from flowalign.types import Conditioning
+
+
+class WanImageToVideo(Wan):
+    """The first picture is seen twice: by CLIP, and as latents of a video that is grey afterwards, beside x."""
+
+    pipeline = "WanImageToVideoPipeline"
+    sees_images = True
+    default_lora_targets = (*Wan.default_lora_targets, "add_k_proj", "add_v_proj")  # keys and values of the picture
+
+    @property
+    def latent_channels(self) -> int:
+        return self.pipe.vae.config.z_dim
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negatives: Sequence[str] | None = None,
+        images: Sequence[Tensor] | None = None,
+        size: tuple[int, int, int | None] | None = None,
+    ) -> Conditioning:
+        cond = super().encode(prompts, negatives)
+        pictures = given_pictures(self, prompts, images, most=1)
+        cond |= Conditioning.cat([self._seen(picture, *size_of(self, size)) for (picture,) in pictures])
+        return cond
+
+    def _seen(self, picture: Any, height: int, width: int, frames: int | None) -> Conditioning:
+        pipe = self.pipe
+        pixels = pipe.video_processor.preprocess(picture, height=height, width=width).to(self.device)
+        no_noise = torch.zeros(0)  # so that none is drawn
+        channels = (1, self.latent_channels, height, width, frames, torch.float32, self.device)
+        seen = Conditioning({f"{SHARED}first": pipe.prepare_latents(pixels, *channels, latents=no_noise)[1]})
+        if pipe.transformer.config.image_dim is not None:
+            seen[VISION] = pipe.encode_image(picture, self.device)
+        return seen
+
+    def _text(self, texts: Sequence[str]) -> Tensor:
+        from diffusers import WanPipeline
+
+        # This pipeline's own encode_prompt needs ftfy, the one it was copied from does without if it must.
+        settings = {"max_sequence_length": self.max_sequence_length, "device": self.device}
+        return WanPipeline._get_t5_prompt_embeds(self.pipe, list(texts), **settings)  # type: ignore
+
+    def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
+        return super().forward(torch.cat([x, branch[f"{SHARED}first"]], dim=1), t, branch)

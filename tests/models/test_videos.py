@@ -1,0 +1,128 @@
+"""What only the video families do; that they are their pipelines is in test_families.py."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from flowalign.checks import ConfigError, check_signatures
+from flowalign.models.hunyuan_video import HunyuanVideo
+from flowalign.models.ltx_video import LTXVideo
+from flowalign.models.video import VideoModel
+from flowalign.models.wan import Wan, WanTwoExperts
+from flowalign.types import Conditioning
+from tests.models.tiny import hunyuan_video, ltx_video, wan2_1, wan2_2
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wan2_1")
+    wan2_1.build().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def experts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wan2_2")
+    wan2_2.build().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wan(wan_folder: Path) -> Wan:
+    return Wan(str(wan_folder), max_sequence_length=16)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ((32, 48, None), "set resolution.*.frames"),
+        ((32, 48, 8), "the nearest is 9"),
+        ((32, 48, 0), "the nearest is 1"),
+        ((32, 40, 9), "the nearest is 32×32"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_the_nearest(wan: Wan, size: tuple[int, int, int | None], words: str):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        wan.check_size(*size)
+
+
+def test_possible_sizes_pass(wan: Wan):
+    for frames in (1, 5, 33, 81):
+        wan.check_size(480, 832, frames)
+
+
+def test_a_multistep_scheduler_gives_its_noise_levels(wan_folder: Path):
+    from diffusers import UniPCMultistepScheduler
+
+    wan = Wan(str(wan_folder))
+    shipped = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    wan.pipe.scheduler = shipped
+    shipped.set_timesteps(10)
+    # UniPC spaces from 1 towards 0.001 instead of 0.
+    torch.testing.assert_close(wan.sigmas(10, 32, 48, 9), shipped.sigmas, atol=3e-3, rtol=0)
+    assert wan.shift(32, 48, 9) == 3.0
+
+
+@pytest.mark.parametrize(("adapter", "tiny"), [(Wan, wan2_1), (LTXVideo, ltx_video), (HunyuanVideo, hunyuan_video)])
+def test_videos_become_latents_and_back(adapter: type[VideoModel], tiny: ModuleType, tmp_path: Path):
+    tiny.build().save_pretrained(tmp_path)
+    model = adapter(str(tmp_path))
+    height, width = getattr(tiny, "SIZE", (32, 48))
+    model.check_size(height, width, tiny.FRAMES)
+    video = torch.rand(2, tiny.FRAMES, 3, height, width, generator=torch.Generator().manual_seed(0))
+    z = model.encode_images(video)
+    assert z.shape == (2, *model.latent_shape(height, width, tiny.FRAMES))
+    torch.testing.assert_close(model.normalised(model.denormalised(z)), z)
+    assert model.decode(z).shape == video.shape
+
+
+def test_one_denoiser_and_two_experts_are_not_confused(wan_folder: Path, experts_folder: Path):
+    with pytest.raises(ValueError, match="has 1 denoiser.* drives 2"):
+        WanTwoExperts(str(wan_folder))
+    with pytest.raises(ValueError, match="has 2 denoiser.* drives 1"):
+        Wan(str(experts_folder))
+
+
+def test_each_row_asks_the_expert_of_its_noise_level_with_its_own_guidance(experts_folder: Path):
+    model = WanTwoExperts(str(experts_folder), max_sequence_length=16, guidance_2=3.0)
+    cond = model.encode(["a", "b", "c"], ["", "d", ""])
+    x = torch.randn(3, *model.latent_shape(32, 48, 5), generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.875, 0.8749, 0.99])  # the boundary itself belongs to the first
+
+    def alone(i: int, network: torch.nn.Module, guidance: float) -> torch.Tensor:
+        t = torch.full((1,), 1000.0) * sigma[i]
+        branches = (cond["neg.tokens"][i : i + 1], cond["tokens"][i : i + 1])
+        negative, positive = (network(x[i : i + 1], t, tokens, return_dict=False)[0] for tokens in branches)
+        return negative + guidance * (positive - negative)
+
+    first, second = model.denoisers().values()
+    with torch.no_grad():
+        v = model.velocity(x, sigma, cond, 5.0)
+        expected = torch.cat([alone(0, first, 5.0), alone(1, second, 3.0), alone(2, first, 5.0)])
+        torch.testing.assert_close(v, expected, atol=3e-5, rtol=1e-4)
+        unguided = Conditioning(tokens=cond["tokens"])
+        off = model.velocity(x, sigma, cond, 1.0)
+        torch.testing.assert_close(off, model.velocity(x, sigma, unguided, 1.0), atol=0, rtol=0)
+
+
+def test_gradients_reach_the_experts_that_were_asked(experts_folder: Path):
+    model = WanTwoExperts(str(experts_folder), max_sequence_length=16)
+    first, second = (network.requires_grad_(True) for network in model.denoisers().values())
+    x = torch.randn(2, *model.latent_shape(32, 48, 5), generator=torch.Generator().manual_seed(0))
+    model.velocity(x, torch.tensor([0.5, 0.95]), model.encode(["a", "b"])).square().sum().backward()
+    for network in (first, second):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.proj_out.parameters())
+
+
+def test_settings_of_the_base_are_checked_through_those_of_a_family():
+    node = {"_target_": "flowalign.models.wan.WanTwoExperts", "pretrained": "x", "guidance_2": 3.0, "variant": None}
+    check_signatures({"model": node})
+    with pytest.raises(ConfigError, match="no parameter train_dtyp; did you mean train_dtype"):
+        check_signatures({"model": node | {"train_dtyp": "float32"}})
+    with pytest.raises(ConfigError, match="max_sequence_length: expected"):
+        check_signatures({"model": node | {"max_sequence_length": "many"}})
