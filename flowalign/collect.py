@@ -35,6 +35,11 @@ class Size:
     width: int
     frames: int | None = None
 
+    @property
+    def area(self) -> tuple[int, int, int | None]:
+        """As the methods of a model take it."""
+        return (self.height, self.width, self.frames)
+
 
 @dataclass
 class Collected:
@@ -120,7 +125,7 @@ class Collector:
         chosen = self.prompts.epoch(self.seed, epoch, self.geometry.batch.prompts)
         local = self.geometry.local_samples(rank)
         rows = torch.tensor([sample // group_size for sample in local], device=device)
-        cond = self.conditioner([self.prompts.prompts[i] for i in chosen], device)
+        cond = self.conditioner([self.prompts.prompts[i] for i in chosen], device, self.size.area)
         which = [chosen[row] for row in rows.tolist()]
         share = Share(epoch, local, [self.prompts.prompts[i] for i in which], cond.index(rows), device)
         if self.algorithm.source == "images":
@@ -180,12 +185,12 @@ class Collector:
         return Pictures(Rollout(x0, self._schedule(deterministic(0))), torch.cat(images), x0.new_ones(len(x0), 1))
 
     def _schedule(self, plan: StepPlan) -> Tensor:
-        size = (self.size.height, self.size.width, self.size.frames)
-        sigmas = self.model.sigmas(self.sampling.num_steps, *size)
-        return sigmas if plan.tail is None else shorten(sigmas, plan.last_noisy, plan.tail, self.model.shift(*size))
+        area = self.size.area
+        sigmas = self.model.sigmas(self.sampling.num_steps, *area)
+        return sigmas if plan.tail is None else shorten(sigmas, plan.last_noisy, plan.tail, self.model.shift(*area))
 
     def _latent_shape(self) -> tuple[int, ...]:
-        return self.model.latent_shape(self.size.height, self.size.width, self.size.frames)
+        return self.model.latent_shape(*self.size.area)
 
     def _first_of_groups(self, samples: Sequence[int]) -> list[int]:
         return [i for i, s in enumerate(samples) if s % self.geometry.batch.group_size == 0]

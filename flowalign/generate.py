@@ -28,8 +28,7 @@ def generate(
 
     Noise is keyed by the sample `ids`, so that a prompt's picture depends neither on its batch nor on its neighbours.
     """
-    where = (size.height, size.width, size.frames)
-    noise = Noise(seed, 0, ids, model.latent_shape(*where), device)
+    noise = Noise(seed, 0, ids, model.latent_shape(*size.area), device)
     sizes: list[Tensor] = []
 
     def velocity(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
@@ -37,6 +36,6 @@ def generate(
         sizes.append(v.float().square().flatten(1).mean(dim=1).sqrt())
         return v
 
-    plan, sigmas = deterministic(sampling.num_steps), model.sigmas(sampling.num_steps, *where)
+    plan, sigmas = deterministic(sampling.num_steps), model.sigmas(sampling.num_steps, *size.area)
     rollout = walk(velocity, sigmas, plan, ODE(), sampling.solver, noise)
     return model.decode(rollout.x0), torch.stack(sizes).mean(dim=0)

@@ -54,7 +54,7 @@ class AlignModule(LightningModule):
             for stage, number in (("val", recipe.evaluation.num_val), ("test", recipe.evaluation.num_test))
         }
         for size in (recipe.train_size, recipe.eval_size):
-            recipe.model.check_size(size.height, size.width, size.frames)
+            recipe.model.check_size(*size.area)
         if recipe.algorithm.source == "images":
             recipe.data["train"].require_images()
 
@@ -104,14 +104,15 @@ class AlignModule(LightningModule):
         if not r.model.text_encoders():  # setup comes once for each of fit, validate and test
             return
         r.model.to(strategy.root_device)
-        prompts = [*r.data["train"].prompts, *(p for prompts in self.eval_prompts.values() for p in prompts)]
-        self.report.begin("encode", len(prompts))
-        advance = partial(self.report.advance, "encode")
-        if r.encoding.cache is not None and self.trainer.is_global_zero:
-            self.conditioner.prepare(prompts, advance)
-        strategy.barrier("prompts")
-        self.conditioner.prepare(prompts, advance)
-        self.report.end("encode")
+        evaluated = [p for prompts in self.eval_prompts.values() for p in prompts]
+        for prompts, size in ((r.data["train"].prompts, r.train_size), (evaluated, r.eval_size)):
+            self.report.begin("encode", len(prompts))
+            advance = partial(self.report.advance, "encode")
+            if r.encoding.cache is not None and self.trainer.is_global_zero:
+                self.conditioner.prepare(prompts, size.area, advance)
+            strategy.barrier("prompts")
+            self.conditioner.prepare(prompts, size.area, advance)
+            self.report.end("encode")
         r.model.release_text_encoders()
 
     def configure_optimizers(self) -> Any:
@@ -299,7 +300,7 @@ class AlignModule(LightningModule):
         ids = positions.tolist()
         prompts = [self.eval_prompts[stage][i] for i in ids]
         with self.live.use(r.evaluation.copy), self._precision():
-            cond = self.conditioner(prompts, self.device)
+            cond = self.conditioner(prompts, self.device, r.eval_size.area)
             media, rms = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
         self._meter(f"{stage}/velocity_rms").update(rms)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size

@@ -122,13 +122,14 @@ class PromptSet:
 
     def images(self, indices: Sequence[int], numbers: Sequence[int], height: int, width: int) -> Tensor:
         """A real picture for each of the prompts, (B, 3, H, W) in [0, 1]; `numbers` say which, where there are many."""
-        pictures = [
-            _opened(prompt, height, width)
-            if self._painter is None or "image" in prompt.metadata
-            else self._painter(prompt.metadata, number, height, width)
-            for prompt, number in zip((self.prompts[i] for i in indices), numbers, strict=True)
-        ]
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        return torch.stack(
+            [self._picture(self.prompts[i], number, height, width) for i, number in zip(indices, numbers, strict=True)]
+        )
+
+    def _picture(self, prompt: Prompt, number: int, height: int, width: int) -> Tensor:
+        if self._painter is None or "image" in prompt.metadata:
+            return pictures_of(prompt, (height, width))[0]
+        return torch.from_numpy(self._painter(prompt.metadata, number, height, width)).permute(2, 0, 1)
 
     def epoch(self, seed: int, epoch: int, number: int) -> list[int]:
         """Indices of this epoch's prompts, a function of the arguments alone: a resumed run goes on as it would have.
@@ -156,17 +157,37 @@ class PromptSet:
         return (total - index + len(self._classes) - 1) // len(self._classes)
 
 
-def _opened(prompt: Prompt, height: int, width: int) -> np.ndarray:
-    """The picture that a prompt names, scaled to cover the size and cut to its middle."""
+def seen_pictures(prompt: Prompt) -> list[Path]:
+    """Files of the pictures that a prompt comes with: its `image`, or its `images`, beside the prompt file."""
+    named = prompt.metadata.get("images", prompt.metadata.get("image", []))
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        raise ValueError(
+            f"{prompt.source}: this model sees pictures beside a prompt: give every line an `image` (a path beside the "
+            f"prompt file) or `images` (a list of them), not {named!r}"
+        )
+    paths = [Path(prompt.source.rpartition(":")[0]).parent / name for name in named]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{prompt.source}: there is no picture {path}")
+    return paths
+
+
+def pictures_of(prompt: Prompt, size: tuple[int, int] | None = None) -> list[Tensor]:
+    """The pictures that a prompt comes with, (3, H, W) float32 in [0, 1]; scaled to cover a size and cut to it."""
     from PIL import Image, ImageOps
 
-    path = Path(prompt.source.rpartition(":")[0]).parent / prompt.metadata["image"]
-    try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    except OSError as error:
-        raise ValueError(f"{prompt.source}: the picture {path} cannot be read") from error
-    return np.asarray(fitted, dtype=np.float32) / 255
+    pictures = []
+    for path in seen_pictures(prompt):
+        try:
+            with Image.open(path) as image:
+                picture = image.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{prompt.source}: the picture {path} cannot be read") from error
+        if size is not None:
+            picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
+        pictures.append(torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1))
+    return pictures
 
 
 @lru_cache(maxsize=64)

@@ -13,9 +13,13 @@ from flowalign.conditioner import Conditioner, Encoding
 from flowalign.prompts import Prompt
 from flowalign.types import Conditioning
 
+CPU, SIZE = torch.device("cpu"), (32, 32, None)
+
 
 class Encoder:
     """Remembers what it was asked; a prompt's row is as long as its text."""
+
+    sees_images = False
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -47,24 +51,24 @@ def conditioner(guided: bool = False, **settings: Any) -> tuple[Conditioner, Enc
 def test_every_distinct_prompt_is_encoded_once():
     condition, encoder = conditioner()
     prompts = [Prompt("red"), Prompt("blue"), Prompt("red")]
-    assert words(condition(prompts, torch.device("cpu"))) == ["red", "blue", "red"]
-    assert words(condition([Prompt("green"), Prompt("blue")], torch.device("cpu"))) == ["green", "blue"]
+    assert words(condition(prompts, CPU, SIZE)) == ["red", "blue", "red"]
+    assert words(condition([Prompt("green"), Prompt("blue")], CPU, SIZE)) == ["green", "blue"]
     assert encoder.asked == ["red", "blue", "green"]
 
 
 def test_the_negative_prompt_is_encoded_only_for_guidance_and_tells_prompts_apart():
     condition, encoder = conditioner(guided=False)
-    condition([Prompt("red", "blurry")], torch.device("cpu"))
+    condition([Prompt("red", "blurry")], CPU, SIZE)
     assert encoder.negatives is None
     condition, encoder = conditioner(guided=True)
-    condition([Prompt("red", "blurry"), Prompt("red"), Prompt("red", "blurry")], torch.device("cpu"))
+    condition([Prompt("red", "blurry"), Prompt("red"), Prompt("red", "blurry")], CPU, SIZE)
     assert encoder.negatives == ["blurry", ""]
 
 
 def test_encoding_goes_in_batches():
     condition, encoder = conditioner(batch_size=3)
     texts = [f"prompt {i}" for i in range(8)]
-    assert words(condition([Prompt(t) for t in texts], torch.device("cpu"))) == texts
+    assert words(condition([Prompt(t) for t in texts], CPU, SIZE)) == texts
     assert encoder.largest == 3
 
 
@@ -74,21 +78,21 @@ def test_encoding_goes_in_batches():
 def test_a_second_run_finds_what_the_first_one_encoded(tmp_path: Path):
     prompts = [Prompt("red", "blurry"), Prompt("blue")]
     first, encoder = conditioner(guided=True, cache=str(tmp_path))
-    made = first(prompts, torch.device("cpu"))
+    made = first(prompts, CPU, SIZE)
     second, other = conditioner(guided=True, cache=str(tmp_path))
-    found = second(prompts, torch.device("cpu"))
+    found = second(prompts, CPU, SIZE)
     assert encoder.asked == ["red", "blue"]
     assert other.asked == []
     assert torch.equal(made["tokens"], found["tokens"])
     unguided, _ = conditioner(guided=False, cache=str(tmp_path))
-    assert words(unguided(prompts, torch.device("cpu"))) == ["red", "blue"]  # its rows are others, without a negative
+    assert words(unguided(prompts, CPU, SIZE)) == ["red", "blue"]  # its rows are others, without a negative
 
 
 def test_another_encoder_has_files_of_its_own(tmp_path: Path):
-    conditioner(cache=str(tmp_path))[0].prepare([Prompt("red")])
+    conditioner(cache=str(tmp_path))[0].prepare([Prompt("red")], SIZE)
     encoder = Encoder()
     encoder.name = "second"
-    Conditioner(encoder, False, Encoding(str(tmp_path))).prepare([Prompt("red")])  # type: ignore[arg-type]
+    Conditioner(encoder, False, Encoding(str(tmp_path))).prepare([Prompt("red")], SIZE)  # type: ignore[arg-type]
     assert encoder.asked == ["red"]
     assert len(list(tmp_path.glob("*/*/*.safetensors"))) == 2
 
@@ -115,21 +119,21 @@ def _exchanged(file: Path) -> None:
 @pytest.mark.parametrize("damage", [_torn, _emptied, _changed, _exchanged])
 def test_what_is_damaged_is_noticed_and_made_again(tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture):
     prompts = [Prompt("red"), Prompt("blue")]
-    conditioner(cache=str(tmp_path))[0].prepare(prompts)
+    conditioner(cache=str(tmp_path))[0].prepare(prompts, SIZE)
     damage(sorted(tmp_path.glob("*/*/*.safetensors"))[0])
     again, encoder = conditioner(cache=str(tmp_path))
-    assert words(again(prompts, torch.device("cpu"))) == ["red", "blue"]
+    assert words(again(prompts, CPU, SIZE)) == ["red", "blue"]
     assert len(encoder.asked) == 1
     assert "is made again" in caplog.text
     healed, nobody = conditioner(cache=str(tmp_path))
-    healed.prepare(prompts)
+    healed.prepare(prompts, SIZE)
     assert nobody.asked == []
     assert not list(tmp_path.glob("*/*/.*"))  # nothing half written
 
 
 def test_progress_counts_distinct_prompts(tmp_path: Path):
     condition, _ = conditioner(batch_size=2, cache=str(tmp_path))
-    condition.prepare([Prompt("red")])
+    condition.prepare([Prompt("red")], SIZE)
     seen: list[int] = []
-    condition.prepare([Prompt(c) for c in ("red", "blue", "blue", "green", "grey")], seen.append)
+    condition.prepare([Prompt(c) for c in ("red", "blue", "blue", "green", "grey")], SIZE, seen.append)
     assert seen == [3, 4]

@@ -46,7 +46,7 @@ class Saved:
         if size:
             node.height = node.width = size
         made = instantiate(node)
-        self.model.check_size(made.height, made.width, made.frames)
+        self.model.check_size(*made.area)
         return made
 
 
