@@ -22,6 +22,7 @@ from flowalign.collect import Collector
 from flowalign.conditioner import Conditioner
 from flowalign.evaluation import Positions, Shown
 from flowalign.generate import generate
+from flowalign.memory import Share, plan
 from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
@@ -74,6 +75,7 @@ class AlignModule(LightningModule):
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         with refusals():
             self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen)
+            r.running.apply(r.model)
 
     @property
     def live(self) -> Policy:
@@ -114,6 +116,11 @@ class AlignModule(LightningModule):
             self.conditioner.prepare(prompts, size.area, advance)
             self.report.end("encode")
         r.model.release_text_encoders()
+
+    def memory_plan(self) -> list[Share]:
+        """What the run will take of this rank's device."""
+        cond = self.conditioner(self.recipe.data["train"].prompts[:1], self.device, self.recipe.train_size.area)
+        return plan(self.recipe, self.live, self.geometry, cond)
 
     def configure_optimizers(self) -> Any:
         r = self.recipe

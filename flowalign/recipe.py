@@ -20,6 +20,7 @@ from flowalign.policy import Tune
 from flowalign.policy.follow import Follow
 from flowalign.policy.policy import Place
 from flowalign.prompts import PromptSet
+from flowalign.running import Running
 from flowalign.sampler import Sampling
 from flowalign.schedule import Schedule
 from flowalign.scoring import Scorer
@@ -60,6 +61,7 @@ class Recipe:
     schedule: Schedule
     device_of_frozen: Place = "same"
     encoding: Encoding = field(default_factory=Encoding)
+    running: Running = field(default_factory=Running)
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 

@@ -74,6 +74,7 @@ def build_recipe(cfg: DictConfig) -> Recipe:
         schedule=make(cfg.schedule),
         device_of_frozen=cfg.policy.device_of_frozen,
         encoding=make(cfg.encoding),
+        running=make(cfg.running),
         seed=cfg.seed,
         config=plain,  # type: ignore[arg-type]
     )

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +24,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from flowalign.grid import grid
+from flowalign.memory import GIB, Share, advice, by_size
 
 if TYPE_CHECKING:
     from flowalign.evaluation import Shown
@@ -47,9 +49,15 @@ def show_config(cfg: DictConfig, folder: Path) -> None:
         Console(file=file, width=120).print(tree)
 
 
-@rank_zero_only
 def show_plan(trainer: Trainer, module: AlignModule) -> None:
-    """The batch plan and the sizes, before the first epoch."""
+    """The batch plan, the sizes and the memory plan, before the first epoch."""
+    lines = module.memory_plan()  # on every rank: a sharded network is asked by all together
+    if trainer.is_global_zero:
+        _show_batches(trainer, module)
+        _show_memory(module.device, lines)
+
+
+def _show_batches(trainer: Trainer, module: AlignModule) -> None:
     table = Table(title="batch plan", show_header=False)
     for name, value in module.geometry.table().items():
         table.add_row(name, value)
@@ -58,6 +66,22 @@ def show_plan(trainer: Trainer, module: AlignModule) -> None:
     table.add_row("frozen copies", ", ".join(module.live.copies) or "none")
     table.add_row("epochs", f"{trainer.max_epochs}, evaluated every {trainer.check_val_every_n_epoch}")
     _console.print(table)
+
+
+def _show_memory(device: torch.device, lines: list[Share]) -> None:
+    """The memory plan of this rank's device, and what to change if it does not fit."""
+    table = Table(title=f"memory plan, {device}", show_header=False)
+    for line in by_size(lines):
+        table.add_row(line.name, f"{line.size / GIB:.3f} GiB")
+    table.add_row("in all", f"{sum(line.size for line in lines) / GIB:.3f} GiB", style="bold")
+    _console.print(table)
+    if device.type != "cuda":
+        return
+    available = torch.cuda.get_device_properties(device).total_memory
+    if words := advice(lines, available):
+        _console.print(f"[bold]This will hardly fit into {available / GIB:.1f} GiB.[/bold] What helps, most first:")
+        for word in words:
+            _console.print(f"  {word}")
 
 
 class Summary:

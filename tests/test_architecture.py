@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "checks",
         "policy",
+        "running",
         "schedule",
         "geometry",
         "buffer",
@@ -31,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "scoring",
     )
     + ("report", "collect", "generate", "media"),
-    ("recipe", "module", "callbacks"),
+    ("recipe", "memory", "module", "callbacks"),
     ("compatibility", "summary", "curves", "run", "commands", "cli", "programs"),
 )
 """From the ground up. Files of one floor see those named before them, which keeps circles out."""

@@ -13,9 +13,11 @@ A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -23,14 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
+from flowalign.checks import check_signatures
 from flowalign.checks.signatures import locate
 from flowalign.dynamics import ODE
 from flowalign.models.base import FlowModel
 from flowalign.policy import Lora
+from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.sampler import Noise, deterministic, walk
+from flowalign.scoring import Scorer
 from flowalign.solvers import Euler
 from flowalign.types import Conditioning
 from tests.conftest import ROOT
@@ -138,25 +144,64 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+def adapter_of(name: str) -> type[FlowModel]:
+    """The adapter that a YAML of conf/model names."""
+    node = OmegaConf.load(ROOT / "conf/model" / f"{name}.yaml")
+    return locate(node.get("model", node)["_target_"])
+
+
+def key_of(adapter: type[FlowModel]) -> str:
+    """The name under which its random pipeline is found."""
+    return adapter.__name__ if adapter.__name__ in TINY else adapter.pipeline
+
+
+KINDS = {adapter_of(name).__name__: name for name in reversed(MODELS)}
+"""One model of each adapter: the others differ in their weights."""
+
+
+@pytest.fixture(scope="session")
+def make(folders: Callable[[str], Path]) -> Callable[[str], Family]:
+    """A family on weights of its own, for tests that change them."""
+
+    def made(kind: str) -> Family:
+        adapter = adapter_of(KINDS[kind])
+        tiny = TINY[key_of(adapter)]
+        model = adapter(str(folders(key_of(adapter))), **settings_of(tiny))
+        if hasattr(tiny, "equip"):
+            tiny.equip(model.pipe)
+        return Family(model, tiny)
+
+    return made
+
+
+def settings_of(tiny: ModuleType) -> dict[str, Any]:
+    return {"max_sequence_length": TOKENS} | getattr(tiny, "MODEL", {})
+
+
+@pytest.fixture(scope="session")
+def made(make: Callable[[str], Family]) -> Callable[[str], Family]:
+    """The same family for all tests that only look."""
+    return lru_cache(maxsize=None)(make)
+
+
 @pytest.fixture
-def family(compose: Callable[..., DictConfig], folders: Callable[[str], Path], name: str) -> Family:
-    node = compose(f"model={name}").model
-    adapter = locate(node["_target_"])
-    key = adapter.__name__ if adapter.__name__ in TINY else adapter.pipeline
-    if key not in TINY:
-        pytest.fail(f"no random pipeline for {key}: write tests/models/tiny/…")
-    settings = {"max_sequence_length": TOKENS} | getattr(TINY[key], "MODEL", {})
-    model = adapter(str(folders(key)), **settings)
-    if hasattr(TINY[key], "equip"):
-        TINY[key].equip(model.pipe)
-    return Family(model, TINY[key])
+def family(made: Callable[[str], Family], kind: str) -> Family:
+    return made(kind)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_a_random_pipeline_and_says_what_it_loads(compose: Callable[..., DictConfig], name: str):
+    cfg = compose(f"model={name}")
+    assert key_of(adapter_of(name)) in TINY, "write tests/models/tiny/…"
+    assert cfg.model.pretrained == "tiny_sd3" or cfg.model.pretrained.count("/") == 1
+    check_signatures(cfg)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_walk_ends_where_the_pipeline_does(family: Family):
     for guidance in family.tiny.GUIDANCE:
         pictures = family.model.decode(family.ours(guidance))
@@ -166,7 +211,7 @@ def test_the_walk_ends_where_the_pipeline_does(family: Family):
         assert pictures.std() > 0.01  # not a constant picture, on which all would agree
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_comparison_notices_what_is_wrong(family: Family):
     guidance = max(family.tiny.GUIDANCE)
     right = family.ours(guidance)
@@ -179,7 +224,7 @@ def test_the_comparison_notices_what_is_wrong(family: Family):
         assert distance(family.ours(guidance + 1), right) > 1e-3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_mixed_noise_levels_equals_its_rows_alone(family: Family):
     model, guidance = family.model, max(family.tiny.GUIDANCE)
     cond = family.encode()
@@ -196,7 +241,7 @@ def test_a_batch_of_mixed_noise_levels_equals_its_rows_alone(family: Family):
         assert distance(model.velocity(x, sigma.flip(0), cond, guidance), both) > 1e-3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_conditioning_survives_what_is_done_to_it(family: Family, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
@@ -217,14 +262,14 @@ def test_conditioning_survives_what_is_done_to_it(family: Family, tmp_path: Path
         assert distance(twice[::2], v) < 3e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_negative_prompts_the_rest_is_the_same(family: Family):
     both, alone = family.encode(), family.encode(negative=False)
     assert alone.keys() == {key for key in both if not key.startswith("neg.")}
     assert all(distance(alone[key], both[key]) < 1e-5 for key in alone)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_pictures_become_latents_on_the_scale_of_the_network(family: Family):
     model = family.model
     if model.modality != "image":
@@ -235,7 +280,7 @@ def test_pictures_become_latents_on_the_scale_of_the_network(family: Family):
     assert distance(model.normalised(model.denormalised(x)), x) < 1e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_adapters_have_somewhere_to_go_and_blocks_are_found(family: Family):
     targets = family.model.lora_targets
     for denoiser in family.model.denoisers().values():
@@ -248,7 +293,7 @@ def test_adapters_have_somewhere_to_go_and_blocks_are_found(family: Family):
     assert sum(p.numel() for b in blocks for p in b.parameters()) > 0.3 * total
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_schedule_falls_from_one_to_zero(family: Family):
     sigmas = family.model.sigmas(STEPS, **family.size)
     assert sigmas.shape == (STEPS + 1,)
@@ -258,11 +303,12 @@ def test_the_schedule_falls_from_one_to_zero(family: Family):
     assert (sigmas.diff() < 0).all()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_saved_adapters_are_restored_by_the_pipeline(family: Family, tmp_path: Path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_adapters_are_restored_by_the_pipeline(make: Callable[[str], Family], kind: str, tmp_path: Path):
     from diffusers import DiffusionPipeline
 
-    model, tune = family.model, Lora(rank=4, alpha=8)
+    family, tune = make(kind), Lora(rank=4, alpha=8)
+    model = family.model
     for denoiser in model.denoisers().values():
         tune(denoiser, model.lora_targets)
         for key, parameter in denoiser.named_parameters():
@@ -284,3 +330,58 @@ def test_saved_adapters_are_restored_by_the_pipeline(family: Family, tmp_path: P
         )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# ------------------------------------------------------------ training
+
+
+class Brightness:
+    """The mean of a picture or a video."""
+
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        return media.flatten(1).mean(1)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path, made: Callable[[str], Family], kind: str) -> Path:
+    """A file of the prompts, with the pictures that they come with."""
+    tiny = made(kind).tiny
+    lines = []
+    for i, text in enumerate(PROMPTS):
+        record: dict[str, Any] = {"prompt": text, "negative_prompt": NEGATIVES[i]}
+        if hasattr(tiny, "IMAGES"):
+            record["images"] = [f"{i}_{j}.png" for j in range(len(tiny.IMAGES[i]))]
+            for image, file in zip(tiny.IMAGES[i], record["images"], strict=True):
+                array = (image * 255).round().byte().permute(1, 2, 0).numpy()
+                Image.fromarray(array).save(tmp_path / file)
+        lines.append(json.dumps(record))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    return tmp_path / "prompts.jsonl"
+
+
+@pytest.mark.parametrize("algo", ["grpo", "nft"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_starts_on_policy_and_moves_the_weights(
+    tiny: Callable[..., DictConfig], make: Callable[[str], Family], prompts: Path, kind: str, algo: str
+):
+    from flowalign.module import AlignModule
+
+    family = make(kind)
+    size = {"frames": "null"} | family.size
+    areas = [f"resolution.{part}.{key}={value}" for part in ("train", "eval") for key, value in size.items()]
+    guidance = max(family.tiny.GUIDANCE)
+    cfg = tiny(
+        f"algo={algo}", f"rollout.guidance={guidance}", "steps.width=2" if algo == "grpo" else "times.num=2",
+        "trainer.check_val_every_n_epoch=9", "optimizer.lr=0.01", *(f"++{word}" for word in areas), "batch.micro=4",
+    )  # fmt: skip
+    for stage in ("train", "val", "test"):
+        cfg.data[stage] = {"_target_": "flowalign.prompts.PromptSet.read", "path": str(prompts)}
+    recipe = build_recipe(cfg)
+    recipe.model, recipe.scorer = family.model, Scorer(Brightness())
+    module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+    trainer.fit(module)
+    assert trainer.global_step == 2
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    if algo == "grpo":
+        assert trainer.callback_metrics["train/on_policy_gap"] < 1e-5
+    assert any((p != 0).any() for name, p in module.live.trained().items() if "lora_B" in name)

@@ -1,0 +1,104 @@
+"""What a run will take of the device's memory, told before it starts, and what to change if that is too much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.geometry import Geometry
+from flowalign.models.base import FlowModel
+from flowalign.policy import Policy
+from flowalign.recipe import Recipe
+from flowalign.types import Conditioning
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Share:
+    """One line of the plan. `remedy` is the setting that makes it smaller, if there is one."""
+
+    name: str
+    size: int
+    """Bytes."""
+    remedy: str = ""
+
+
+def held(tensors: Iterable[Tensor]) -> int:
+    """Bytes of distinct storages."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def weights(module: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return held([*module.parameters(), *module.buffers()])
+
+
+def kept_for_backward(model: FlowModel, x: Tensor, cond: Conditioning, guidance: float) -> int:
+    """Bytes that a forward pass of x (B, …) keeps for its backward pass, weights excepted: counted, not guessed.
+
+    With gradient checkpointing these are the inputs of the blocks; one block's inside comes on top on the way back.
+    """
+    own = {p.untyped_storage().data_ptr() for d in model.denoisers().values() for p in d.parameters()}
+    seen: dict[int, int] = {}
+
+    def count(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        v = model.velocity(x, torch.full((len(x),), 0.5, device=x.device), cond, guidance)
+        del v
+    return sum(seen.values())
+
+
+def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning) -> list[Share]:
+    """The lines of the plan for one rank; cond: one row, already on the device of the network."""
+    model, trained = recipe.model, list(policy.trained().values())
+    moving = sum(p.numel() * p.element_size() for p in trained)
+    copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)
+    latent = math.prod(model.latent_shape(*recipe.train_size.area)) * 4
+    x = torch.zeros(1, *model.latent_shape(*recipe.train_size.area), device=next(iter(cond.values())).device)
+    row = kept_for_backward(model, x, cond, recipe.optimisation.guidance)
+    points = geometry.trained_local * geometry.points_per_sample
+    replays = recipe.algorithm.point == "transition"
+    # Both ends of a step, and its mean if asked; or the state, the sample and the noise. Then frozen velocities.
+    fields = (2 + recipe.algorithm.keeps_mean if replays else 3) + len(recipe.algorithm.frozen)
+    text = sum(map(weights, model.text_encoders().values()))
+    adapters = "tune=lora" if recipe.tune.kind == "full" else ""
+    lines = [
+        Share("denoisers", sum(map(weights, model.denoisers().values())), "model.train_dtype=bfloat16"),
+        Share("text encoders", 0 if recipe.encoding.release else text, "encoding.release=true"),
+        Share("VAE", weights(model.pipe.vae)),
+        Share("gradients", moving, adapters),
+        Share("optimiser: two moments", 2 * moving, adapters),
+        Share(f"{copies} frozen copies", copies * moving, "policy.device_of_frozen=cpu"),
+        Share(
+            f"kept for backward, {geometry.batch.micro} points", row * geometry.batch.micro,
+            "running.gradient_checkpointing=true, or a smaller batch.micro",
+        ),
+        Share(f"{points} training points", points * fields * latent, "fewer pictures or points an epoch"),
+        Share(
+            f"latents of a rollout batch, {recipe.rollout.batch_size}", 4 * recipe.rollout.batch_size * latent,
+            "a smaller rollout.batch_size",
+        ),
+    ]  # fmt: skip
+    return [line for line in lines if line.size]
+
+
+def advice(lines: list[Share], available: int) -> list[str]:
+    """What to change, largest first, if the plan does not fit into the available bytes; nothing if it does."""
+    if sum(line.size for line in lines) <= available:
+        return []
+    return [f"{line.remedy}  ({line.name}: {line.size / GIB:.2f} GiB)" for line in by_size(lines) if line.remedy]
+
+
+def by_size(lines: list[Share]) -> list[Share]:
+    """Largest first."""
+    return sorted(lines, key=lambda line: -line.size)

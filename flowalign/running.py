@@ -1,0 +1,46 @@
+"""How the networks run: memory against time, without another result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flowalign.models.base import FlowModel
+
+
+@dataclass(frozen=True)
+class Running:
+    """Settings of the denoisers and the VAE; all are off where nothing is said."""
+
+    gradient_checkpointing: bool = False
+    """Forget what is inside a block and compute it again on the way back: a third more time, far less memory."""
+    compile: bool = False
+    """torch.compile for one block after the other, which share their code: minutes at first, a quarter off later."""
+    attention: str | None = None
+    """Name of a diffusers attention backend, e.g. flash, _flash_3, sage; None: PyTorch's own."""
+    vae_tiling: bool = False
+    """Decode large pictures tile by tile. Seams are blended, hence pixels differ slightly."""
+    vae_slicing: bool = False
+    """Decode the pictures of a batch one by one."""
+
+    def apply(self, model: FlowModel) -> None:
+        """To the pipeline as the policy has prepared it. Raises ValueError for what the family cannot do."""
+        if self.gradient_checkpointing and not model.checkpointing_is_exact:
+            raise ValueError(
+                f"{type(model).__name__} predicts something else under gradient checkpointing, since diffusers then "
+                "drops its attention mask: use running.gradient_checkpointing=false."
+            )
+        for denoiser in model.denoisers().values():
+            if self.gradient_checkpointing:
+                denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+            if self.attention is not None:
+                denoiser.set_attention_backend(self.attention)  # type: ignore[operator]
+        if self.compile:
+            for block in model.blocks():
+                block.compile()
+        for wanted, switch in ((self.vae_tiling, "enable_tiling"), (self.vae_slicing, "enable_slicing")):
+            if wanted:
+                if not hasattr(model.pipe.vae, switch):
+                    raise ValueError(f"the VAE of {type(model).__name__} has no {switch}().")
+                getattr(model.pipe.vae, switch)()
