@@ -57,6 +57,11 @@ class Positions:
         return iter(self.mine.split(self.batch_size))
 
 
+def stills(media: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) as they are; of videos (B, F, 3, H, W) the middle frame."""
+    return media if media.ndim == 4 else media[:, media.shape[1] // 2]
+
+
 @dataclass
 class Shown:
     """Some pictures of an evaluation, with what they were asked to be and how they scored."""

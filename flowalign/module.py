@@ -20,7 +20,7 @@ from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, refusals
 from flowalign.collect import Collector
 from flowalign.conditioner import Conditioner
-from flowalign.evaluation import Positions, Shown
+from flowalign.evaluation import Positions, Shown, stills
 from flowalign.generate import generate
 from flowalign.memory import Share, plan
 from flowalign.policy import Policy
@@ -328,7 +328,7 @@ class AlignModule(LightningModule):
         if not rows:
             return
         texts = [self.eval_prompts[stage][ids[row]].text for row in rows]
-        new = Shown(media[rows].cpu(), texts, {k: v[rows].cpu() for k, v in scores.items()})
+        new = Shown(stills(media[rows]).cpu(), texts, {k: v[rows].cpu() for k, v in scores.items()})
         self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
 
     def _end_evaluation(self, stage: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 ASSETS = Path(__file__).parent / "assets"
+SUFFIXES = [".jsonl", ".txt"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Empty lines are skipped. A line that cannot be read raises ValueError "file:line: reason".
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
+    if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: prompts are read from .txt or .jsonl files")
     parse, prompts = _plain if path.suffix == ".txt" else _record, []
     # Not splitlines(): that would also cut at rarer separators, which prompts scraped from the web contain.
@@ -67,6 +68,12 @@ def _record(line: str, source: str) -> Prompt:
     return Prompt(text, negative, record, source)
 
 
+def _found(path: str) -> Path | None:
+    suffixes = [""] if Path(path).suffix in SUFFIXES else SUFFIXES
+    names = [f"{path}{suffix}" for suffix in suffixes]
+    return next((p for name in names for p in (Path(name).expanduser(), ASSETS / name) if p.is_file()), None)
+
+
 Painter = Callable[[dict[str, Any], int, int, int], np.ndarray]
 """Metadata of a prompt, the number of the picture, height, width → (height, width, 3) in [0, 1]."""
 
@@ -94,10 +101,19 @@ class PromptSet:
 
     @classmethod
     def read(
-        cls, path: str, balance: str | None = None, limit: int | None = None, images: Painter | None = None
+        cls,
+        path: str,
+        balance: str | None = None,
+        limit: int | None = None,
+        images: Painter | None = None,
+        otherwise: str | None = None,
     ) -> PromptSet:
-        """The first `limit` prompts of a file; a path that does not exist here may name one inside this package."""
-        found = next((p for p in (Path(path).expanduser(), ASSETS / path) if p.is_file()), None)
+        """The first `limit` prompts of a file, or of the file `otherwise` where there is no such file.
+
+        A path that does not exist here may name one inside this package; without a suffix it stands for .jsonl or .txt.
+        """
+        named = [path, *([] if otherwise is None else [otherwise])]
+        found = next((file for name in named if (file := _found(name)) is not None), None)
         if found is None:
             known = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
             raise ValueError(f"there is no prompt file {path}; embedded ones are {known}")

@@ -173,3 +173,14 @@ def test_painted_pictures_are_told_the_metadata_and_the_number():
 def test_prompts_without_pictures_are_refused_where_they_are_needed():
     with pytest.raises(ValueError, match=r"here:3: no picture to learn from: give every line an `image`"):
         PromptSet([Prompt("a", source="here:3")]).require_images()
+
+
+def test_a_folder_of_prompt_files_needs_no_suffixes(tmp_path):
+    (tmp_path / "train.txt").write_text("a\nb")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "c"}')
+    assert [p.text for p in PromptSet.read(f"{tmp_path}/train").prompts] == ["a", "b"]
+    assert [p.text for p in PromptSet.read(f"{tmp_path}/val", otherwise=f"{tmp_path}/test").prompts] == ["c"]
+    (tmp_path / "val.txt").write_text("d")
+    assert [p.text for p in PromptSet.read(f"{tmp_path}/val", otherwise=f"{tmp_path}/test").prompts] == ["d"]
+    with pytest.raises(ValueError, match=r"there is no prompt file .*/dev; embedded ones are"):
+        PromptSet.read(f"{tmp_path}/dev")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from flowalign.evaluation import stills
 from flowalign.grid import grid
 from flowalign.module import AlignModule
 
@@ -20,4 +21,6 @@ class Pictures(Callback):
             if shown := pl_module.shown.get("val"):
                 board.experiment.add_image("val/pictures", grid(shown), trainer.global_step, dataformats="HWC")
             if pl_module.rollout_shown is not None:
-                board.experiment.add_images("rollout/pictures", pl_module.rollout_shown[:16], trainer.global_step)
+                board.experiment.add_images(
+                    "rollout/pictures", stills(pl_module.rollout_shown[:16]), trainer.global_step
+                )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowalign.commands.sample import made
 from flowalign.commands.saved import Saved, opened
-from flowalign.evaluation import Shown
+from flowalign.evaluation import Shown, stills
 from flowalign.grid import grid
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.run import instantiate
@@ -53,8 +53,7 @@ def evaluate(
     about = {"ckpt": str(saved.path), "weights": weights, "seed": seed, "samples": len(asked), "scores": summary}
     (folder / "summary.json").write_text(json.dumps(about, indent=2))
     wanted = instantiate(evaluation).shows(len(asked))
-    pictures = media if media.ndim == 4 else media[:, media.shape[1] // 2]
-    shown = Shown(pictures[wanted], [asked[i].text for i in wanted], {n: s[wanted] for n, s in scores.items()})
+    shown = Shown(stills(media)[wanted], [asked[i].text for i in wanted], {n: s[wanted] for n, s in scores.items()})
     Image.fromarray(grid(shown)).save(folder / "pictures.png")
     for name, value in summary.items():
         print(f"{name:24} {value:.4f}")

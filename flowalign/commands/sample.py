@@ -11,7 +11,7 @@ from torch import Tensor
 from flowalign.collect import Size
 from flowalign.commands.saved import Saved, opened
 from flowalign.conditioner import Conditioner
-from flowalign.evaluation import Shown
+from flowalign.evaluation import Shown, stills
 from flowalign.generate import generate
 from flowalign.grid import grid
 from flowalign.media import check_suffix, save
@@ -71,7 +71,6 @@ def made(saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size:
 
 def _compared(saved: Saved, asked: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:
     def shown(media: Tensor) -> Shown:
-        pictures = media if media.ndim == 4 else media[:, media.shape[1] // 2]  # of a video its middle
-        return Shown(pictures, [p.text for p in asked], {})
+        return Shown(stills(media), [p.text for p in asked], {})
 
     Image.fromarray(grid(shown(before), shown(after), titles=("before", "after"))).save(path)

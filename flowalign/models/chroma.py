@@ -54,7 +54,7 @@ class Chroma(FlowModel):
             timestep=t / 1000,
             encoder_hidden_states=tokens,
             txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=dtype),
-            img_ids=positions(height // 2, width // 2, x.device, dtype),
+            img_ids=positions(x).to(dtype),
             attention_mask=torch.cat([mask, torch.ones_like(patches[..., 0])], dim=1),
             return_dict=False,
         )[0]

@@ -14,6 +14,8 @@ A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and a
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from flowalign.checks import check_signatures
 from flowalign.checks.signatures import locate
+from flowalign.cli import main
 from flowalign.dynamics import ODE
 from flowalign.models.base import FlowModel
 from flowalign.policy import Lora
@@ -39,7 +42,8 @@ from flowalign.sampler import Noise, deterministic, walk
 from flowalign.scoring import Scorer
 from flowalign.solvers import Euler
 from flowalign.types import Conditioning
-from tests.conftest import ROOT
+from tests.conftest import ROOT, settled
+from tests.conftest import TINY as TINY_WORDS
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -385,3 +389,40 @@ def test_an_epoch_starts_on_policy_and_moves_the_weights(
     if algo == "grpo":
         assert trainer.callback_metrics["train/on_policy_gap"] < 1e-5
     assert any((p != 0).any() for name, p in module.live.trained().items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_networks_survive_their_files(make: Callable[[str], Family], kind: str, tmp_path: Path):
+    for name, denoiser in make(kind).model.denoisers().items():
+        denoiser.save_pretrained(tmp_path / name)  # type: ignore[operator]
+        loaded = type(denoiser).from_pretrained(tmp_path / name).state_dict()  # type: ignore[attr-defined]
+        assert loaded.keys() == denoiser.state_dict().keys()
+        assert all(torch.equal(loaded[key], value) for key, value in denoiser.state_dict().items())
+
+
+def test_a_video_model_trains_by_command_and_its_sample_plays(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import imageio_ffmpeg
+
+    for stage in ("train", "test"):
+        (tmp_path / f"{stage}.txt").write_text("\n".join(PROMPTS))
+    sizes = [f"++resolution.{part}.{key}={n}" for part in ("train", "eval")
+             for key, n in (("height", HEIGHT), ("width", WIDTH), ("frames", TINY["WanPipeline"].FRAMES))]  # fmt: skip
+    words = settled(*TINY_WORDS, "algo=nft", "model=wan2_1_t2v_1_3b", f"model.pretrained={folders('WanPipeline')}",
+                    "model.dtype=float32", "model.train_dtype=float32", f"model.max_sequence_length={TOKENS}",
+                    "encoding.cache=null", "reward=jpeg", "data=folder",
+                    f"data.folder={tmp_path}", f"hydra.run.dir={tmp_path}/run")  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "train.py", *words, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert (tmp_path / "run" / "before_after.png").is_file()
+    for name in ("a.mp4", "a.gif"):
+        monkeypatch.setattr(sys, "argv", [
+            "flowalign", "sample", f"ckpt={tmp_path}/run/checkpoints/last.ckpt", "prompt=two red circles",
+            f"to={tmp_path / name}", "steps=2",
+        ])  # fmt: skip
+        main()
+    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "a.mp4"))[0] == TINY["WanPipeline"].FRAMES
+    assert Image.open(tmp_path / "a.gif").n_frames > 1

@@ -1,0 +1,36 @@
+"""How well a picture compresses, the reward that needs no model (DDPO, arXiv:2305.13301)."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class Jpeg:
+    """Minus the kilobytes of a picture as JPEG, (B,), or the mean over a video's frames. NaN where it is not finite."""
+
+    def __init__(self, quality: int = 95, incompressible: bool = False) -> None:
+        """quality: of the encoder, 1 to 95; incompressible: many kilobytes are good instead."""
+        if not 1 <= quality <= 95:
+            raise ValueError(f"quality is that of a JPEG, 1 to 95 (got {quality}).")
+        self.quality, self.sign = quality, 1 if incompressible else -1
+
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        del prompts, metadata
+        videos = media if media.ndim == 5 else media[:, None]
+        return torch.tensor([self._mean(video) for video in videos], dtype=torch.float32)
+
+    def _mean(self, frames: Tensor) -> float:
+        if not frames.isfinite().all():
+            return float("nan")
+        return self.sign * sum(map(self._kilobytes, frames)) / len(frames)
+
+    def _kilobytes(self, frame: Tensor) -> float:
+        file = BytesIO()
+        pixels = (frame.clamp(0, 1).float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(file, "JPEG", quality=self.quality)
+        return file.tell() / 1000
