@@ -44,7 +44,8 @@ def collect(tiny: Callable[..., DictConfig]) -> Callable[..., Phase]:
         )  # fmt: skip
         everyone = torch.arange(geometry.samples).float()[:, None]
         with torch.no_grad():
-            got = collector(epoch, rank, torch.device("cpu"), lambda _: everyone, lambda done, reward: None)
+            gather = lambda rewards: everyone.expand(-1, rewards.shape[1])  # noqa: E731
+            got = collector(epoch, rank, torch.device("cpu"), gather, lambda done, reward: None)
         return Phase(got, collector)
 
     return collected
