@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,18 @@ class Size:
     height: int
     width: int
     frames: int | None = None
+    fps: float | None = None
+    """Frames a second of a written video; None: 16."""
+
+    @staticmethod
+    def of(sides: Any) -> Size:
+        """From the side of a square, [height, width] or [height, width, frames]; anything else is a ValueError."""
+        given = [sides, sides] if type(sides) is int else sides
+        if not isinstance(given, list) or len(given) not in (2, 3) or not all(type(n) is int for n in given):
+            raise ValueError(
+                f"a resolution is the side of a square, [height, width], [height, width, frames], or a mapping (got {sides})."
+            )
+        return Size(*given)
 
     @property
     def area(self) -> tuple[int, int, int | None]:

@@ -201,7 +201,7 @@ def pictures_of(prompt: Prompt, size: tuple[int, int] | None = None) -> list[Ten
         except OSError as error:
             raise ValueError(f"{prompt.source}: the picture {path} cannot be read") from error
         if size is not None:
-            picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BICUBIC)
+            picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BICUBIC)
         pictures.append(torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1))
     return pictures
 

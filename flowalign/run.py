@@ -23,6 +23,7 @@ from flowalign.compatibility import check_groups
 if TYPE_CHECKING:
     from lightning import Trainer
 
+    from flowalign.collect import Size
     from flowalign.module import AlignModule
     from flowalign.recipe import Recipe
 
@@ -67,8 +68,8 @@ def build_recipe(cfg: DictConfig) -> Recipe:
         rollout=make(cfg.rollout),
         evaluation=make(cfg.evaluation),
         optimisation=make(cfg.optimisation),
-        train_size=make(cfg.resolution.train),
-        eval_size=make(cfg.resolution.eval),
+        train_size=size_of(cfg, "train"),
+        eval_size=size_of(cfg, "eval"),
         frozen={name: make(node) for name, node in cfg.frozen.items() if node is not None},
         optimizer=make(cfg.optimizer),
         schedule=make(cfg.schedule),
@@ -78,6 +79,19 @@ def build_recipe(cfg: DictConfig) -> Recipe:
         seed=cfg.seed,
         config=plain,  # type: ignore[arg-type]
     )
+
+
+def size_of(cfg: DictConfig, part: str) -> Size:
+    """resolution.train or resolution.eval: a node, or in short a number or a list of them."""
+    from flowalign.collect import Size
+
+    node = cfg.resolution[part]
+    if isinstance(node, DictConfig):
+        return instantiate(node)
+    try:
+        return Size.of(OmegaConf.to_object(node) if OmegaConf.is_list(node) else node)
+    except ValueError as error:
+        raise ConfigError(f"resolution.{part}: {error}") from error
 
 
 def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:

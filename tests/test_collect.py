@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from flowalign.checks import ConfigError
 from flowalign.collect import Collector, diversity
 from flowalign.conditioner import Conditioner
 from flowalign.recipe import batch_plan
-from flowalign.run import build_recipe
+from flowalign.run import build_recipe, size_of
 from flowalign.types import given
 
 if TYPE_CHECKING:
@@ -205,3 +206,22 @@ def test_diversity_is_the_spread_within_groups_whatever_their_size():
     few = torch.tensor([0, 0] * 2000) + torch.arange(2000).repeat_interleave(2)
     assert diversity(x0 - apart, few) == pytest.approx(0.5, rel=0.02)
     assert diversity(x0[:1].expand(4, -1, -1), torch.zeros(4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "area"), [(96, (96, 96, None)), ([96, 64], (96, 64, None)), ([96, 64, 5], (96, 64, 5))]
+)
+def test_a_resolution_is_a_number_or_a_list(tiny: Callable[..., DictConfig], given: Any, area: tuple[int, ...]):
+    cfg = tiny()
+    cfg.resolution.train = given
+    assert size_of(cfg, "train").area == area
+    assert size_of(cfg, "eval").area == (64, 64, None)
+    assert size_of(tiny("resolution.train=96"), "train").area == (96, 96, None)
+
+
+@pytest.mark.parametrize("given", [[96], [96, 64, 5, 1], "wide", ["a", "b"], 1.5, True])
+def test_another_resolution_is_refused(tiny: Callable[..., DictConfig], given: Any):
+    cfg = tiny()
+    cfg.resolution.eval = given
+    with pytest.raises(ConfigError, match="resolution.eval: a resolution is the side of a square"):
+        size_of(cfg, "eval")

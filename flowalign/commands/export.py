@@ -89,7 +89,7 @@ def _facts(saved: Saved) -> dict[str, str]:
     algorithm, dynamics = (config[part]["_target_"].rsplit(".", 1)[-1] for part in ("algo", "dynamics"))
     objective = config.reward.objective
     rewards = [objective] if "_target_" in objective else objective.values()
-    size = config.resolution.eval
+    size = saved.size()
     return {
         "base": f"`{saved.model.pretrained}`",
         "recipe": f"{algorithm} with {dynamics}, {saved.epoch} epochs of {config.batch.prompts} prompts × "

@@ -31,7 +31,7 @@ def sample(
     size: int = 0,
     weights: str = "live",
     compare: bool = False,
-    fps: float = 16.0,
+    fps: float = 0.0,
 ) -> None:
     """Writes pictures or videos of a prompt, or of a file of prompts, by the ODE, as the run's evaluation makes them.
 
@@ -49,7 +49,7 @@ def sample(
     media = made(saved, asked, seed, sampling, area, weights)
     paths = [target if len(asked) == 1 else target.with_stem(f"{target.stem}_{i}") for i in range(len(asked))]
     for one, path in zip(media, paths, strict=True):
-        save(one, path, fps)
+        save(one, path, fps or area.fps or 16)
         print(path)
     if compare:
         path = target.with_name(f"{target.stem}_compare.png")

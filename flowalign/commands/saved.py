@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from flowalign.collect import Size
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
-from flowalign.run import instantiate
+from flowalign.run import instantiate, size_of
 from flowalign.sampler import Sampling
 
 
@@ -42,10 +42,9 @@ class Saved:
 
     def size(self, size: int = 0) -> Size:
         """That of the run's evaluation; `size` makes a square."""
-        node = self.config.resolution.eval.copy()
+        made = size_of(self.config, "eval")
         if size:
-            node.height = node.width = size
-        made = instantiate(node)
+            made = replace(made, height=size, width=size)
         self.model.check_size(*made.area)
         return made
 
@@ -64,7 +63,7 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto") ->
         raise ValueError(f"ckpt={ckpt} cannot be read as a checkpoint ({type(error).__name__}).") from error
     if not isinstance(state, dict) or "flowalign" not in state:
         raise ValueError(f"ckpt={ckpt} was not written by flowalign.")
-    config = OmegaConf.create(state["flowalign"]["config"])
+    config = DictConfig(state["flowalign"]["config"])
     held = {key.removeprefix("policy."): value for key, value in state["state_dict"].items()}
     copies = sorted({key.split(".")[1] for key in held if key.startswith("copies.")})
     if weights not in (known := ["live", *copies, "base"]):

@@ -409,7 +409,7 @@ def test_a_video_model_trains_by_command_and_its_sample_plays(
         (tmp_path / f"{stage}.txt").write_text("\n".join(PROMPTS))
     sizes = [f"++resolution.{part}.{key}={n}" for part in ("train", "eval")
              for key, n in (("height", HEIGHT), ("width", WIDTH), ("frames", TINY["WanPipeline"].FRAMES))]  # fmt: skip
-    words = settled(*TINY_WORDS, "algo=nft", "model=wan2_1_t2v_1_3b", f"model.pretrained={folders('WanPipeline')}",
+    words = settled(*TINY_WORDS, "algo=nft", "model=wan2_1_t2v", f"model.pretrained={folders('WanPipeline')}",
                     "model.dtype=float32", "model.train_dtype=float32", f"model.max_sequence_length={TOKENS}",
                     "encoding.cache=null", "reward=jpeg", "data=folder",
                     f"data.folder={tmp_path}", f"hydra.run.dir={tmp_path}/run")  # fmt: skip
