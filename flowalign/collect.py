@@ -44,7 +44,8 @@ class Size:
         given = [sides, sides] if type(sides) is int else sides
         if not isinstance(given, list) or len(given) not in (2, 3) or not all(type(n) is int for n in given):
             raise ValueError(
-                f"a resolution is the side of a square, [height, width], [height, width, frames], or a mapping (got {sides})."
+                "a resolution is the side of a square, [height, width], [height, width, frames], or a mapping "
+                f"(got {sides})."
             )
         return Size(*given)
 

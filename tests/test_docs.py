@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,19 +13,22 @@ import pytest
 
 from tests.conftest import ROOT, TINY, settled
 
-FENCED = re.compile(r"```(?:python|yaml)\n# ((?:flowalign|conf)/\S+)\n(.*?)```", re.DOTALL)
+FENCED = re.compile(r"```(?:python|yaml)\n# ((?:flowalign|conf|tests)/\S+)\n(.*?)```", re.DOTALL)
+PAGES = ("docs/architecture.md", "docs/adding-a-model.md")
 
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with the files that docs/architecture.md adds, and not a line changed elsewhere."""
+    """A copy of the project with the files that the documentation adds, and not a line changed elsewhere."""
     folder = tmp_path_factory.mktemp("extended")
-    for name in ("flowalign", "conf"):
+    for name in ("flowalign", "conf", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train.py", folder)
-    for path, text in FENCED.findall((ROOT / "docs/architecture.md").read_text()):
-        assert not (folder / path).exists()
-        (folder / path).write_text(text)
+    for name in ("train.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for page in PAGES:
+        for path, text in FENCED.findall((ROOT / page).read_text()):
+            assert not (folder / path).exists()
+            (folder / path).write_text(text)
     return folder
 
 
@@ -41,6 +45,25 @@ def test_what_the_four_doors_show_trains(extended: Path, words: tuple[str, ...])
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (run / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_example_of_a_model_passes_what_every_model_has_to(extended: Path):
+    words = [
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/models/test_families.py",
+        "-k",
+        "OvisImage or ovis_image",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(extended)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=extended, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "13 passed" in done.stdout, done.stdout[-300:]
 
 
 def test_the_example_of_an_algorithm_is_twenty_lines():

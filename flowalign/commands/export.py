@@ -50,7 +50,7 @@ def card(saved: Saved, lora: bool) -> str:
     model = saved.model
     none = "".join(f", {name}=None" for name in model.absent)
     base = model.pretrained if resolve(model.pretrained) == model.pretrained else f"flowalign/assets/{model.pretrained}"
-    lines = "\n".join(_load_line(name, lora) for name in saved.policy.denoisers)
+    lines = "\n".join(_load_line(name, lora, model.loads_lora) for name in saved.policy.denoisers)
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(saved).items())
     return f"""---
 base_model: {model.pretrained}
@@ -76,9 +76,11 @@ pipe = {model.pipeline}.from_pretrained("{base}"{none})
 """
 
 
-def _load_line(denoiser: str, lora: bool) -> str:
+def _load_line(denoiser: str, lora: bool, by_pipeline: bool) -> str:
     if not lora:
         return f'pipe.{denoiser} = type(pipe.{denoiser}).from_pretrained("./{denoiser}")'
+    if not by_pipeline:
+        return f'pipe.{denoiser}.load_lora_adapter(".", prefix=None, use_safetensors=True)'
     if denoiser == "transformer":
         return 'pipe.load_lora_weights(".")'
     return f'pipe.load_lora_weights("./{denoiser}", load_into_{denoiser}=True)'

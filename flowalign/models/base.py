@@ -255,17 +255,28 @@ class FlowModel(ABC):
         lists = [m for d in self.denoisers().values() for m in d.children() if isinstance(m, nn.ModuleList)]
         return [block for blocks in lists for block in blocks]
 
+    @property
+    def loads_lora(self) -> bool:
+        """Whether the pipeline has a loader of adapters; otherwise its denoisers load them."""
+        return hasattr(type(self.pipe), "save_lora_weights")
+
     def save_lora(self, folder: Path) -> None:
         """Writes the adapters; `load_lora_weights(folder)` restores them with the right alpha.
 
-        A further denoiser's are in folder/NAME, for `load_lora_weights(folder/NAME, load_into_NAME=True)`.
+        A further denoiser's are in folder/NAME, for `load_lora_weights(folder/NAME, load_into_NAME=True)`. Where the
+        pipeline has no loader, they are for the denoiser's `load_lora_adapter(folder, prefix=None,
+        use_safetensors=True)`.
         """
         from peft.utils import get_peft_model_state_dict
 
         for name, denoiser in self.denoisers().items():
+            place = folder if name == "transformer" else folder / name
+            if not self.loads_lora:
+                denoiser.save_lora_adapter(place, adapter_name="default")  # type: ignore[operator]
+                continue
             arguments: dict[str, Any] = {
                 "transformer_lora_layers": get_peft_model_state_dict(denoiser),
                 # Without this header alpha would come back as the rank.
                 "transformer_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),  # type: ignore
             }
-            type(self.pipe).save_lora_weights(str(folder / name if name != "transformer" else folder), **arguments)
+            type(self.pipe).save_lora_weights(str(place), **arguments)
