@@ -10,7 +10,7 @@ TORCH := torch>=2.9,<2.14
 PYTHON ?=
 ARGS ?=
 
-.PHONY: help setup train test test-full lint format bench compare pretrain clean
+.PHONY: help setup train test test-full lint format bench gpu-check compare pretrain clean
 
 help: ## print this text
 	@echo 'make <target> [ARGS="algo=grpo seed=1"] [PYTHON=/path/to/python3]'
@@ -39,6 +39,9 @@ format: $(STAMP) ## let ruff format and repair what it can
 
 bench: $(STAMP) ## time one epoch
 	$(BIN)/python bench/epoch.py $(ARGS)
+
+gpu-check: $(STAMP) ## one epoch of the large models at full size, with random weights, on an accelerator
+	$(BIN)/python bench/gpu_check.py $(ARGS)
 
 compare: $(STAMP) ## run every algorithm on the embedded model (hours); an interrupted comparison continues
 	$(BIN)/python bench/compare.py $(ARGS)

@@ -36,3 +36,18 @@ def test_the_bench_measures_floor_and_epoch(tmp_path: Path):
         assert row["images_per_s"] == pytest.approx(4 / row["actual_s"], rel=0.01)
         assert row["peak_rss_mb"] > 100
         assert row["raw_fwd_units"] > 4  # four steps at the very least
+
+
+@pytest.mark.slow
+def test_the_check_of_large_models_runs_at_small_sizes(tmp_path: Path):
+    command = [sys.executable, "bench/gpu_check.py", "--tiny", "--to", str(tmp_path), "trainer.accelerator=cpu"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [(row["model"], row["algo"]) for row in rows] == [
+        (model, algo) for model in ("sd3_5_medium", "flux1_dev", "wan2_1_t2v") for algo in ("grpo", "nft")
+    ]
+    for row in rows:
+        assert row["samples_per_s"] == pytest.approx(row["samples"] / row["epoch_s"])
+        assert row["planned_gib"] > 0
+        if row["algo"] == "grpo":
+            assert row["on_policy_gap"] < 1e-5
