@@ -96,12 +96,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--to", type=Path, default=ROOT / "outputs" / "compare")
     parser.add_argument("--keep", action="store_true", help="print the table and leave the docs alone")
+    parser.add_argument("--report", action="store_true", help="run nothing: the table of what is finished")
     known, overrides = parser.parse_known_args()
     jobs = [(algo, seed) for algo in known.only for seed in known.seeds or SEEDS[algo]]
     jobs.sort(key=lambda job: job[1])  # one seed of each first: an interrupted comparison is still one
     folders = {job: (known.to / job[0] / f"seed{job[1]}").resolve() for job in jobs}
     with ThreadPoolExecutor(known.jobs) as pool:
-        done = list(pool.map(lambda job: run(job[0], job[1], folders[job], overrides), jobs))
+        todo = [] if known.report else jobs
+        done = list(pool.map(lambda job: run(job[0], job[1], folders[job], overrides), todo))
     runs = {algo: [f for (a, _), f in folders.items() if a == algo and finished(f)] for algo in known.only}
     runs = {algo: found for algo, found in runs.items() if found}
     print(report(runs))
