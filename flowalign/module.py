@@ -22,7 +22,7 @@ from flowalign.collect import Collector
 from flowalign.conditioner import Conditioner
 from flowalign.evaluation import Positions, Shown, stills
 from flowalign.generate import generate
-from flowalign.memory import Share, plan
+from flowalign.memory import GIB, Share, plan
 from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
@@ -256,6 +256,8 @@ class AlignModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         self.report.end("optimise")
         self._follow("rollout")
+        if self.device.type == "cuda":
+            self.log("memory/peak_gib", torch.cuda.max_memory_allocated(self.device) / GIB)
 
     def _follow(self, when: str) -> None:
         # Inside optimizer_step Lightning has not counted the step yet.

@@ -50,8 +50,8 @@ class Policy(nn.Module):
         if device_of_frozen not in ("same", "cpu"):
             raise ValueError(f'device_of_frozen is "same" or "cpu" (got {device_of_frozen!r}).')
         self.device_of_frozen: Place = device_of_frozen
-        for denoiser in denoisers.values():
-            tune(denoiser, targets)
+        for name, denoiser in denoisers.items():
+            tune(denoiser, targets, name)
         self.denoisers = nn.ModuleDict(denoisers)
         self.copies = nn.ModuleDict({name: self._copy() for name in copies})
         self._active: str | None = None

@@ -8,13 +8,15 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from flowalign.policy.existing import load_adapters
+
 
 class Tune(Protocol):
     """Prepares a denoiser in place: afterwards exactly the trained parameters have requires_grad."""
 
     kind: str
 
-    def __call__(self, denoiser: nn.Module, targets: Sequence[str]) -> None: ...
+    def __call__(self, denoiser: nn.Module, targets: Sequence[str], name: str) -> None: ...
 
 
 class Lora:
@@ -30,15 +32,18 @@ class Lora:
         init: Literal["gaussian", "kaiming"] = "gaussian",
         targets: Sequence[str] | None = None,
         seed: int = 0,
+        start: str | None = None,
     ) -> None:
+        """start: adapters to go on from, as a file, folder or hub id; the reference is then this start."""
         if rank < 1:
             raise ValueError(f"tune.rank must be at least 1 (got {rank}).")
         if dropout:
             # Rollout and training would drop different things and be two policies: the ratio would never be 1.
             raise ValueError(f"tune.dropout must be 0 for reinforcement learning (got {dropout}).")
         self.rank, self.alpha, self.init, self.targets, self.seed = rank, alpha, init, targets, seed
+        self.start = start
 
-    def __call__(self, denoiser: nn.Module, targets: Sequence[str]) -> None:
+    def __call__(self, denoiser: nn.Module, targets: Sequence[str], name: str) -> None:
         from peft import LoraConfig
 
         denoiser.requires_grad_(False)
@@ -51,6 +56,8 @@ class Lora:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)  # the same start whatever was drawn before, on every rank
             denoiser.add_adapter(config)  # type: ignore
+        if self.start is not None:
+            load_adapters(denoiser, self.start, name, self.rank, self.alpha)
         for parameter in denoiser.parameters():
             if parameter.requires_grad:  # adapters learn in float32 also over a bfloat16 base
                 parameter.data = parameter.data.float()
@@ -61,8 +68,8 @@ class Full:
 
     kind = "full"
 
-    def __call__(self, denoiser: nn.Module, targets: Sequence[str]) -> None:
-        del targets
+    def __call__(self, denoiser: nn.Module, targets: Sequence[str], name: str) -> None:
+        del targets, name
         if {p.dtype for p in denoiser.parameters()} != {torch.float32}:
             # An update of 1e-4 of a weight is below the resolution of bfloat16 and would be rounded away.
             raise ValueError(

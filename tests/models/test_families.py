@@ -314,7 +314,7 @@ def test_saved_adapters_are_restored_by_the_pipeline(make: Callable[[str], Famil
     family, tune = make(kind), Lora(rank=4, alpha=8)
     model = family.model
     for denoiser in model.denoisers().values():
-        tune(denoiser, model.lora_targets)
+        tune(denoiser, model.lora_targets, "transformer")
         for key, parameter in denoiser.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(key)))
@@ -336,6 +336,11 @@ def test_saved_adapters_are_restored_by_the_pipeline(make: Callable[[str], Famil
         )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    again = make(kind).model  # and by us, to go on from
+    for name, denoiser in again.denoisers().items():
+        Lora(rank=4, alpha=8, start=str(tmp_path))(denoiser, again.lora_targets, name)
+        trained = dict(model.denoisers()[name].named_parameters())
+        assert all(torch.equal(p, trained[key]) for key, p in denoiser.named_parameters() if "lora_" in key)
 
 
 # ------------------------------------------------------------ training
