@@ -95,7 +95,7 @@ def measured(model: str, algo: str, tiny: bool, overrides: list[str]) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         cfg, r = recipe(model, algo, tiny, Path(folder), overrides)
         module, trainer, clock = AlignModule(r), build_trainer(cfg, plan_accumulation(cfg, r)), Clock()
-        trainer.callbacks.insert(0, clock)  # before the module's own hook, which makes the rollout
+        trainer.callbacks.insert(0, clock)  # before the module's own hook, which makes the rollout  # type: ignore[attr-defined]
         trainer.fit(module)
         lines = module.memory_plan()
     seconds = clock.times[-1] - clock.times[-2]
