@@ -183,6 +183,20 @@ def test_an_exported_transformer_is_the_trained_one(tiny: Callable[..., Any], tm
         assert torch.equal(live[name], tensor)
 
 
+def test_a_checkpoint_does_not_need_the_adapters_that_it_began_with(
+    trained: Path, tmp_path: Path, say: Callable[..., Any]
+):
+    from flowalign.cli import main
+
+    state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    state["flowalign"]["config"]["tune"]["start"] = str(tmp_path / "long_gone")
+    torch.save(state, tmp_path / "moved.ckpt")
+    assert say(main, "export", f"ckpt={tmp_path / 'moved.ckpt'}", f"to={tmp_path / 'export'}")[0] == 0
+    code, _, err = say(main, "sample", f"ckpt={tmp_path / 'moved.ckpt'}", "prompt=a", "weights=base")
+    assert code == 2
+    assert "long_gone is neither a file" in err
+
+
 def test_merged_adapters_are_the_adapted_model(trained: Path, tmp_path: Path, say: Callable[..., Any]):
     from diffusers import SD3Transformer2DModel
 

@@ -71,7 +71,10 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto") ->
     model = instantiate(config.model)
     # Made before the trained weights come in, "base" keeps those of the pipeline.
     before = ["base"] if base or weights == "base" else []
-    policy = Policy(model.denoisers(), instantiate(config.tune), model.lora_targets, [*copies, *before])
+    tune = config.tune.copy()
+    if not before and "start" in tune:
+        tune.start = None  # the checkpoint holds what became of it, and the file may be gone
+    policy = Policy(model.denoisers(), instantiate(tune), model.lora_targets, [*copies, *before])
     differing = sorted({key for key in policy.kept_keys() if not key.startswith("copies.base.")} ^ held.keys())
     if differing:
         raise ValueError(f"ckpt={ckpt} does not fit its own config ({len(differing)} entries, first {differing[0]}).")

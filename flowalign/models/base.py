@@ -84,7 +84,8 @@ class FlowModel(ABC):
                 f"{type(self).__name__} takes no embedded_guidance: use rollout.guidance, "
                 f"which is off at {self.guidance_off:g}."
             )
-        self.embedded_guidance = embedded_guidance or self.default_embedded_guidance or 0.0
+        given = self.default_embedded_guidance if embedded_guidance is None else embedded_guidance
+        self.embedded_guidance = given or 0.0  # 0 where the network takes none
         self.pretrained, self.revision, self.absent = pretrained, revision, tuple(absent)
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)

@@ -101,7 +101,9 @@ class WanTwoExperts(Wan):
 
     def velocity(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
-        low_guidance = guidance if guidance <= self.guidance_off else self.guidance_2 or guidance
+        low_guidance = guidance
+        if guidance > self.guidance_off and self.guidance_2 is not None:
+            low_guidance = self.guidance_2
         v = torch.empty_like(x, dtype=torch.float32)
         high = self.is_high(1000 * sigma)
         for mask, scale in ((high, guidance), (~high, low_guidance)):
