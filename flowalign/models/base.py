@@ -175,7 +175,7 @@ class FlowModel(ABC):
 
     # ------------------------------------------------------------ network
 
-    @abstractmethod
+    @torch.no_grad()
     def encode(
         self,
         prompts: Sequence[str],
@@ -187,7 +187,24 @@ class FlowModel(ABC):
 
         Families that see pictures (`sees_images`) also take these, (n, 3, H, W) in [0, 1] for each prompt, and the
         (height, width, frames) of what will be made; what becomes of them is under "cond.". The others leave both out.
+        A family whose two branches are made differently, or whose text encoder sees the pictures, writes this itself.
         """
+        cond = self.text(prompts)
+        if negatives is not None:
+            cond |= {f"{NEGATIVE}{key}": entry for key, entry in self.text(negatives).items()}
+        if self.sees_images:
+            cond |= self.seen(prompts, images, size)
+        return cond
+
+    def text(self, texts: Sequence[str]) -> Conditioning:
+        """One branch of it, a row a text."""
+        raise NotImplementedError(f"{type(self).__name__} needs text(), or an encode() of its own.")
+
+    def seen(
+        self, prompts: Sequence[str], images: Sequence[Tensor] | None, size: tuple[int, int, int | None] | None
+    ) -> Conditioning:
+        """What becomes of the pictures, under "cond."; only for families with `sees_images`."""
+        raise NotImplementedError(f"{type(self).__name__} needs seen().")
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:

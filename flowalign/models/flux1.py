@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowalign.models.base import NEGATIVE, FlowModel
+from flowalign.models.base import FlowModel
 from flowalign.models.latents import pack, unpack
 from flowalign.types import Conditioning
 
@@ -28,18 +28,10 @@ class Flux1(FlowModel):
     def latent_channels(self) -> int:
         return self.pipe.transformer.config.in_channels // 4
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
-        tokens, pooled = self._text(prompts)
-        cond = Conditioning({"tokens": tokens, "pooled": pooled})
-        if negatives is not None:
-            tokens, pooled = self._text(negatives)
-            cond |= {f"{NEGATIVE}tokens": tokens, f"{NEGATIVE}pooled": pooled}
-        return cond
-
-    def _text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def text(self, texts: Sequence[str]) -> Conditioning:
         length = self.max_sequence_length
-        return self.pipe.encode_prompt(list(texts), list(texts), self.device, max_sequence_length=length)[:2]
+        tokens, pooled, _ = self.pipe.encode_prompt(list(texts), list(texts), self.device, max_sequence_length=length)
+        return Conditioning({"tokens": tokens, "pooled": pooled})
 
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
         transformer = self.pipe.transformer

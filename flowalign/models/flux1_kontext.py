@@ -27,19 +27,12 @@ class Flux1Kontext(Flux1):
     pipeline = "FluxKontextPipeline"
     sees_images = True
 
-    @torch.no_grad()
-    def encode(
-        self,
-        prompts: Sequence[str],
-        negatives: Sequence[str] | None = None,
-        images: Sequence[Tensor] | None = None,
-        size: tuple[int, int, int | None] | None = None,
+    def seen(
+        self, prompts: Sequence[str], images: Sequence[Tensor] | None, size: tuple[int, int, int | None] | None
     ) -> Conditioning:
-        cond = super().encode(prompts, negatives)
         height, width, _ = size_of(self, size)
         pictures = given_pictures(self, prompts, images, most=1)
-        cond[PICTURE] = torch.cat([self._latents(picture, height, width) for (picture,) in pictures])
-        return cond
+        return Conditioning({PICTURE: torch.cat([self._latents(picture, height, width) for (picture,) in pictures])})
 
     def _latents(self, picture: Any, height: int, width: int) -> Tensor:
         processor, vae = self.pipe.image_processor, self.pipe.vae

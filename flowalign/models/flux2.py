@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowalign.models.base import NEGATIVE, FlowModel
+from flowalign.models.base import FlowModel
 from flowalign.types import Conditioning
 
 
@@ -35,15 +35,9 @@ class Flux2Klein(FlowModel):
         dynamic = self.pipe.scheduler.config.use_dynamic_shifting
         return compute_empirical_mu(self.tokens(height, width), num_steps) if dynamic else None
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
-        cond = Conditioning(tokens=self._text(prompts))
-        if negatives is not None:
-            cond[f"{NEGATIVE}tokens"] = self._text(negatives)
-        return cond
-
-    def _text(self, texts: Sequence[str]) -> Tensor:
-        return self.pipe.encode_prompt(list(texts), self.device, max_sequence_length=self.max_sequence_length)[0]
+    def text(self, texts: Sequence[str]) -> Conditioning:
+        length = self.max_sequence_length
+        return Conditioning(tokens=self.pipe.encode_prompt(list(texts), self.device, max_sequence_length=length)[0])
 
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
         transformer = self.pipe.transformer

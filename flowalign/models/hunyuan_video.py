@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowalign.models.base import NEGATIVE
 from flowalign.models.video import VideoModel
 from flowalign.types import Conditioning
 
@@ -20,14 +19,7 @@ class HunyuanVideo(VideoModel):
     default_embedded_guidance = 6.0
     default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
-        cond = self._text(prompts)
-        if negatives is not None:
-            cond |= {f"{NEGATIVE}{key}": entry for key, entry in self._text(negatives).items()}
-        return cond
-
-    def _text(self, texts: Sequence[str]) -> Conditioning:
+    def text(self, texts: Sequence[str]) -> Conditioning:
         settings = {"max_sequence_length": self.max_sequence_length, "device": self.device}
         tokens, pooled, mask = self.pipe.encode_prompt(list(texts), **settings)
         return Conditioning({"tokens": tokens, "pooled": pooled, "mask": mask})

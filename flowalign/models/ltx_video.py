@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.models.base import NEGATIVE
 from flowalign.models.video import VideoModel
 from flowalign.types import Conditioning
 
@@ -32,14 +31,7 @@ class LTXVideo(VideoModel):
     def compression(self) -> tuple[int, int]:
         return self.pipe.vae_temporal_compression_ratio, self.pipe.vae_spatial_compression_ratio
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
-        cond = self._text(prompts)
-        if negatives is not None:
-            cond |= {f"{NEGATIVE}{key}": entry for key, entry in self._text(negatives).items()}
-        return cond
-
-    def _text(self, texts: Sequence[str]) -> Conditioning:
+    def text(self, texts: Sequence[str]) -> Conditioning:
         settings = {"max_sequence_length": self.max_sequence_length, "device": self.device}
         tokens, mask, *_ = self.pipe.encode_prompt(list(texts), do_classifier_free_guidance=False, **settings)
         return Conditioning({"tokens": tokens, "mask": mask})

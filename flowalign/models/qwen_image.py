@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowalign.models.base import NEGATIVE, FlowModel
+from flowalign.models.base import FlowModel
 from flowalign.models.latents import channel_statistics, pack, unpack
 from flowalign.types import Conditioning
 
@@ -23,14 +23,7 @@ class QwenImage(FlowModel):
     def latent_channels(self) -> int:
         return self.pipe.transformer.config.in_channels // 4
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
-        cond = self._text(prompts)
-        if negatives is not None:
-            cond |= {f"{NEGATIVE}{key}": tensor for key, tensor in self._text(negatives).items()}
-        return cond
-
-    def _text(self, texts: Sequence[str]) -> Conditioning:
+    def text(self, texts: Sequence[str]) -> Conditioning:
         length = self.max_sequence_length
         tokens, mask = self.pipe.encode_prompt(list(texts), self.device, max_sequence_length=length)
         return Conditioning(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowalign.models.base import NEGATIVE, SHARED
+from flowalign.models.base import SHARED
 from flowalign.models.latents import channel_statistics
 from flowalign.models.video import VideoModel
 from flowalign.types import Conditioning
@@ -42,16 +42,11 @@ class Wan(VideoModel):
     def patch(self) -> tuple[int, int, int]:
         return self.pipe.transformer.config.patch_size
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
-        cond = Conditioning({"tokens": self._text(prompts)})
-        if negatives is not None:
-            cond[f"{NEGATIVE}tokens"] = self._text(negatives)
-        return cond
-
-    def _text(self, texts: Sequence[str]) -> Tensor:
+    def text(self, texts: Sequence[str]) -> Conditioning:
         settings = {"max_sequence_length": self.max_sequence_length, "device": self.device}
-        return self.pipe.encode_prompt(list(texts), do_classifier_free_guidance=False, **settings)[0]
+        return Conditioning(
+            tokens=self.pipe.encode_prompt(list(texts), do_classifier_free_guidance=False, **settings)[0]
+        )
 
     def denoiser(self, t: Tensor) -> Any:
         """The network for rows of time t, all on one side of the boundary if there are two."""

@@ -25,18 +25,11 @@ class WanImageToVideo(Wan):
     def latent_channels(self) -> int:
         return self.pipe.vae.config.z_dim
 
-    @torch.no_grad()
-    def encode(
-        self,
-        prompts: Sequence[str],
-        negatives: Sequence[str] | None = None,
-        images: Sequence[Tensor] | None = None,
-        size: tuple[int, int, int | None] | None = None,
+    def seen(
+        self, prompts: Sequence[str], images: Sequence[Tensor] | None, size: tuple[int, int, int | None] | None
     ) -> Conditioning:
-        cond = super().encode(prompts, negatives)
         pictures = given_pictures(self, prompts, images, most=1)
-        cond |= Conditioning.cat([self._seen(picture, *size_of(self, size)) for (picture,) in pictures])
-        return cond
+        return Conditioning.cat([self._seen(picture, *size_of(self, size)) for (picture,) in pictures])
 
     def _seen(self, picture: Any, height: int, width: int, frames: int | None) -> Conditioning:
         pipe = self.pipe
@@ -48,12 +41,12 @@ class WanImageToVideo(Wan):
             seen[VISION] = pipe.encode_image(picture, self.device)
         return seen
 
-    def _text(self, texts: Sequence[str]) -> Tensor:
+    def text(self, texts: Sequence[str]) -> Conditioning:
         from diffusers import WanPipeline
 
         # This pipeline's own encode_prompt needs ftfy, the one it was copied from does without if it must.
         settings = {"max_sequence_length": self.max_sequence_length, "device": self.device}
-        return WanPipeline._get_t5_prompt_embeds(self.pipe, list(texts), **settings)  # type: ignore
+        return Conditioning(tokens=WanPipeline._get_t5_prompt_embeds(self.pipe, list(texts), **settings))  # type: ignore
 
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
         return super().forward(torch.cat([x, branch[f"{SHARED}first"]], dim=1), t, branch)

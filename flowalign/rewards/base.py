@@ -1,14 +1,23 @@
-"""What a reward is."""
+"""What a reward is, and what rewards of pictures do alike."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+Metadata = Sequence[dict[str, Any]]
+
+
+class RewardError(RuntimeError):
+    """A reward that cannot be used, and why, in a sentence."""
 
 
 class Reward(Protocol):
-    """One number per sample, higher is better."""
+    """One number per sample, higher is better. A plain function will do."""
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """media (B, 3, H, W), or (B, F, 3, H, W) for videos, in [0, 1] → (B,) float32.
@@ -16,3 +25,40 @@ class Reward(Protocol):
         NaN means "could not score": such a sample is left out, which a score of 0 would not do.
         """
         ...
+
+
+class FrameReward(ABC):
+    """A reward of single pictures. A video scores the mean of its frames; what is not finite scores NaN."""
+
+    @abstractmethod
+    def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """pictures (N, 3, H, W) float32 in [0, 1], where they were made → (N,); NaN = could not be scored."""
+
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """See `Reward`; media of another layout or range are refused by a ValueError."""
+        videos, finite = checked(media, prompts, metadata)
+        scores = videos.new_full((len(videos),), torch.nan)
+        if not finite.any():
+            return scores
+        frames = videos.shape[1]
+        which = [i for i in finite.nonzero().flatten().tolist() for _ in range(frames)]
+        found = self.score(videos[finite].flatten(0, 1), [prompts[i] for i in which], [metadata[i] for i in which])
+        scores[finite] = found.to(scores).unflatten(0, (-1, frames)).mean(dim=1)
+        return scores
+
+
+def checked(media: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Tensor]:
+    """Media as videos (B, F, 3, H, W) float32 in [0, 1], pictures having one frame, and (B,) which are finite."""
+    if media.ndim not in (4, 5) or media.shape[-3] != 3:
+        raise ValueError(f"a reward takes media (B, 3, H, W) or (B, F, 3, H, W); got {tuple(media.shape)}")
+    if not len(media) == len(prompts) == len(metadata):
+        raise ValueError(
+            f"{len(media)} media with {len(prompts)} prompts and {len(metadata)} metadata entries; one each is needed"
+        )
+    videos = media.detach().float()
+    videos = videos if media.ndim == 5 else videos[:, None]
+    finite = videos.isfinite().flatten(1).all(dim=1)
+    values = videos[finite]
+    if values.numel() and (values.min() < -1e-3 or values.max() > 1 + 1e-3):
+        raise ValueError(f"media must lie in [0, 1]; got values from {values.min():.3g} to {values.max():.3g}")
+    return videos.clamp(0, 1), finite  # rounding only, after the check above; NaN stays

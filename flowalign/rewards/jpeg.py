@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flowalign.rewards.base import FrameReward
 
-class Jpeg:
+
+class Jpeg(FrameReward):
     """Minus the kilobytes of a picture as JPEG, (B,), or the mean over a video's frames. NaN where it is not finite."""
 
     def __init__(self, quality: int = 95, incompressible: bool = False) -> None:
@@ -19,18 +21,12 @@ class Jpeg:
             raise ValueError(f"quality is that of a JPEG, 1 to 95 (got {quality}).")
         self.quality, self.sign = quality, 1 if incompressible else -1
 
-    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts, metadata
-        videos = media if media.ndim == 5 else media[:, None]
-        return torch.tensor([self._mean(video) for video in videos], dtype=torch.float32)
+        return torch.tensor([self.sign * self._kilobytes(picture) for picture in pictures], dtype=torch.float32)
 
-    def _mean(self, frames: Tensor) -> float:
-        if not frames.isfinite().all():
-            return float("nan")
-        return self.sign * sum(map(self._kilobytes, frames)) / len(frames)
-
-    def _kilobytes(self, frame: Tensor) -> float:
+    def _kilobytes(self, picture: Tensor) -> float:
         file = BytesIO()
-        pixels = (frame.clamp(0, 1).float().cpu() * 255).round().byte().permute(1, 2, 0).numpy()
+        pixels = (picture.cpu() * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(file, "JPEG", quality=self.quality)
         return file.tell() / 1000
