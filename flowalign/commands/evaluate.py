@@ -26,7 +26,7 @@ def evaluate(
     num: int = 0,
     seed: int = -1,
     steps: int = 0,
-    guidance: float = 0.0,
+    guidance: float = -1.0,
     size: int = 0,
     weights: str = "live",
 ) -> None:
