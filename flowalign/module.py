@@ -28,6 +28,7 @@ from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
 from flowalign.scoring import Latents
+from flowalign.types import given
 
 
 class AlignModule(LightningModule):
@@ -213,13 +214,16 @@ class AlignModule(LightningModule):
         losses, metrics = self.recipe.algorithm.loss(point, self._velocity(point.x, point.sigma, cond))
         self._guard(losses, metrics, idx, batch_idx)
         self.counts["train"] += len(idx) * self.trainer.world_size
-        means = {f"train/{name}": value.mean() for name, value in metrics.items()}
-        means["train/loss"] = losses.detach().mean()
+        # What could not be scored weighs nothing, in the loss as in its diagnostics.
+        weight = given(point.weight, "weight")
+        loss = (losses * weight).mean()
+        means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
+        means["train/loss"] = loss.detach()
         if "ratio" in metrics:
             means["train/ratio_std"] = metrics["ratio"].std(correction=0)
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
         self.report.advance("optimise", batch_idx + 1)
-        return losses.mean()
+        return loss
 
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> None:
         finite = losses.isfinite()
