@@ -27,6 +27,8 @@ from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
+from flowalign.scoring import Latents, Scores, Seen, Turns
+from flowalign.types import given
 
 
 class AlignModule(LightningModule):
@@ -44,6 +46,7 @@ class AlignModule(LightningModule):
         self.rollout_shown: Tensor | None = None
         self.stats: dict[str, float] = {}
         self.evaluated_at = -1
+        self.turns = Turns(recipe.scorer.ahead)
         self.meters = nn.ModuleDict()
         guided = (
             max(recipe.rollout.guidance, recipe.evaluation.sampling.guidance, recipe.optimisation.guidance)
@@ -58,6 +61,7 @@ class AlignModule(LightningModule):
             recipe.model.check_size(*size.area)
         if recipe.algorithm.source == "images":
             recipe.data["train"].require_images()
+        recipe.scorer.bind(recipe.model)
 
     # ------------------------------------------------------------ building
 
@@ -211,13 +215,16 @@ class AlignModule(LightningModule):
         losses, metrics = self.recipe.algorithm.loss(point, self._velocity(point.x, point.sigma, cond))
         self._guard(losses, metrics, idx, batch_idx)
         self.counts["train"] += len(idx) * self.trainer.world_size
-        means = {f"train/{name}": value.mean() for name, value in metrics.items()}
-        means["train/loss"] = losses.detach().mean()
+        # What could not be scored weighs nothing, in the loss as in its diagnostics.
+        weight = given(point.weight, "weight")
+        loss = (losses * weight).mean()
+        means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
+        means["train/loss"] = loss.detach()
         if "ratio" in metrics:
             means["train/ratio_std"] = metrics["ratio"].std(correction=0)
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
         self.report.advance("optimise", batch_idx + 1)
-        return losses.mean()
+        return loss
 
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> None:
         finite = losses.isfinite()
@@ -292,9 +299,10 @@ class AlignModule(LightningModule):
         self.recipe.model.to(self.device)
         self.report.begin("evaluate", len(self._positions(stage).mine))
         self.shown.pop(stage, None)
+        self.turns.cancel()  # what an evaluation has left that was interrupted
         tags = sorted({str(p.metadata["tag"]) for p in self.eval_prompts[stage] if "tag" in p.metadata})
         for name in (*self.recipe.scorer.measures, "velocity_rms"):
-            for key in (name, *(f"{name}/{tag}" for tag in tags if name != "velocity_rms")):
+            for key in (name, *(f"{name}/{tag}" for tag in (*tags, "not_scored") if name != "velocity_rms")):
                 self._meter(f"{stage}/{key}").reset()
 
     def _meter(self, key: str) -> MeanMetric:
@@ -310,34 +318,37 @@ class AlignModule(LightningModule):
         prompts = [self.eval_prompts[stage][i] for i in ids]
         with self.live.use(r.evaluation.copy), self._precision():
             cond = self.conditioner(prompts, self.device, r.eval_size.area)
-            media, rms = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
-        self._meter(f"{stage}/velocity_rms").update(rms)
+            made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
+        self._meter(f"{stage}/velocity_rms").update(made.rms)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size
-        scores = r.scorer.all(media, prompts)
+        wanted = set(r.evaluation.shows(len(self.eval_prompts[stage])))
+        rows = [row for row, i in enumerate(ids) if i in wanted]
+        shown = stills(made.media[rows]).cpu()
+        scoring = r.scorer.start(Seen(prompts, made.media, Latents(made.x0, cond)), evaluation=True)
+        self.turns.add(scoring, partial(self._scored, stage, ids, rows, shown))
+
+    def _scored(self, stage: str, ids: list[int], rows: list[int], images: Tensor, scores: Scores) -> None:
+        """Counts the scores of the samples `ids`, of which `rows` are shown."""
+        prompts, scores = [self.eval_prompts[stage][i] for i in ids], self.recipe.scorer.summed(scores)
         for name, values in scores.items():
             self._meter(f"{stage}/{name}").update(values)
+            self._meter(f"{stage}/{name}/not_scored").update(values.isnan().float())
             for tag in {p.metadata.get("tag") for p in prompts} - {None}:
                 mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
-        self._show(stage, ids, media, scores)
-        self.report.advance(
-            "evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean())
-        )
-
-    def _show(self, stage: str, ids: list[int], media: Tensor, scores: dict[str, Tensor]) -> None:
-        wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))
-        rows = [row for row, i in enumerate(ids) if i in wanted]
-        if not rows:
-            return
-        texts = [self.eval_prompts[stage][ids[row]].text for row in rows]
-        new = Shown(stills(media[rows]).cpu(), texts, {k: v[rows].cpu() for k, v in scores.items()})
-        self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
+        if rows:
+            chosen = {name: values[rows].cpu() for name, values in scores.items()}
+            new = Shown(images, [prompts[row].text for row in rows], chosen)
+            self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
+        done = ids[-1] // self.trainer.world_size + 1
+        self.report.advance("evaluate", done, reward=float(scores["reward"].nanmean()))
 
     def _end_evaluation(self, stage: str) -> None:
+        self.turns.finish()
         self.report.end("evaluate")
         self.evaluated_at = self.current_epoch
         for key, meter in self.meters.items():
-            if key.startswith(f"{stage}/"):
+            if key.startswith(f"{stage}/") and not (key.endswith("/not_scored") and not meter.compute()):
                 self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")  # type: ignore
         if before := self.baseline.get(f"{stage}/velocity_rms"):
             self.log(f"{stage}/velocity_growth", self._meter(f"{stage}/velocity_rms").compute() / before)

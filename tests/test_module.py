@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
+from flowalign.scoring import Scorer
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -105,7 +106,7 @@ def test_a_wrong_recorded_density_is_found_out(prepared: Callable[..., Run]):
 
 def test_samples_without_a_score_are_survived_and_teach_nothing(prepared: Callable[..., Run]):
     run = prepared("algo=grpo", "batch.group_size=4")
-    run.recipe.scorer.objective = {"reward": Reward(lambda seen: seen == 1)}
+    run.recipe.scorer = Scorer(Reward(lambda seen: seen == 1))
     module = run.fit()
     per_sample = len(module.buffer.points.x) // 8
     advantage = module.buffer.points.advantage.reshape(8, per_sample)
@@ -115,9 +116,35 @@ def test_samples_without_a_score_are_survived_and_teach_nothing(prepared: Callab
     assert all(p.isfinite().all() for p in module.live.trained().values())
 
 
+@pytest.mark.parametrize("algo", ["grpo", "nft", "dgpo"])
+def test_what_could_not_be_scored_leaves_no_trace_in_the_weights(prepared: Callable[..., Run], algo: str):
+    """Whatever the frozen copies say of such a sample: the penalty would pull at it without a weight of 0."""
+    trained = []
+    for nonsense in (0.0, 100.0):
+        words = ("algo.kl_beta=0.1", "batch.group_size=4", "batch.micro=4", "batch.updates=1")
+        run = prepared(f"algo={algo}", *words)
+        run.recipe.scorer = Scorer(Reward(lambda seen: seen in (1, 2)))
+        module, trainer = run.build()
+        consult = module._consult_frozen
+
+        def spoilt(module: Any = module, consult: Any = consult, nonsense: float = nonsense) -> None:
+            consult()
+            points = module.buffer.points
+            assert points.counts.reshape(8, -1)[:, 0].tolist() == [True, False, False, *[True] * 5]
+            assert float(points.weight.mean()) == pytest.approx(1)
+            for velocity in points.frozen.values():
+                velocity[~points.counts] += nonsense
+
+        module._consult_frozen = spoilt  # type: ignore[method-assign]
+        trainer.fit(module)
+        trained.append({name: p.detach().clone() for name, p in module.live.trained().items()})
+        assert trainer.callback_metrics["train/kl"] < 1
+    assert all(torch.equal(p, trained[1][name]) for name, p in trained[0].items())
+
+
 def test_a_reward_that_scores_nothing_stops_the_run_in_a_sentence(prepared: Callable[..., Run]):
     run = prepared()
-    run.recipe.scorer.objective = {"reward": Reward(lambda seen: True)}
+    run.recipe.scorer = Scorer(Reward(lambda seen: True))
     with pytest.raises(RuntimeError, match="not a single picture of this epoch could be scored"):
         run.fit()
 
@@ -225,7 +252,37 @@ def test_a_picture_size_that_the_model_cannot_make_is_refused_before_training(pr
         run.build()
 
 
+# ------------------------------------------------------------ scoring beside sampling
+
+
+def test_scoring_beside_sampling_changes_nothing(prepared: Callable[..., Run]):
+    """Four batches of a picture each in rollouts and evaluations."""
+    found = []
+    for ahead in (0, 2):
+        run = prepared("algo=nft", "rollout.batch_size=1", "evaluation.sampling.batch_size=1", f"reward.ahead={ahead}")
+        module = run.fit()
+        metrics = run.trainer.validate(module, verbose=False)[0]
+        found.append(({n: p.detach().clone() for n, p in module.live.trained().items()}, metrics, module.shown["val"]))
+        run.recipe.scorer.close()
+    (weights, metrics, shown), (others, same, also) = found
+    assert all(torch.equal(p, others[name]) for name, p in weights.items())
+    assert metrics == same
+    assert torch.equal(shown.images, also.images)
+    assert shown.prompts == also.prompts
+    assert all(torch.equal(values, also.scores[name]) for name, values in shown.scores.items())
+
+
 # ------------------------------------------------------------ evaluation
+
+
+def test_an_evaluation_says_what_it_could_not_score(prepared: Callable[..., Run]):
+    run = prepared("evaluation.num_val=8")
+    run.recipe.scorer = Scorer(Reward(lambda seen: seen == 1), held_out={"whole": Reward(lambda seen: False)})
+    module, trainer = run.build()
+    metrics = trainer.validate(module, verbose=False)[0]
+    assert metrics["val/reward/not_scored"] == 1 / 8
+    assert metrics["val/reward"] == pytest.approx(metrics["val/whole"], rel=0.2)
+    assert "val/whole/not_scored" not in metrics
 
 
 def test_an_evaluation_reports_every_measure_and_every_category(prepared: Callable[..., Run]):
