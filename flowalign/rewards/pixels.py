@@ -61,8 +61,9 @@ class Pixels:
             square = "height" in size
             crop = settings.get("crop_size") if settings.get("do_center_crop") else None
             crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+            side = None if square else size["shortest_edge"]
             return cls(
-                (size["height"], size["width"]) if square else (size["shortest_edge"],) * 2,
+                (size["height"], size["width"]) if side is None else (side, side),
                 "stretch" if square else "shortest",
                 None if crop is None else (crop["height"], crop["width"]),
                 _triple(settings["image_mean"]),

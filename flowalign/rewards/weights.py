@@ -88,7 +88,7 @@ def built(make: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: tor
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
     except RuntimeError as error:
         raise RewardError(f"the weights of {source} do not fit: {' '.join(str(error).split())[:300]}") from error
-    return frozen(model.to(dtype))
+    return frozen(model)
 
 
 def mlp_of(state: Mapping[str, Tensor], source: str, between: type[nn.Module] = nn.Identity) -> nn.Sequential:
@@ -118,7 +118,7 @@ def frozen(model: nn.Module) -> Any:
 
 @contextmanager
 def _explained(pretrained: str) -> Iterator[None]:
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     local = Path(pretrained).expanduser().is_dir()
     try:
