@@ -22,7 +22,7 @@ FILTERS = {2: "bilinear", 3: "bicubic"}
 
 def eight_bits(pictures: Tensor) -> Tensor:
     """Values in [0, 1] as a picture file would hold them: multiples of 1/255."""
-    return (pictures.clamp(0, 1) * 255).round() / 255
+    return (pictures.clamp(0, 1) * 255 + 0.5).floor() / 255  # halves upwards, as PIL rounds
 
 
 def resized(pictures: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.rewards.base import RewardError
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def fetched(pretrained: str, file: str, revision: str | None = None) -> Path:
@@ -118,17 +121,24 @@ def frozen(model: nn.Module) -> Any:
 
 @contextmanager
 def _explained(pretrained: str) -> Iterator[None]:
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    """Without the library's bar over the weights, and with its errors in our words."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from transformers.utils import logging as bars
 
     local = Path(pretrained).expanduser().is_dir()
+    if not local and not HUB_ID.fullmatch(pretrained):
+        raise RewardError(f"{pretrained} is neither a folder nor a hub id like org/name.")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     except GatedRepoError as error:
         raise RewardError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
         raise RewardError(f"the hub has no {pretrained} (or it is private and HF_TOKEN is not set).") from error
-    except HFValidationError as error:
-        raise RewardError(f"{pretrained} is neither a folder nor a hub id like org/name.") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         why = "is incomplete or damaged" if local else "is not in the local cache and the hub did not give it"
         raise RewardError(f"{pretrained} {why} ({str(error).strip().splitlines()[0]}).") from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
