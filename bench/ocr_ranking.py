@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from flowalign.rewards.ocr import OCR, edit_distance
 
-WORDS = """
+TEXT = """
 airport almond anchor animal apricot arcade archive arrival autumn avenue balance bakery balloon bamboo banana barber
 basket battery beacon bedroom bicycle biscuit blanket blossom bottle bridge broken bronze brother bucket budget buffalo
 builder burger butter button cabinet camera candle canyon carbon carpet castle ceiling central century ceramic chamber
@@ -36,7 +37,8 @@ january jasmine journal journey jungle justice kettle kingdom kitchen ladder lan
 liberty library lighthouse limited liquid lobster london lumber magnet mailbox mango marble market meadow medicine
 member memory message midnight mineral mirror monday monster morning mountain museum mustard needle
 nickel notebook number ocean office olive
-""".split()
+"""
+WORDS = TEXT.split()
 SIDE = 256
 
 
@@ -72,7 +74,7 @@ def unlike(word: str, rng: np.random.Generator) -> str:
     return str(rng.choice(others))
 
 
-def measure(engine: str, words: list[str], seed: int = 0) -> dict[str, Any]:
+def measure(engine: str, words: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """Figures of one engine; see the module."""
     reward = OCR(engine)  # type: ignore[arg-type]
     rows = []

@@ -121,15 +121,16 @@ def frozen(model: nn.Module) -> Any:
 
 @contextmanager
 def _explained(pretrained: str) -> Iterator[None]:
-    """Without the library's bar over the weights, and with its errors in our words."""
+    """Without the library's bar over the weights and its table of those it did not need; its errors in our words."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-    from transformers.utils import logging as bars
+    from transformers.utils import logging as library
 
     local = Path(pretrained).expanduser().is_dir()
     if not local and not HUB_ID.fullmatch(pretrained):
         raise RewardError(f"{pretrained} is neither a folder nor a hub id like org/name.")
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    shown, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
+    library.disable_progress_bar()
+    library.set_verbosity_error()
     try:
         yield
     except GatedRepoError as error:
@@ -140,5 +141,6 @@ def _explained(pretrained: str) -> Iterator[None]:
         why = "is incomplete or damaged" if local else "is not in the local cache and the hub did not give it"
         raise RewardError(f"{pretrained} {why} ({str(error).strip().splitlines()[0]}).") from error
     finally:
+        library.set_verbosity(verbosity)
         if shown:
-            bars.enable_progress_bar()
+            library.enable_progress_bar()
