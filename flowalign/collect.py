@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +20,15 @@ from flowalign.models.base import FlowModel
 from flowalign.points import noised, transitions
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
-from flowalign.scoring import Scorer
+from flowalign.scoring import Latents, Scorer
 from flowalign.steps.base import StepPlan, Steps
 from flowalign.steps.tail import shorten
 from flowalign.times import Times
 from flowalign.types import Conditioning, Point, Rollout
 
 Progress = Callable[[int, float | None], None]
+SHOWN = 16
+"""Pictures of a rollout that are kept to be looked at."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Pictures:
 
     rollout: Rollout
     images: Tensor
-    """The first picture of each group, on the CPU."""
+    """The first picture of each group, of SHOWN at most, on the CPU."""
     rewards: Tensor
     """(B, R)"""
     calls: int = 0
@@ -163,10 +166,9 @@ class Collector:
         """Walks of the policy, decoded and scored, some at a time."""
         plan = self.plan(share.epoch)
         sigmas, shape = self._schedule(plan), self._latent_shape()
-        # What starts alike is walked together, if it fits.
-        alike = self.geometry.batch.group_size if self.sampling.same_noise else plan.trunk
-        batch = self.sampling.batch_size // alike * alike or self.sampling.batch_size
+        batch, alike = self._batch(plan)
         parts, images, rewards, calls = [], [], [], 0
+        unscored: list[tuple[Tensor, Tensor | None]] = []
         for start in range(0, len(share.samples), batch):
             samples = share.samples[start : start + batch]
             cond = share.cond.index(slice(start, start + len(samples)))
@@ -178,12 +180,51 @@ class Collector:
 
             noise = Noise(self.seed, share.epoch, samples, shape, share.device, alike)
             part = walk(velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean)
-            media = self.model.decode(part.x0)
+            media, shown = self._decoded(part.x0, self._first_of_groups(samples), SHOWN - len(images))
             parts.append(part)
-            images.append(media[self._first_of_groups(samples)].cpu())
-            rewards.append(self.scorer.rewards(media, share.prompts[start : start + len(samples)]))
-            report(start + len(samples), float(self.scorer.combined(torch.cat(rewards)).nanmean()))
-        return Pictures(join(parts), torch.cat(images), torch.cat(rewards), calls)
+            images += shown
+            unscored.append((part.x0, media))
+            end = start + len(samples)
+            if self._complete(share.samples, end):
+                rewards.append(self._scores(share, unscored, end, plan))
+                unscored = []
+            done = torch.cat(rewards) if rewards else torch.empty(0, 1)
+            report(end, float(self.scorer.combined(done).nanmean()) if rewards else None)
+        return Pictures(join(parts), _stacked(images), torch.cat(rewards), calls)
+
+    def _batch(self, plan: StepPlan) -> tuple[int, int]:
+        """Samples walked together, and how many neighbours start alike: whole groups of what belongs together, if they
+        fit."""
+        group = self.geometry.batch.group_size
+        alike = group if self.sampling.same_noise else plan.trunk
+        together = math.lcm(alike, self._compared(plan)) if self.scorer.groupwise else alike
+        return self.sampling.batch_size // together * together or self.sampling.batch_size, alike
+
+    def _compared(self, plan: StepPlan) -> int:
+        """Neighbouring samples that are one credit group."""
+        return plan.branches or self.geometry.batch.group_size
+
+    def _decoded(self, x0: Tensor, firsts: list[int], room: int) -> tuple[Tensor | None, list[Tensor]]:
+        """Media of all samples, None if no reward sees them; and those to be looked at, which are made anyway."""
+        firsts = firsts[:room]
+        if self.scorer.sees_media:
+            media = self.model.decode(x0)
+            return media, list(media[firsts].cpu())
+        return None, list(self.model.decode(x0[firsts]).cpu()) if firsts else []
+
+    def _complete(self, samples: list[int], end: int) -> bool:
+        """Whether the first `end` samples can be scored: groupwise rewards want whole groups."""
+        following = samples[end] if end < len(samples) else 0
+        return not self.scorer.groupwise or following % self.geometry.batch.group_size == 0
+
+    def _scores(self, share: Share, unscored: list[tuple[Tensor, Tensor | None]], end: int, plan: StepPlan) -> Tensor:
+        """(B, R) of the samples before `end` that are not scored yet: x0 and media by batch."""
+        x0 = torch.cat([x0 for x0, _ in unscored])
+        decoded = [media for _, media in unscored if media is not None]
+        rows = slice(end - len(x0), end)
+        groups = torch.tensor(share.samples[rows]) // self._compared(plan)
+        latents = Latents(x0, share.cond.index(rows))
+        return self.scorer.rewards(torch.cat(decoded) if decoded else None, share.prompts[rows], latents, groups)
 
     def _given(self, share: Share, which: list[int], report: Progress) -> Pictures:
         """Real pictures of the prompts instead, encoded; the network is not asked."""
@@ -193,10 +234,11 @@ class Collector:
             numbers = [keyed_integer(self.seed, share.epoch, s, PICTURE) for s in samples]
             media = self.prompts.images(which[start : start + batch], numbers, self.size.height, self.size.width)
             latents.append(self.model.encode_images(media.to(share.device)))
-            images.append(media[self._first_of_groups(samples)])
+            images += list(media[self._first_of_groups(samples)])
             report(start + len(samples), None)
         x0 = torch.cat(latents)
-        return Pictures(Rollout(x0, self._schedule(deterministic(0))), torch.cat(images), x0.new_ones(len(x0), 1))
+        given = Rollout(x0, self._schedule(deterministic(0)))
+        return Pictures(given, _stacked(images[:SHOWN]), x0.new_ones(len(x0), 1))
 
     def _schedule(self, plan: StepPlan) -> Tensor:
         area = self.size.area
@@ -258,6 +300,11 @@ class Collector:
         draws = [keyed_randn(self.seed, epoch, keys, POINT + j, shape, device) for j in range(per_sample)]
         sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
         return noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample)
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    """(n, …), also of nothing: a rank may have no first picture of a group."""
+    return torch.stack(images) if images else torch.empty(0)
 
 
 def diversity(x0: Tensor, group: Tensor) -> float:

@@ -27,6 +27,7 @@ from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
+from flowalign.scoring import Latents
 
 
 class AlignModule(LightningModule):
@@ -58,6 +59,7 @@ class AlignModule(LightningModule):
             recipe.model.check_size(*size.area)
         if recipe.algorithm.source == "images":
             recipe.data["train"].require_images()
+        recipe.scorer.bind(recipe.model)
 
     # ------------------------------------------------------------ building
 
@@ -310,16 +312,16 @@ class AlignModule(LightningModule):
         prompts = [self.eval_prompts[stage][i] for i in ids]
         with self.live.use(r.evaluation.copy), self._precision():
             cond = self.conditioner(prompts, self.device, r.eval_size.area)
-            media, rms = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
-        self._meter(f"{stage}/velocity_rms").update(rms)
+            made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
+        self._meter(f"{stage}/velocity_rms").update(made.rms)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size
-        scores = r.scorer.all(media, prompts)
+        scores = r.scorer.all(made.media, prompts, Latents(made.x0, cond))
         for name, values in scores.items():
             self._meter(f"{stage}/{name}").update(values)
             for tag in {p.metadata.get("tag") for p in prompts} - {None}:
                 mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
-        self._show(stage, ids, media, scores)
+        self._show(stage, ids, made.media, scores)
         self.report.advance(
             "evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean())
         )

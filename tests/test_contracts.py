@@ -79,7 +79,7 @@ def test_the_batch_plan_of_every_option_fits_with_every_algorithm(compose: Calla
         if refused(cfg):
             continue
         parts = {part: instantiate(cfg[part]) for part in ("steps", "times", "rollout", "batch")}
-        recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), **parts)
+        recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), scorer=instantiate(cfg.reward), **parts)
         batch_plan(recipe)  # type: ignore[arg-type]
 
 
@@ -113,7 +113,7 @@ def small(algo: str, steps: str | None = None) -> tuple[str, ...]:
 def fitting(cfg: DictConfig) -> DictConfig:
     """The tiny config with a micro-batch that fits, whatever an algorithm couples."""
     parts = {part: instantiate(cfg[part]) for part in ("steps", "times", "rollout")}
-    recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), **parts)
+    recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), scorer=instantiate(cfg.reward), **parts)
     for micro in (3, 2, 1, 6):
         cfg.batch.micro = micro
         recipe.batch = instantiate(cfg.batch)

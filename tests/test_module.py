@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
+from flowalign.scoring import Scorer
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -105,7 +106,7 @@ def test_a_wrong_recorded_density_is_found_out(prepared: Callable[..., Run]):
 
 def test_samples_without_a_score_are_survived_and_teach_nothing(prepared: Callable[..., Run]):
     run = prepared("algo=grpo", "batch.group_size=4")
-    run.recipe.scorer.objective = {"reward": Reward(lambda seen: seen == 1)}
+    run.recipe.scorer = Scorer(Reward(lambda seen: seen == 1))
     module = run.fit()
     per_sample = len(module.buffer.points.x) // 8
     advantage = module.buffer.points.advantage.reshape(8, per_sample)
@@ -117,7 +118,7 @@ def test_samples_without_a_score_are_survived_and_teach_nothing(prepared: Callab
 
 def test_a_reward_that_scores_nothing_stops_the_run_in_a_sentence(prepared: Callable[..., Run]):
     run = prepared()
-    run.recipe.scorer.objective = {"reward": Reward(lambda seen: True)}
+    run.recipe.scorer = Scorer(Reward(lambda seen: True))
     with pytest.raises(RuntimeError, match="not a single picture of this epoch could be scored"):
         run.fit()
 

@@ -65,7 +65,7 @@ def made(saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size:
         for start in range(0, len(asked), sampling.batch_size):
             ids = range(start, min(start + sampling.batch_size, len(asked)))
             cond = condition([asked[i] for i in ids], saved.model.device, size.area)
-            parts.append(generate(saved.model, cond, ids, seed, sampling, size, saved.model.device)[0].cpu())
+            parts.append(generate(saved.model, cond, ids, seed, sampling, size, saved.model.device).media.cpu())
     return torch.cat(parts)
 
 

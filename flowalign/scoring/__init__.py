@@ -1,0 +1,7 @@
+"""What a run measures its pictures by: rewards by name, how they are called, and what becomes of missing scores."""
+
+from flowalign.scoring.measure import Measure
+from flowalign.scoring.scorer import Scorer
+from flowalign.scoring.seen import Latents, Seen
+
+__all__ = ["Latents", "Measure", "Scorer", "Seen"]
