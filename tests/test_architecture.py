@@ -41,8 +41,9 @@ ORDER = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, n
 PURE = {"torch", "numpy"}
 WORLD = PURE | {"scipy", "PIL"}  # the scenes are drawn and read with these
 PROGRAMS = {f"shapes.{name}" for name in ("pretrain", "data", "networks", "card", "tokenizer", "prompts")}
-"""What made the embedded pipeline: run by hand, and nothing else imports it."""
-HYDRA = {"run", "compatibility", "shapes.pretrain"}
+PROGRAMS |= {f"rewards.latent.{name}" for name in ("__main__", "data", "training")}
+"""What made the embedded pipeline, and what makes latent rewards: run by hand, and nothing else imports it."""
+HYDRA = {"run", "compatibility", "shapes.pretrain", "rewards.latent.__main__"}
 OMEGACONF = HYDRA | {"summary", "curves", "commands.saved", "commands.export"} | PROGRAMS
 
 
@@ -94,6 +95,7 @@ def upward(name: str, source: str) -> list[str]:
 def foreign(name: str, source: str) -> list[str]:
     """Libraries that a file of the pure floors has no business with."""
     allowed = WORLD if unit(name) in ("shapes", "rewards") else PURE
+    allowed = allowed | {"safetensors"} if name == "rewards.latent.files" else allowed
     tops = {dotted.split(".")[0] for dotted, _ in imports(source)}
     return sorted(tops - allowed - {"flowalign"} - set(sys.stdlib_module_names))
 

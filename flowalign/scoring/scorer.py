@@ -12,6 +12,7 @@ from flowalign.prompts import Prompt
 from flowalign.rewards.base import Reward
 from flowalign.scoring.measure import Measure
 from flowalign.scoring.seen import Latents, Seen
+from flowalign.types import Conditioning
 
 
 class Scorer:
@@ -87,6 +88,11 @@ class Scorer:
         """
         seen = Seen(prompts, media, latents, groups)
         return torch.stack([measure(seen) for measure in self.objective.values()], dim=1)
+
+    def of_noisy(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """The weighted sum of the objective on noisy latents x (B, …) at sigma (B,), with its gradient to x: (B,)."""
+        counted = [(w, m) for w, m in zip(self.weights.tolist(), self.objective.values(), strict=True) if w]
+        return torch.stack([w * m.reward.of_noisy(x, sigma, cond) for w, m in counted]).sum(dim=0)  # type: ignore
 
     def combined(self, rewards: Tensor) -> Tensor:
         """(B, R) to their weighted sum (B,); NaN if a reward that counts is missing."""
