@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowalign.algorithms.base import Algorithm
 from flowalign.conditioner import Conditioner
-from flowalign.credit import Credit, group_stats
+from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
 from flowalign.geometry import Geometry
 from flowalign.keyed import GIVEN, PICTURE, POINT, keyed_integer, keyed_randn
@@ -21,6 +21,7 @@ from flowalign.points import below, beside, noised, transitions
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
 from flowalign.scoring import Latents, Scorer
+from flowalign.scoring.stats import statistics
 from flowalign.steps.base import StepPlan, Steps
 from flowalign.steps.tail import shorten
 from flowalign.times import Times
@@ -97,6 +98,21 @@ class Pictures:
     calls: int = 0
 
 
+@dataclass(frozen=True)
+class Given:
+    """What every sample of an epoch has been given for its rewards."""
+
+    advantage: Tensor
+    """(N,)"""
+    valid: Tensor
+    """(N,) bool; the others are not trained on."""
+
+    @staticmethod
+    def equal(number: int) -> Given:
+        """1 for everybody."""
+        return Given(torch.ones(number), torch.ones(number, dtype=torch.bool))
+
+
 @dataclass
 class Collector:
     """Everything a rollout phase needs, and no state of its own."""
@@ -147,20 +163,23 @@ class Collector:
         share = Share(epoch, local, [self.prompts.prompts[i] for i in which], cond.index(rows), device)
         if self.algorithm.source == "images":
             made = self._given(share, which, report)
-            advantage, stats = torch.ones(self.geometry.samples), {}
+            credit, stats = Given.equal(self.geometry.samples), {}
         else:
             made = self._pictures(share, report)
-            advantage, stats = self._credit(gather(made.rewards).cpu(), epoch, chosen)
+            credit, stats = self._credit(gather(made.rewards).cpu(), epoch, chosen)
         stats["diversity"] = diversity(made.rollout.x0, rows)
-        mine = advantage[local]
-        kept = self._kept(mine)
+        trained = self._kept(credit)
+        # The mean over what is in the loss, on all ranks alike.
+        weight = credit.valid / credit.valid[trained].double().mean()
+        kept = torch.tensor([i for i, sample in enumerate(local) if trained[sample]])
         rollout = made.rollout if len(kept) == len(local) else made.rollout.index(kept)
-        points = self._points(epoch, rollout, [local[i] for i in kept], mine[kept])
+        mine = torch.tensor(local)[kept]
+        given = mine, credit.advantage[mine], weight[mine]
+        points = self._points(epoch, rollout, *given)
         if self.algorithm.source == "both":
-            given = self._given(share, which, lambda done, reward: None).rollout.index(kept)
-            real = self._points(epoch, given, [local[i] for i in kept], mine[kept], GIVEN)
-            points = beside(points, real, len(kept))
-        stats["advantage_abs"] = float(advantage.abs().mean())
+            real = self._given(share, which, lambda done, reward: None).rollout.index(kept)
+            points = beside(points, self._points(epoch, real, *given, GIVEN), len(kept))
+        stats["advantage_abs"] = float(credit.advantage.abs().mean())
         of_point = rows[kept].repeat_interleave(self.geometry.points_per_sample)
         return Collected(points, cond, of_point, stats, made.images, share.prompts, made.calls)
 
@@ -193,7 +212,7 @@ class Collector:
                 rewards.append(self._scores(share, unscored, end, plan))
                 unscored = []
             done = torch.cat(rewards) if rewards else torch.empty(0, 1)
-            report(end, float(self.scorer.combined(done).nanmean()) if rewards else None)
+            report(end, float(self.scorer.combined(done, share.epoch).nanmean()) if rewards else None)
         return Pictures(join(parts), _stacked(images), torch.cat(rewards), calls)
 
     def _batch(self, plan: StepPlan) -> tuple[int, int]:
@@ -257,14 +276,9 @@ class Collector:
 
     # ------------------------------------------------------------ credit
 
-    def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> tuple[Tensor, dict[str, float]]:
-        """Advantages (N,) of all samples of the epoch from their rewards (N, R), and what these look like."""
-        scored, weights = self.scorer.combined(rewards).isfinite(), self.scorer.weights
-        if not scored.any():
-            raise RuntimeError(
-                "not a single picture of this epoch could be scored: every reward is NaN. Is the reward installed "
-                "and reachable?"
-            )
+    def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> tuple[Given, dict[str, float]]:
+        """The credit of all samples of the epoch for their rewards (N, R), and what these look like."""
+        weights, names = self.scorer.weights(epoch), list(self.scorer.objective)
         branches = self.plan(epoch).branches
         # The same prompt drawn twice is one group; branches are compared with those of their own step and trunk.
         groups = torch.tensor(
@@ -273,39 +287,43 @@ class Collector:
                 for s in range(self.geometry.samples)
             ]
         )
-        stats = group_stats(rewards, groups, weights)
-        stats = {"zero_std_fraction": stats.pop("zero_std_fraction")} | {f"reward_{k}": v for k, v in stats.items()}
-        stats["reward_nan_fraction"] = float((~scored).float().mean())
-        if len(weights) > 1:
-            stats |= {f"reward/{k}": float(r.nanmean()) for k, r in zip(self.scorer.objective, rewards.T, strict=True)}
-        advantage = self.credit(rewards, groups, weights=weights)
-        return advantage, stats | self.credit.stats(rewards, groups, weights=weights)
+        valid = self.scorer.missing.valid(rewards, groups, weights, names)
+        stats = statistics(rewards, groups, valid, weights, names)
+        stats |= self.credit.stats(rewards, groups, valid, weights)
+        return Given(self.credit(rewards, groups, valid, weights), valid), stats
 
-    def _kept(self, advantage: Tensor) -> Tensor:
-        """Positions of the samples to train on: all, or of each group the best and the worst in equal numbers."""
+    def _kept(self, credit: Given) -> Tensor:
+        """(N,) bool: the samples to train on, all or of each group the best and the worst in equal numbers.
+
+        Who has no score comes between these, and is kept only where its group has too few others.
+        """
         g = self.geometry
         if g.members is None:
-            return torch.arange(len(advantage))
-        best_first = advantage.unflatten(0, (-1, g.batch.group_size)).argsort(dim=1, descending=True, stable=True)
+            return torch.ones_like(credit.valid)
         worst = g.members // 2
-        ends = torch.cat([best_first[:, : g.members - worst], best_first[:, g.batch.group_size - worst :]], dim=1)
-        return (ends.sort(dim=1).values + torch.arange(len(ends))[:, None] * g.batch.group_size).flatten()
+        best = g.members - worst
+        group_size = g.batch.group_size
+        scored = credit.advantage.masked_fill(~credit.valid, -torch.inf).unflatten(0, (-1, group_size))
+        place = scored.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        place = torch.where(place < best, place, place + group_size)
+        place[~credit.valid.unflatten(0, (-1, group_size))] = best
+        rank = place.argsort(dim=1, stable=True).argsort(dim=1)
+        return ((rank < best) | (rank >= group_size - worst)).flatten()
 
     # ------------------------------------------------------------ points
 
     def _points(
-        self, epoch: int, rollout: Rollout, samples: list[int], advantage: Tensor, stream: int = POINT
+        self, epoch: int, rollout: Rollout, sample: Tensor, advantage: Tensor, weight: Tensor, stream: int = POINT
     ) -> Point:
-        sample = torch.tensor(samples)
         group_size = self.geometry.batch.group_size
         group = sample // (self.plan(epoch).branches or group_size)
         if self.algorithm.point == "transition":
-            return transitions(rollout, advantage, group, sample)
+            return transitions(rollout, advantage, group, sample, weight)
         keys = sample // group_size * group_size if self.algorithm.shared_noise else sample
         shape, device = tuple(rollout.x0.shape[1:]), rollout.x0.device
         sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
         draws = [keyed_randn(self.seed, epoch, keys, stream + j, shape, device) for j in range(sigma.shape[1])]
-        points = noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample)
+        points = noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample, weight)
         points.sigma_next = below(rollout.sigmas, points.sigma)
         return points
 

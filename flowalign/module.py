@@ -28,7 +28,7 @@ from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
 from flowalign.scoring import Latents
-from flowalign.types import Conditioning, Point
+from flowalign.types import Conditioning, Point, given
 
 
 class AlignModule(LightningModule):
@@ -228,13 +228,16 @@ class AlignModule(LightningModule):
         losses, metrics = self.recipe.algorithm.loss(point, v)
         self._guard(losses, metrics, idx, batch_idx)
         self.counts["train"] += len(idx) * self.trainer.world_size
-        means = {f"train/{name}": value.mean() for name, value in metrics.items()}
-        means["train/loss"] = losses.detach().mean()
+        # What could not be scored weighs nothing, in the loss as in its diagnostics.
+        weight = given(point.weight, "weight")
+        loss = (losses * weight).mean()
+        means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
+        means["train/loss"] = loss.detach()
         if "ratio" in metrics:
             means["train/ratio_std"] = metrics["ratio"].std(correction=0)
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
         self.report.advance("optimise", batch_idx + 1)
-        return losses.mean()
+        return loss
 
     def _judged(self, point: Point, v: Tensor, cond: Conditioning) -> Tensor:
         """(B,) with gradients; 0 for points of given pictures, which nobody judges."""
@@ -243,7 +246,9 @@ class AlignModule(LightningModule):
         rows = torch.arange(len(x), device=x.device) if point.real is None else (~point.real).nonzero().flatten()
         if not len(rows):
             return reward
-        return reward.index_copy(0, rows, self.recipe.scorer.of_noisy(x[rows], sigma[rows], cond.index(rows)))
+        return reward.index_copy(
+            0, rows, self.recipe.scorer.of_noisy(x[rows], sigma[rows], cond.index(rows), self.current_epoch)
+        )
 
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> None:
         finite = losses.isfinite()

@@ -164,6 +164,23 @@ def test_training_on_the_best_and_the_worst(collect: Callable[..., Phase], membe
     assert torch.equal(p.advantage, whole.points.advantage[rows])
 
 
+def test_who_has_no_score_is_trained_on_only_where_its_group_has_too_few_others(collect: Callable[..., Phase]):
+    """Best three and worst two of eight; of the second group only two could be scored."""
+    phase = collect("algo=nft", "batch.group_size=8", samples_per_group=5)
+    rewards = torch.arange(16.0)[:, None]
+    rewards[[0, 7, 3, 8, 9, 10, 12, 13, 15]] = torch.nan
+    phase.collector.scorer = Scorer(lambda media, *_: torch.zeros(len(media)), max_missing=1)
+    with torch.no_grad():
+        got = phase.collector(0, 0, torch.device("cpu"), lambda _: rewards, lambda done, reward: None)
+    samples = given(got.points.sample, "sample")[::3]
+    scored = got.points.counts[::3]
+    assert samples[:5].tolist() == [1, 2, 4, 5, 6]
+    assert scored[:5].all()
+    assert {11, 14} <= set(samples[5:].tolist())
+    assert samples[5:][scored[5:]].tolist() == [11, 14]
+    assert float(given(got.points.weight, "weight").mean()) == pytest.approx(1)
+
+
 def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
     phase = collect("algo=nft", source="images")
     got = phase.got

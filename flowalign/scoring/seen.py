@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flowalign.prompts import Prompt
@@ -35,6 +36,13 @@ class Seen:
     latents: Latents | None = None
     groups: Tensor | None = None
     """(B,) samples with the same number are compared; they are neighbours."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples are."""
+        if self.media is not None:
+            return self.media.device
+        return torch.device("cpu") if self.latents is None else self.latents.x0.device
 
     def index(self, i: slice) -> Seen:
         """Rows i."""

@@ -62,7 +62,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Logits (B,) float32 of x (B, …) at sigma (B,)."""
-        return self.head(self.trunk(x, sigma, cond).float())
+        return self.head(self.trunk(x, sigma, cond).float()).float()
 
     def reward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """What the logits mean, (B,)."""

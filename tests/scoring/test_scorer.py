@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.prompts import Prompt
+from flowalign.rewards.base import RewardError
 from flowalign.scoring import Latents, Measure, Scorer
 from flowalign.types import Conditioning
 
@@ -44,7 +45,7 @@ def test_a_reward_of_another_shape_is_refused_by_name():
         def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             return media.mean()
 
-    with pytest.raises(ValueError, match=r"Mean returned scores of shape \(\) for 2 samples"):
+    with pytest.raises(RewardError, match=r"reward `reward` \(Mean\) returned scores of shape \(\) for 2 samples"):
         Scorer(Mean()).rewards(MEDIA, PROMPTS)
 
 
@@ -125,5 +126,5 @@ def test_rewards_of_latents_get_latents_and_want_no_media():
     assert not scorer.sees_media
     assert scorer.rewards(None, PROMPTS, latents).tolist() == [[2], [3]]
     assert Scorer({"latent": OfLatents(), "n": by_metadata}).sees_media
-    with pytest.raises(ValueError, match="OfLatents scores latents, and only media are here"):
+    with pytest.raises(RewardError, match=r"\(OfLatents\): it scores latents, and only media are here"):
         scorer.rewards(MEDIA, PROMPTS)
