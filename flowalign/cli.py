@@ -11,6 +11,7 @@ from typing import Any
 from flowalign.commands.evaluate import evaluate
 from flowalign.commands.export import export
 from flowalign.commands.sample import sample
+from flowalign.rewards.base import RewardError
 from flowalign.run import quieten
 
 COMMANDS: dict[str, Callable[..., None]] = {"sample": sample, "evaluate": evaluate, "export": export}
@@ -61,7 +62,7 @@ def main() -> None:
         if name not in COMMANDS:
             raise ValueError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}.")
         COMMANDS[name](**parse(name, words))
-    except ValueError as error:
+    except (ValueError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
