@@ -62,6 +62,7 @@ def labelled(cfg: DictConfig, part: str, model: FlowModel, folder: Path, device:
     size, media, sampling = size_of(cfg, "train"), instantiate(cfg[part]), instantiate(cfg.sampling)
     model.check_size(*size.area)
     scorer, prompts = instantiate(cfg.reward), instantiate(cfg.data[part])
+    scorer.check()
     scorer.bind(model)
     conditioner = Conditioner(model, sampling.guidance > model.guidance_off, instantiate(cfg.encoding))
     # Classes in turn, unless all are wanted anyway.

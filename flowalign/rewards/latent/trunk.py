@@ -56,9 +56,14 @@ class Trunk(nn.Module):
             )
         # A list keeps its length, from which some networks count, and what is left out is not even copied.
         self.network: nn.Module = copy.deepcopy(whole, {id(block): _Halt() for block in every[blocks:]})
-        self.blocks = nn.ModuleList(main_blocks(self.network)[:blocks])
+        self.kept = blocks
         self.view = copy.copy(model)
         self.view.pipe = _Instead(model.pipe, dict.fromkeys(denoisers, self.network))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Those that are kept."""
+        return main_blocks(self.network)[: self.kept]
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
         """Tokens (B, L, D) that the last kept block leaves; x (B, …), sigma (B,) and cond as for `velocity`.
