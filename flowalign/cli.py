@@ -12,7 +12,7 @@ from flowalign.commands.evaluate import evaluate
 from flowalign.commands.export import export
 from flowalign.commands.sample import sample
 from flowalign.rewards.base import RewardError
-from flowalign.run import quieten
+from flowalign.run import find_own_modules, quieten
 
 COMMANDS: dict[str, Callable[..., None]] = {"sample": sample, "evaluate": evaluate, "export": export}
 BOOLEANS = {"true": True, "false": False}
@@ -58,6 +58,7 @@ def main() -> None:
         _help()
         return
     quieten()
+    find_own_modules()
     try:
         if name not in COMMANDS:
             raise ValueError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}.")

@@ -64,12 +64,13 @@ def _check_gradient(cfg: DictConfig) -> None:
 
 
 def _rewards(node: Any) -> list[str]:
-    """Classes of the rewards in an objective: one, or several by name, with or without what a run decides of them."""
+    """Classes of the rewards in an objective: one, or several by name, each perhaps in a Measure."""
     if not isinstance(node, DictConfig):
         return []
-    if "_target_" in node and "reward" not in node:
-        return [node["_target_"]]
-    return [name for key, child in node.items() if key != "_target_" for name in _rewards(child)]
+    if "_target_" not in node:
+        return [name for child in node.values() for name in _rewards(child)]
+    measured = str(node["_target_"]).endswith(".Measure")
+    return _rewards(node.get("reward")) if measured else [node["_target_"]]
 
 
 def _check_density(cfg: DictConfig, dynamics: Any) -> None:

@@ -177,6 +177,12 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def find_own_modules() -> None:
+    """Configs may name rewards and other classes of modules in the current folder, whichever way we were started."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+
+
 def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
     """Micro-batches per optimiser step; Lightning wants to know it before it knows the module."""
     from flowalign.recipe import batch_plan
@@ -271,5 +277,6 @@ def _main(cfg: DictConfig) -> float | None:
 def main() -> None:
     """The entry point of `train.py` and `flowalign-train`."""
     quieten()
+    find_own_modules()
     sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "train", also=check_groups)
     _main()
