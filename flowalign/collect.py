@@ -15,9 +15,9 @@ from flowalign.conditioner import Conditioner
 from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
 from flowalign.geometry import Geometry
-from flowalign.keyed import PICTURE, POINT, keyed_integer, keyed_randn
+from flowalign.keyed import GIVEN, PICTURE, POINT, keyed_integer, keyed_randn
 from flowalign.models.base import FlowModel
-from flowalign.points import noised, transitions
+from flowalign.points import below, beside, noised, transitions
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
 from flowalign.scoring import Latents, Scorer, Seen, Turns
@@ -174,7 +174,11 @@ class Collector:
         kept = torch.tensor([i for i, sample in enumerate(local) if trained[sample]])
         rollout = made.rollout if len(kept) == len(local) else made.rollout.index(kept)
         mine = torch.tensor(local)[kept]
-        points = self._points(epoch, rollout, mine, credit.advantage[mine], weight[mine])
+        given = mine, credit.advantage[mine], weight[mine]
+        points = self._points(epoch, rollout, *given)
+        if self.algorithm.source == "both":
+            real = self._given(share, which, lambda done, reward: None).rollout.index(kept)
+            points = beside(points, self._points(epoch, real, *given, GIVEN), len(kept))
         stats["advantage_abs"] = float(credit.advantage.abs().mean())
         of_point = rows[kept].repeat_interleave(self.geometry.points_per_sample)
         return Collected(points, cond, of_point, stats, made.images, share.prompts, made.calls)
@@ -315,16 +319,20 @@ class Collector:
 
     # ------------------------------------------------------------ points
 
-    def _points(self, epoch: int, rollout: Rollout, sample: Tensor, advantage: Tensor, weight: Tensor) -> Point:
-        group_size, per_sample = self.geometry.batch.group_size, self.geometry.points_per_sample
+    def _points(
+        self, epoch: int, rollout: Rollout, sample: Tensor, advantage: Tensor, weight: Tensor, stream: int = POINT
+    ) -> Point:
+        group_size = self.geometry.batch.group_size
         group = sample // (self.plan(epoch).branches or group_size)
         if self.algorithm.point == "transition":
             return transitions(rollout, advantage, group, sample, weight)
         keys = sample // group_size * group_size if self.algorithm.shared_noise else sample
         shape, device = tuple(rollout.x0.shape[1:]), rollout.x0.device
-        draws = [keyed_randn(self.seed, epoch, keys, POINT + j, shape, device) for j in range(per_sample)]
         sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
-        return noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample, weight)
+        draws = [keyed_randn(self.seed, epoch, keys, stream + j, shape, device) for j in range(sigma.shape[1])]
+        points = noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample, weight)
+        points.sigma_next = below(rollout.sigmas, points.sigma)
+        return points
 
 
 def _stacked(images: list[Tensor]) -> Tensor:

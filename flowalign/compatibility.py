@@ -40,6 +40,8 @@ def check_groups(cfg: DictConfig) -> None:
             f"algo={choice('algo', cfg)} takes energies for its credit, and credit={choice('credit', cfg)} gives "
             "advantages: use credit=energies, or algo=nft."
         )
+    if algorithm.follows_reward:
+        _check_gradient(cfg)
     if isinstance(cfg.batch.group_size, int) and cfg.batch.group_size < 2:
         raise ConfigError(
             f"batch.group_size={cfg.batch.group_size} gives every advantage 0, so nothing can be learnt: use at least "
@@ -48,6 +50,27 @@ def check_groups(cfg: DictConfig) -> None:
     _check_noise(cfg, algorithm, dynamics)
     if (steps := _built(cfg.steps)) is not None:
         _check_steps(cfg, steps, algorithm, dynamics)
+
+
+def _check_gradient(cfg: DictConfig) -> None:
+    """Every reward of the objective must judge noisy latents, since its gradient is followed there."""
+    without = [name for name in _rewards(cfg.reward.get("objective")) if not hasattr(locate(name), "of_noisy")]
+    if without:
+        raise ConfigError(
+            f"algo={choice('algo', cfg)} follows the gradient of a reward of noisy latents, and "
+            f"reward={choice('reward', cfg)} has none ({without[0].rsplit('.', 1)[-1]}): use reward=latent, or "
+            "algo=nft."
+        )
+
+
+def _rewards(node: Any) -> list[str]:
+    """Classes of the rewards in an objective: one, or several by name, each perhaps in a Measure."""
+    if not isinstance(node, DictConfig):
+        return []
+    if "_target_" not in node:
+        return [name for child in node.values() for name in _rewards(child)]
+    measured = str(node["_target_"]).endswith(".Measure")
+    return _rewards(node.get("reward")) if measured else [node["_target_"]]
 
 
 def _check_density(cfg: DictConfig, dynamics: Any) -> None:

@@ -28,7 +28,7 @@ from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
 from flowalign.scoring import Latents, Scores, Seen, Turns
-from flowalign.types import given
+from flowalign.types import Conditioning, Point, given
 
 
 class AlignModule(LightningModule):
@@ -59,9 +59,20 @@ class AlignModule(LightningModule):
         }
         for size in (recipe.train_size, recipe.eval_size):
             recipe.model.check_size(*size.area)
-        if recipe.algorithm.source == "images":
-            recipe.data["train"].require_images()
+        self._require_images()
         recipe.scorer.bind(recipe.model)
+
+    def _require_images(self) -> None:
+        r = self.recipe
+        if r.algorithm.source == "rollout":
+            return
+        otherwise = "algo.sft_weight=0" if r.algorithm.source == "both" else "algo=nft"
+        if r.model.modality == "video":
+            raise ConfigError(f"learning from given videos is not supported: use {otherwise}.")
+        try:
+            r.data["train"].require_images()
+        except ValueError as error:
+            raise ConfigError(f"{error}, or {otherwise}.") from error
 
     # ------------------------------------------------------------ building
 
@@ -212,7 +223,10 @@ class AlignModule(LightningModule):
 
     def training_step(self, idx: Tensor, batch_idx: int) -> Tensor:
         point, cond = self.buffer.gather(idx)
-        losses, metrics = self.recipe.algorithm.loss(point, self._velocity(point.x, point.sigma, cond))
+        v = self._velocity(point.x, point.sigma, cond)
+        if self.recipe.algorithm.follows_reward:
+            point.reward = self._judged(point, v, cond)
+        losses, metrics = self.recipe.algorithm.loss(point, v)
         self._guard(losses, metrics, idx, batch_idx)
         self.counts["train"] += len(idx) * self.trainer.world_size
         # What could not be scored weighs nothing, in the loss as in its diagnostics.
@@ -225,6 +239,17 @@ class AlignModule(LightningModule):
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
         self.report.advance("optimise", batch_idx + 1)
         return loss
+
+    def _judged(self, point: Point, v: Tensor, cond: Conditioning) -> Tensor:
+        """(B,) with gradients; 0 for points of given pictures, which nobody judges."""
+        x, sigma = self.recipe.algorithm.lands(point, v)
+        reward = torch.zeros_like(sigma)
+        rows = torch.arange(len(x), device=x.device) if point.real is None else (~point.real).nonzero().flatten()
+        if not len(rows):
+            return reward
+        return reward.index_copy(
+            0, rows, self.recipe.scorer.of_noisy(x[rows], sigma[rows], cond.index(rows), self.current_epoch)
+        )
 
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> None:
         finite = losses.isfinite()

@@ -3,6 +3,9 @@
 Rows are ordered sample-major: the points of one sample are neighbours, row = sample * S + s.
 """
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from flowalign.flow import at_least_float32, interpolate
@@ -62,6 +65,23 @@ def noised(
         sample=_rows(sample, x0, num),
         weight=None if weight is None else _credit(weight, x0, num),
     )
+
+
+def below(sigmas: Tensor, sigma: Tensor) -> Tensor:
+    """The next lower level of a schedule (T+1,), which falls to 0, for each sigma (B,); 0 for 0."""
+    rising = sigmas.flip(0).to(sigma)
+    return rising[(torch.searchsorted(rising, sigma.contiguous()) - 1).clamp(min=0)]
+
+
+def beside(own: Point, real: Point, samples: int) -> Point:
+    """Points of the policy's samples and of as many given ones: each sample's own, then the given ones in its place."""
+
+    def in_turn(a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([t.unflatten(0, (samples, -1)) for t in (a, b)], dim=1).flatten(0, 1)
+
+    fields = {name: in_turn(t, getattr(real, name)) for name, t in vars(own).items() if isinstance(t, Tensor)}
+    of_real = torch.zeros_like(own.sigma, dtype=torch.bool), torch.ones_like(real.sigma, dtype=torch.bool)
+    return replace(own, **fields, real=in_turn(*of_real))
 
 
 def _mean_of_steps(std: Tensor, steps: Tensor) -> Tensor:

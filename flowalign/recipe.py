@@ -71,11 +71,12 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> Geometry:
     algorithm, num_steps = recipe.algorithm, recipe.rollout.num_steps
     replays = algorithm.point == "transition"
     plan = recipe.steps(0, num_steps) if replays else None
+    sources = 2 if algorithm.source == "both" else 1
     if plan is not None:
         check_branches(plan, recipe.batch.group_size)
     return Geometry(
         recipe.batch,
-        recipe.times.count(num_steps) if plan is None else plan.points,
+        recipe.times.count(num_steps) * sources if plan is None else plan.points,
         world_size,
         algorithm.together,
         algorithm.samples_per_group,

@@ -99,7 +99,7 @@ class Point:
     x_next: Tensor | None = None
     """(B, …) transition points: where the rollout went."""
     sigma_next: Tensor | None = None
-    """(B,) transition points: the noise level there."""
+    """(B,) the noise level there; noised points: the next lower one of the schedule."""
     sigma_max: Tensor | None = None
     """(B,) transition points: second entry of the schedule, which Flow-SDE needs at sigma = 1."""
     log_prob: Tensor | None = None
@@ -114,6 +114,10 @@ class Point:
     """(B,) number of the sample within its epoch: rows of one sample share it."""
     weight: Tensor | None = None
     """(B,) share of the row in means over rows: 0 if its sample could not be scored, equal for all others; None: 1."""
+    real: Tensor | None = None
+    """(B,) bool, noised points of both sources: whether the clean sample is a given one and not the policy's."""
+    reward: Tensor | None = None
+    """(B,) for algorithms that follow it: the reward of where the live velocity lands, with its gradient."""
     frozen: dict[str, Tensor] = field(default_factory=dict)
     """Velocities (B, …) of frozen copies at x, e.g. "old" and "reference"."""
 

@@ -121,3 +121,30 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random_sd3")
     build().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def untaught() -> Callable[[Any, Path], Path]:
+    """Writes a latent reward of random weights for a model's adapter: its first block, which it may change, and a
+    head."""
+
+    def write(model: Any, folder: Path) -> Path:
+        from flowalign.rewards.latent.files import save
+        from flowalign.rewards.latent.network import Build, Network
+        from flowalign.rewards.latent.trunk import Trunk, main_blocks
+
+        torch.manual_seed(0)
+        first = main_blocks(list(model.denoisers().values())[-1])[0]
+        width = next(p.shape[0] for name, p in first.named_parameters() if name.endswith("to_out.0.weight"))
+        save(Network(Trunk(model, 1), Build(1, 1, heads=2, hidden=[8]), width), folder, {})
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def sd3_reward(sd3_folder: Path, untaught: Callable[[Any, Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latent reward for the random SD3."""
+    from flowalign.models.sd3 import SD3
+
+    return untaught(SD3(str(sd3_folder), max_sequence_length=4), tmp_path_factory.mktemp("sd3_reward"))

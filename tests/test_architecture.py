@@ -43,8 +43,9 @@ WORLD = PURE | {"scipy", "PIL"}  # the scenes are drawn and read with these
 JUDGES = {"transformers", "huggingface_hub", "safetensors", "cv2", "rapidocr", "pytesseract"}
 """What rewards may use besides, once they are used: importing a reward must stay quick."""
 PROGRAMS = {f"shapes.{name}" for name in ("pretrain", "data", "networks", "card", "tokenizer", "prompts")}
-"""What made the embedded pipeline: run by hand, and nothing else imports it."""
-HYDRA = {"run", "compatibility", "shapes.pretrain"}
+PROGRAMS |= {f"rewards.latent.{name}" for name in ("__main__", "data", "training")}
+"""What made the embedded pipeline, and what makes latent rewards: run by hand, and nothing else imports it."""
+HYDRA = {"run", "compatibility", "shapes.pretrain", "rewards.latent.__main__"}
 OMEGACONF = HYDRA | {"summary", "curves", "commands.saved", "commands.export"} | PROGRAMS
 
 
@@ -100,6 +101,7 @@ def upward(name: str, source: str) -> list[str]:
 def foreign(name: str, source: str) -> list[str]:
     """Libraries that a file of the pure floors has no business with."""
     allowed = WORLD if unit(name) in ("shapes", "rewards") else PURE
+    allowed = allowed | {"safetensors"} if name == "rewards.latent.files" else allowed
     tree = ast.parse(source)
     at_once = {dotted.split(".")[0] for dotted, _ in imported(ast.Module([*map(outermost, tree.body)], []))}
     tops = {dotted.split(".")[0] for dotted, _ in imported(tree)}

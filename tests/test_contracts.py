@@ -18,7 +18,7 @@ from flowalign.checks import ConfigError, check_signatures
 from flowalign.checks.signatures import locate
 from flowalign.compatibility import check_groups
 from flowalign.dynamics import ODE, Dynamics, FlowSDE
-from flowalign.flow import interpolate
+from flowalign.flow import interpolate, mean_dims
 from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, build_trainer, instantiate, plan_accumulation
 from flowalign.types import Point
@@ -159,16 +159,23 @@ def options() -> Nodes:
         }
 
 
-def random(folder: Path) -> tuple[str, ...]:
-    """The overrides that choose a random pipeline, which is quicker than the embedded one."""
-    return (f"model.pretrained={folder}", "model.max_sequence_length=4")
+@pytest.fixture
+def random(sd3_folder: Path, sd3_reward: Path) -> Callable[[str], tuple[str, ...]]:
+    """The overrides that choose a random pipeline, which is quicker than the embedded one, and its latent reward for
+    an algorithm that follows one."""
+
+    def chosen(algo: str) -> tuple[str, ...]:
+        own = (f"reward.objective.weights={sd3_reward}",) if algo == "prfl" else ()
+        return (f"model.pretrained={sd3_folder}", "model.max_sequence_length=4", *own)
+
+    return chosen
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_algorithm_trains_with_all_that_is_shown_and_kept(
-    tiny: Callable[..., DictConfig], sd3_folder: Path, tmp_path: Path, algo: str
+    tiny: Callable[..., DictConfig], random: Callable[[str], tuple[str, ...]], tmp_path: Path, algo: str
 ):
-    _, trainer = trained(fitting(tiny(f"algo={algo}", *random(sd3_folder), *small(algo), "callbacks=default")))
+    _, trainer = trained(fitting(tiny(f"algo={algo}", *random(algo), *small(algo), "callbacks=default")))
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
     assert trainer.callback_metrics["val/reward"].isfinite()
 
@@ -178,12 +185,12 @@ def test_every_algorithm_trains_with_all_that_is_shown_and_kept(
 def test_every_combination_trains_an_epoch_or_is_refused_with_one_that_would(
     tiny: Callable[..., DictConfig],
     options: dict[str, dict[str, DictConfig]],
-    sd3_folder: Path,
+    random: Callable[[str], tuple[str, ...]],
     algo: str,
     dynamics: str,
 ):
-    model = (*random(sd3_folder), "trainer.check_val_every_n_epoch=9")
-    configs = {name: tiny(f"algo={name}", *model, *small(name)) for name in {algo, "grpo", "nft"}}
+    silent = "trainer.check_val_every_n_epoch=9"
+    configs = {name: tiny(f"algo={name}", silent, *random(name), *small(name)) for name in {algo, "grpo", "nft"}}
 
     def combined(algo: str, dynamics: str, steps: str) -> DictConfig:
         cfg = configs[algo]
@@ -235,7 +242,10 @@ def point(algorithm: Algorithm, v: Tensor, advantage: Tensor) -> Point:
         x0, eps = draw(), draw()
         if algorithm.shared_noise:
             eps = eps[::2].repeat_interleave(2, dim=0)
-        return Point(interpolate(x0, eps, sigma), sigma, advantage, x0=x0, eps=eps, **whose)
+        p = Point(interpolate(x0, eps, sigma), sigma, advantage, x0=x0, eps=eps, sigma_next=sigma - 0.1, **whose)
+        if algorithm.follows_reward:
+            p.reward = -mean_dims(algorithm.lands(p, v)[0] ** 2)
+        return p
     dynamics = getattr(algorithm, "dynamics", FlowSDE())
     x, sigma_next, sigma_max = draw(), sigma - 0.1, torch.full_like(sigma, 0.95)
     x_next, mean, std = dynamics.step(x, v.detach(), sigma, sigma_next, sigma_max, draw())
@@ -271,8 +281,8 @@ def test_a_loss_is_finite_and_one_number_a_sample_wherever_the_policy_went(algor
 
 
 def test_on_policy_no_advantage_is_no_gradient_and_an_advantage_is_one(algorithm: Algorithm):
-    if algorithm.source == "images":
-        pytest.skip("given pictures have no advantages")
+    if algorithm.source == "images" or algorithm.follows_reward:
+        pytest.skip("without advantages")
     for advantage, moves in ((torch.zeros(6), False), (torch.tensor([1.0, -1.0, 2.0, 0.0, 0.0, -2.0]), True)):
         v = velocities().requires_grad_()
         algorithm.loss(point(algorithm, v, advantage), v)[0].sum().backward()

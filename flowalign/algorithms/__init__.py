@@ -11,6 +11,7 @@ from flowalign.algorithms.flowawr import FlowAWR
 from flowalign.algorithms.grpo import GRPO
 from flowalign.algorithms.grpo_guard import GRPOGuard
 from flowalign.algorithms.nft import NFT
+from flowalign.algorithms.prfl import PRFL
 from flowalign.algorithms.sft import SFT
 from flowalign.algorithms.tempflow import TempFlow
 
@@ -21,6 +22,7 @@ __all__ = [
     "DPO",
     "GRPO",
     "NFT",
+    "PRFL",
     "SFT",
     "Algorithm",
     "Decay",

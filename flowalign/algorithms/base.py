@@ -24,8 +24,10 @@ class Algorithm(ABC):
     """Names of the frozen copies in its formula, e.g. ("old",)."""
     samples_with: ClassVar[str | None] = None
     """The frozen copy that makes the rollouts; None for the live weights."""
-    source: ClassVar[Literal["rollout", "images"]] = "rollout"
-    """What the points are made of: pictures of the policy, or given ones."""
+    source: Literal["rollout", "images", "both"] = "rollout"
+    """What the points are made of: pictures of the policy, given ones of the prompts, or as many of each."""
+    follows_reward: ClassVar[bool] = False
+    """Whether the gradient of the reward is in its loss: the point then has the reward of where it `lands`."""
     together: ClassVar[Literal["point", "sample", "group"]] = "point"
     """Rows that must share a micro-batch, since the loss couples them."""
     shared_noise: ClassVar[bool] = False
@@ -54,6 +56,10 @@ class Algorithm(ABC):
     @abstractmethod
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-sample loss (B,) at the live velocity v (B, …), and detached metrics (B,)."""
+
+    def lands(self, p: Point, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What the reward judges where `follows_reward`: states (B, …) and their noise levels (B,)."""
+        raise NotImplementedError(f"{type(self).__name__} follows the reward and needs lands().")
 
     def clipped(self, advantage: Tensor) -> Tensor:
         """Advantage (B,) within ±adv_clip."""

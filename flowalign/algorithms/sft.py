@@ -13,7 +13,7 @@ class SFT(Algorithm):
     """|v - (eps - x0)|^2, mean over dims; kl_beta keeps the network near the one that it started from."""
 
     point: ClassVar[Literal["transition", "noised"]] = "noised"
-    source: ClassVar[Literal["rollout", "images"]] = "images"
+    source: Literal["rollout", "images", "both"] = "images"
 
     def __init__(self, kl_beta: float = 0.0) -> None:
         super().__init__(kl_beta)

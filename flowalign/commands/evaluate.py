@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowalign.commands.sample import made
+from flowalign.collect import Size
+from flowalign.commands.sample import batches
 from flowalign.commands.saved import Saved, opened
 from flowalign.evaluation import Shown, stills
 from flowalign.grid import grid
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.run import instantiate
+from flowalign.sampler import Sampling
+from flowalign.scoring import Latents
 
 
 def evaluate(
@@ -37,15 +40,11 @@ def evaluate(
     """
     if split not in ("val", "test"):
         raise ValueError(f"split is val or test (got {split!r}).")
-    saved = opened(ckpt, weights)
+    saved = opened(ckpt, weights, scored=True)
     asked = _asked(saved, prompts, split, num)
     evaluation = saved.config.evaluation
     seed = evaluation.seed if seed < 0 else seed
-    media = made(saved, asked, seed, saved.sampling(steps, guidance), saved.size(size), weights)
-    scorer = instantiate(saved.config.reward)
-    batches = [slice(i, i + 64) for i in range(0, len(asked), 64)]
-    parts = [scorer.all(media[rows], asked[rows]) for rows in batches]
-    scores = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    media, scores = _judged(saved, asked, seed, saved.sampling(steps, guidance), saved.size(size), weights)
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
     _table(folder / "scores.csv", asked, scores)
@@ -58,6 +57,20 @@ def evaluate(
     for name, value in summary.items():
         print(f"{name:24} {value:.4f}")
     print(folder)
+
+
+def _judged(
+    saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Media (B, …) and every measure by name, (B,) each, on the CPU."""
+    media: list[Tensor] = []
+    scores: list[dict[str, Tensor]] = []
+    for part, cond in batches(saved, asked, seed, sampling, size, weights):
+        done = len(scores) * sampling.batch_size
+        these = asked[done : done + len(part.media)]
+        scores.append(saved.scorer.all(part.media, these, Latents(part.x0, cond)))  # type: ignore[union-attr]
+        media.append(part.media.cpu())
+    return torch.cat(media), {name: torch.cat([part[name].cpu() for part in scores]) for name in scores[0]}
 
 
 def _asked(saved: Saved, prompts: str, split: str, num: int) -> list[Prompt]:

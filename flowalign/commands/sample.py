@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from flowalign.collect import Size
 from flowalign.commands.saved import Saved, opened
 from flowalign.conditioner import Conditioner
 from flowalign.evaluation import Shown, stills
-from flowalign.generate import generate
+from flowalign.generate import Generated, generate
 from flowalign.grid import grid
 from flowalign.media import check_suffix, save
 from flowalign.prompts import Prompt, read_prompts
 from flowalign.sampler import Sampling
+from flowalign.types import Conditioning
 
 
 def sample(
@@ -58,15 +60,21 @@ def sample(
 
 
 def made(saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str) -> Tensor:
-    """Media of the prompts, (B, …) on the CPU, in batches of the run's evaluation."""
+    """Media of the prompts, (B, …) on the CPU."""
+    return torch.cat([part.media.cpu() for part, _ in batches(saved, asked, seed, sampling, size, weights)])
+
+
+def batches(
+    saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str
+) -> Iterator[tuple[Generated, Conditioning]]:
+    """What is made of the prompts, in batches of the run's evaluation, with their conditioning."""
     condition = Conditioner(saved.model, sampling.guidance > saved.model.guidance_off)
-    parts = []
-    with saved.use(weights):
-        for start in range(0, len(asked), sampling.batch_size):
-            ids = range(start, min(start + sampling.batch_size, len(asked)))
+    for start in range(0, len(asked), sampling.batch_size):
+        ids = range(start, min(start + sampling.batch_size, len(asked)))
+        with saved.use(weights):
             cond = condition([asked[i] for i in ids], saved.model.device, size.area)
-            parts.append(generate(saved.model, cond, ids, seed, sampling, size, saved.model.device).media.cpu())
-    return torch.cat(parts)
+            part = generate(saved.model, cond, ids, seed, sampling, size, saved.model.device)
+        yield part, cond
 
 
 def _compared(saved: Saved, asked: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:

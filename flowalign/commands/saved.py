@@ -15,6 +15,7 @@ from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
 from flowalign.run import instantiate, size_of
 from flowalign.sampler import Sampling
+from flowalign.scoring import Scorer
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Saved:
     model: FlowModel
     policy: Policy
     epoch: int
+    scorer: Scorer | None = None
+    """The run's rewards, where they were asked for."""
 
     @contextmanager
     def use(self, weights: str) -> Iterator[None]:
@@ -49,8 +52,9 @@ class Saved:
         return made
 
 
-def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto") -> Saved:
-    """A checkpoint of flowalign that holds such weights; base=True keeps those before training too.
+def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", scored: bool = False) -> Saved:
+    """A checkpoint of flowalign that holds such weights; base=True keeps those before training too, scored=True brings
+    the rewards of the run.
 
     Raises ValueError with one sentence for anything else.
     """
@@ -69,6 +73,9 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto") ->
     if weights not in (known := ["live", *copies, "base"]):
         raise ValueError(f"weights={weights}: the checkpoint holds {', '.join(known)}.")
     model = instantiate(config.model)
+    scorer: Scorer | None = instantiate(config.reward) if scored else None
+    if scorer is not None:
+        scorer.bind(model)  # before its weights become those of the checkpoint
     # Made before the trained weights come in, "base" keeps those of the pipeline.
     before = ["base"] if base or weights == "base" else []
     tune = config.tune.copy()
@@ -82,4 +89,4 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto") ->
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     policy.to(where)
     model.to(where)
-    return Saved(path, weights, config, model, policy, int(state.get("epoch", 0)) + 1)
+    return Saved(path, weights, config, model, policy, int(state.get("epoch", 0)) + 1, scorer)

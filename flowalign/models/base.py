@@ -40,6 +40,15 @@ def _released(prompts: Sequence[str], *others: Any, **also: Any) -> Conditioning
     )
 
 
+def _times(sigma: Tensor | float, x: Tensor) -> Tensor:
+    """(B,) = 1000 sigma, beside x (B, …)."""
+    return 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
+
+
+def _positive(cond: Conditioning) -> Conditioning:
+    return Conditioning({key: entry for key, entry in cond.items() if not key.startswith(NEGATIVE)})
+
+
 class FlowModel(ABC):
     """A flow-matching pipeline, as rollouts, losses and evaluation see it.
 
@@ -210,12 +219,15 @@ class FlowModel(ABC):
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
         """v of one branch. x (B, …) spatial, t (B,) = 1000 sigma in float32, branch without the unconditional part."""
 
+    def unguided(self, x: Tensor, sigma: Tensor | float, cond: Conditioning) -> Tensor:
+        """v of the conditional branch in one forward, whatever the noise levels; otherwise as `velocity`."""
+        return self.forward(x, _times(sigma, x), _positive(cond)).float()
+
     def velocity(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0) -> Tensor:
         """v = eps - x0 in float32, (B, …). sigma is a number or (B,); guidance is classifier-free and off at 1."""
-        t = 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
-        positive = Conditioning({k: c for k, c in cond.items() if not k.startswith(NEGATIVE)})
         if guidance <= self.guidance_off:
-            return self.forward(x, t, positive).float()
+            return self.unguided(x, sigma, cond)
+        t, positive = _times(sigma, x), _positive(cond)
         shared = {k: c for k, c in cond.items() if k.startswith(SHARED)}
         negative = {k.removeprefix(NEGATIVE): c for k, c in cond.items() if k.startswith(NEGATIVE)}
         both = Conditioning.cat([Conditioning(negative | shared), positive])  # one forward of 2B rows, in SD3's order

@@ -17,6 +17,7 @@ from flowalign.scoring.missing import Missing, Policy
 from flowalign.scoring.ramp import Ramp
 from flowalign.scoring.seen import Latents, Seen
 from flowalign.scoring.turns import Scores, Scoring
+from flowalign.types import Conditioning
 
 
 class Scorer:
@@ -159,6 +160,11 @@ class Scorer:
         media may be None where `sees_media` says so; groups (B,) are the numbers of what is compared.
         """
         return self.stacked(self.start(Seen(prompts, media, latents, groups)).result())
+
+    def of_noisy(self, x: Tensor, sigma: Tensor, cond: Conditioning, epoch: float = math.inf) -> Tensor:
+        """The weighted sum of the objective on noisy latents x (B, …) at sigma (B,), with its gradient to x: (B,)."""
+        counted = [(w, m) for w, m in zip(self.weights(epoch).tolist(), self.objective.values(), strict=True) if w]
+        return torch.stack([w * m.reward.of_noisy(x, sigma, cond) for w, m in counted]).sum(dim=0)  # type: ignore
 
     def combined(self, rewards: Tensor, epoch: float = math.inf) -> Tensor:
         """(B, R) to their weighted sum (B,); NaN if a reward that counts is missing."""

@@ -37,6 +37,8 @@ from flowalign.cli import main
 from flowalign.dynamics import ODE
 from flowalign.models.base import FlowModel
 from flowalign.policy import Lora
+from flowalign.rewards.latent import Latent
+from flowalign.rewards.latent.trunk import Trunk, main_blocks
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.sampler import Noise, deterministic, walk
 from flowalign.scoring import Scorer
@@ -319,6 +321,33 @@ def test_checkpointing_is_as_exact_as_the_family_says(make: Callable[[str], Fami
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_first_blocks_alone_leave_what_they_leave_in_the_whole(family: Family):
+    model, cond = family.model, family.encode()
+    denoiser = list(model.denoisers().values())[-1]
+    every = main_blocks(denoiser)
+    x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
+    sigma = torch.tensor([0.3, 0.2])  # both for the last of several experts
+    for kept in range(1, len(every)):
+        given: list[Tensor] = []
+
+        def note(block: torch.nn.Module, args: tuple[Tensor, ...], named: dict[str, Any], given: list[Tensor] = given):
+            given.append(args[0] if args else named["hidden_states"])
+
+        hook = every[kept].register_forward_pre_hook(note, with_kwargs=True)
+        with torch.no_grad():
+            model.unguided(x, sigma, cond)
+        hook.remove()
+        noisy = x.clone().requires_grad_()
+        tokens = Trunk(model, kept)(noisy, sigma, cond)
+        assert torch.equal(tokens, given[0])
+        assert tokens.ndim == 3
+        (gradient,) = torch.autograd.grad(tokens.square().sum(), noisy)
+        assert (gradient.flatten(1).abs().max(dim=1).values > 0).all()
+    with pytest.raises(ValueError, match=f"first 1 to {len(every) - 1} of the {len(every)} blocks"):
+        Trunk(model, len(every))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_schedule_falls_from_one_to_zero(family: Family):
     sigmas = family.model.sigmas(STEPS, **family.size)
     assert sigmas.shape == (STEPS + 1,)
@@ -417,6 +446,39 @@ def test_an_epoch_starts_on_policy_and_moves_the_weights(
     if algo == "grpo":
         assert trainer.callback_metrics["train/on_policy_gap"] < 1e-5
     assert any((p != 0).any() for name, p in module.live.trained().items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("algo", ["nft", "prfl"])
+@pytest.mark.parametrize("kind", ["Wan", "SD3"])
+def test_a_latent_reward_trains_pictures_and_videos(
+    tiny: Callable[..., DictConfig], make: Callable[[str], Family], untaught: Callable[[Any, Path], Path],
+    prompts: Path, tmp_path: Path, kind: str, algo: str,
+):  # fmt: skip
+    from flowalign.module import AlignModule
+
+    family = make(kind)
+    size = {"frames": "null"} | family.size
+    areas = [f"++resolution.{part}.{key}={value}" for part in ("train", "eval") for key, value in size.items()]
+    without = ("algo.sft_weight=0",) if algo == "prfl" else ()
+    cfg = tiny(f"algo={algo}", "times.num=2", "trainer.check_val_every_n_epoch=9", "batch.micro=4", *areas, *without)
+    for stage in ("train", "val", "test"):
+        cfg.data[stage] = {"_target_": "flowalign.prompts.PromptSet.read", "path": str(prompts)}
+    cfg.reward = {"_target_": "flowalign.scoring.Scorer", "objective": {
+        "_target_": "flowalign.rewards.latent.Latent", "weights": str(untaught(family.model, tmp_path / "reward")),
+    }}  # fmt: skip
+    recipe = build_recipe(cfg)
+    recipe.model = family.model
+    module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+    trainer.fit(module)
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert any((p != 0).any() for name, p in module.live.trained().items() if "lora_B" in name)
+    reward = recipe.scorer.objective["reward"].reward
+    assert isinstance(reward, Latent)
+    x = torch.randn(2, *family.model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
+    x.requires_grad_()
+    reward.of_noisy(x, torch.tensor([0.9, 0.1]), family.encode()).sum().backward()
+    assert x.grad is not None
+    assert (x.grad.flatten(1).abs().max(dim=1).values > 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,5 @@
+"""A reward of latents, made of the first blocks of the policy's own transformer: PAVRM of HY-Video-PRFL."""
+
+from flowalign.rewards.latent.reward import Latent
+
+__all__ = ["Latent"]

@@ -1,0 +1,123 @@
+"""Trains a latent reward: `python -m flowalign.rewards.latent reward=shapes model=tiny_sd3`; conf/latent_reward.yaml.
+
+Latents are made by the model and labelled by any reward; then the network is trained on them and judged on prompts
+that it has not seen. What a former call left in the run folder is continued. The result is the folder `reward` in it,
+for `reward=latent reward.objective.weights=FOLDER`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from flowalign.checks import ConfigError, check_signatures, refusals
+from flowalign.checks.preflight import preflight_or_exit
+from flowalign.conditioner import Conditioner
+from flowalign.models.base import FlowModel
+from flowalign.rewards.base import RewardError
+from flowalign.rewards.latent.data import Maker
+from flowalign.rewards.latent.files import load, save
+from flowalign.rewards.latent.losses import pairs
+from flowalign.rewards.latent.network import Build, Network
+from flowalign.rewards.latent.training import Known, Training, accuracies
+from flowalign.rewards.latent.trunk import Trunk
+from flowalign.run import CONF, instantiate, quieten, size_of
+
+log = logging.getLogger("flowalign.latent")
+
+
+def train(cfg: DictConfig, folder: Path) -> None:
+    """Latents, training, judgement; each leaves its result in the folder and is skipped where it is there."""
+    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.manual_seed(cfg.seed)  # of the head's first weights
+    model = instantiate(cfg.model).to(device)
+    for denoiser in model.denoisers().values():
+        denoiser.to(device)
+    fit, build = instantiate(cfg.fit), instantiate(cfg.build)
+    with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16-mixed"):
+        known = {part: labelled(cfg, part, model, folder / "latents", device) for part in ("train", "val")}
+        network = new(model, build, known["train"], device)
+        training = Training(network, known["train"], fit, folder / "training.ckpt", device)
+        training.run()
+        save(network, folder / "reward", {})
+        judged = load(model, str(folder / "reward")).to(device)  # what was written, rounding included
+        found = accuracies(judged, known["val"], cfg.sigmas, cfg.sampling.batch_size, device)
+    save(network, folder / "reward", facts(cfg, found, known["val"]))
+    log.info("pairs of unseen prompts ordered rightly, by noise level:")
+    for sigma, share in found.items():
+        log.info("  %4s  %.1f %%", sigma, 100 * share)
+
+
+def labelled(cfg: DictConfig, part: str, model: FlowModel, folder: Path, device: torch.device) -> Known:
+    """Latents of one set of prompts; their folder is named after everything that they depend on."""
+    size, media, sampling = size_of(cfg, "train"), instantiate(cfg[part]), instantiate(cfg.sampling)
+    model.check_size(*size.area)
+    scorer, prompts = instantiate(cfg.reward), instantiate(cfg.data[part])
+    scorer.check()
+    scorer.bind(model)
+    conditioner = Conditioner(model, sampling.guidance > model.guidance_off, instantiate(cfg.encoding))
+    # Classes in turn, unless all are wanted anyway.
+    chosen = range(len(prompts)) if media.prompts >= len(prompts) else dict.fromkeys(prompts.fixed(media.prompts))
+    some = [prompts.prompts[i] for i in chosen]
+    depends = {key: plain(cfg[key]) for key in ("model", "reward", "sampling", part)} | {
+        "prompts": plain(cfg.data[part]), "size": size.area,
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
+    maker = Maker(model, scorer, conditioner, sampling, size, device)
+    return Known(maker(some, media, folder / f"{part}_{digest}"), some, conditioner, size)
+
+
+def new(model: FlowModel, build: Build, known: Known, device: torch.device) -> Network:
+    """An untrained network, as wide as the model's tokens."""
+    trunk, row = Trunk(model, build.blocks).to(device), torch.zeros(1, dtype=torch.long)
+    if build.trained and next(trunk.parameters()).dtype != torch.float32:
+        raise ConfigError(
+            "the blocks of a latent reward are trained in float32: set model.train_dtype=float32 (and "
+            "precision=bf16-mixed for speed), or build.trained=0."
+        )
+    noise = torch.zeros(known.examples.x0.shape[1:])[None]
+    with torch.no_grad():
+        tokens = trunk(*known.at(row, torch.ones(1, device=device), noise, torch.zeros(1)))
+    return Network(trunk, build, tokens.shape[-1])
+
+
+def facts(cfg: DictConfig, accuracy: dict[str, float], val: Known) -> dict[str, Any]:
+    """How it was made and how good it is; everything that this program was asked to do."""
+    number = len(pairs(val.examples.prompt, val.examples.label))
+    made = {key: plain(cfg[key]) for key in ("reward", "train", "val", "sampling", "fit", "seed")}
+    return {"accuracy": accuracy, "pairs": number, "made": made}
+
+
+def plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="latent_reward")
+def _main(cfg: DictConfig) -> None:
+    try:
+        check_signatures(cfg)
+        with refusals():
+            train(cfg, Path(HydraConfig.get().runtime.output_dir))
+    except (ConfigError, RewardError) as error:
+        log.error("%s", error)
+        raise SystemExit(2) from None
+
+
+def main() -> None:
+    """A mistake ends with one sentence and exit code 2."""
+    quieten()
+    sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "latent_reward")
+    _main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What a latent reward learns from: latents of the policy, each with the reward of its picture or video.
+
+They are kept on disk, some prompts in a file; a file that is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from flowalign.callbacks.checkpoint_io import replacing
+from flowalign.collect import Size
+from flowalign.conditioner import Conditioner
+from flowalign.generate import Generated, generate
+from flowalign.models.base import FlowModel
+from flowalign.prompts import Prompt
+from flowalign.sampler import Sampling
+from flowalign.scoring import Latents, Scorer
+from flowalign.types import Conditioning
+
+log = logging.getLogger("flowalign.latent")
+
+
+@dataclass(frozen=True)
+class Media:
+    """How many are made: `per_prompt` of each of so many prompts, and with which noise."""
+
+    prompts: int
+    per_prompt: int = 8
+    strangers: int = 0
+    """So many other prompts each one is labelled for as well: cheap examples of what was not asked for."""
+    seed: int = 0
+    prompts_per_file: int = 16
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1 or self.per_prompt < 2:
+            raise ValueError(
+                "media of one prompt are compared: prompts must be at least 1 and per_prompt at least 2 "
+                f"(got {self.prompts} and {self.per_prompt})."
+            )
+        if not 0 <= self.strangers < self.prompts_per_file:
+            raise ValueError(f"strangers must be less than prompts_per_file={self.prompts_per_file}.")
+
+
+@dataclass
+class Examples:
+    """N of them; a latent is in 1 + strangers."""
+
+    x0: Tensor
+    """(M, …) float16, the latents."""
+    latent: Tensor
+    """(N,) rows of x0."""
+    prompt: Tensor
+    """(N,) positions in the list of prompts; examples of the same are compared."""
+    label: Tensor
+    """(N,) float32, higher is better."""
+
+
+class Maker:
+    """Latents of a policy and their labels."""
+
+    def __init__(
+        self,
+        model: FlowModel,
+        scorer: Scorer,
+        conditioner: Conditioner,
+        sampling: Sampling,
+        size: Size,
+        device: torch.device,
+    ) -> None:
+        self.model, self.scorer, self.conditioner = model, scorer, conditioner
+        self.sampling, self.size, self.device = sampling, size, device
+
+    def __call__(self, prompts: Sequence[Prompt], media: Media, folder: Path) -> Examples:
+        """Those of media.prompts prompts, made where they are missing."""
+        some, parts = list(prompts[: media.prompts]), []
+        for start in range(0, len(some), media.prompts_per_file):
+            path = folder / f"{start:06d}.safetensors"
+            if not path.is_file():
+                tensors = self.made(some[start : start + media.prompts_per_file], media, start * media.per_prompt)
+                with replacing(path) as file:
+                    file.write(save(tensors))
+                log.info("%s: latents of prompt %d of %d", folder.name, start + media.prompts_per_file, len(some))
+            parts.append(load_file(path))
+        return joined(parts, media)
+
+    def made(self, prompts: Sequence[Prompt], media: Media, first: int) -> dict[str, Tensor]:
+        """x0 (n, …), sample-major, and label (1 + strangers, n): for the own prompt, and for the next ones."""
+        n = len(prompts) * media.per_prompt
+        latents, labels = [], []
+        for start in range(0, n, self.sampling.batch_size):
+            rows = range(start, min(start + self.sampling.batch_size, n))
+            of = [row // media.per_prompt for row in rows]
+            cond = self.conditioner([prompts[i] for i in of], self.device, self.size.area)
+            ids = [first + row for row in rows]
+            made = generate(self.model, cond, ids, media.seed, self.sampling, self.size, self.device)
+            asked = [[prompts[(i + k) % len(prompts)] for i in of] for k in range(1 + media.strangers)]
+            labels.append(torch.stack([self._labels(made, cond, some) for some in asked]))
+            latents.append(made.x0.half().cpu())
+        return {"x0": torch.cat(latents), "label": torch.cat(labels, dim=1)}
+
+    def _labels(self, made: Generated, cond: Conditioning, prompts: list[Prompt]) -> Tensor:
+        rewards = self.scorer.rewards(made.media, prompts, Latents(made.x0, cond))
+        return self.scorer.combined(rewards).float().cpu()
+
+
+def joined(parts: Sequence[dict[str, Tensor]], media: Media) -> Examples:
+    """The examples of all files; those that could not be scored are left out."""
+    latent, prompt, first = [], [], 0
+    for part in parts:
+        strangers, n = part["label"].shape
+        own = torch.arange(n) // media.per_prompt
+        shifted = (own + torch.arange(strangers)[:, None]) % (n // media.per_prompt)
+        prompt.append((shifted + first // media.per_prompt).flatten())
+        latent.append((torch.arange(n) + first).expand(strangers, n).flatten())
+        first += n
+    label = torch.cat([part["label"].flatten() for part in parts])
+    known = label.isfinite()
+    x0 = torch.cat([part["x0"] for part in parts])
+    return Examples(x0, torch.cat(latent)[known], torch.cat(prompt)[known], label[known])

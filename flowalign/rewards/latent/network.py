@@ -1,0 +1,82 @@
+"""Trunk and head as one network: noisy latents to a reward."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.rewards.latent.head import Head
+from flowalign.rewards.latent.trunk import Trunk
+
+if TYPE_CHECKING:
+    from flowalign.types import Conditioning
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the network looks like: of the first `blocks` blocks the last `trained` are its own, the others the model's.
+
+    `hidden` are the widths of the perceptron. The defaults are PAVRM's on Wan 2.1.
+    """
+
+    blocks: int = 8
+    trained: int = 8
+    heads: int = 8
+    hidden: Sequence[int] = (1024, 512)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trained <= self.blocks:
+            raise ValueError(
+                f"trained counts the last of blocks={self.blocks}, 0 to {self.blocks} (got {self.trained})."
+            )
+
+
+@dataclass(frozen=True)
+class Link:
+    """From a logit to a reward: a probability, or a line where the labels had no bounds."""
+
+    kind: Literal["sigmoid", "line"] = "sigmoid"
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __call__(self, logit: Tensor) -> Tensor:
+        return logit.sigmoid() if self.kind == "sigmoid" else self.scale * logit + self.shift
+
+
+class Network(nn.Module):
+    """Exactly the parameters with requires_grad are trained and written to its file; the others are the model's."""
+
+    def __init__(self, trunk: Trunk, build: Build, width: int) -> None:
+        """width: that of the trunk's tokens."""
+        super().__init__()
+        self.build, self.link = build, Link()
+        self.trunk = trunk.requires_grad_(False)
+        for block in self.trunk.blocks[build.blocks - build.trained :]:
+            block.requires_grad_(True)
+        self.head = Head(width, build.heads, build.hidden)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """Logits (B,) float32 of x (B, …) at sigma (B,)."""
+        return self.head(self.trunk(x, sigma, cond).float()).float()
+
+    def reward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
+        """What the logits mean, (B,)."""
+        return self.link(self(x, sigma, cond))
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def fingerprint(self) -> str:
+        """Tells the model's weights that it stands on from others, in whatever precision they were loaded."""
+        digest = hashlib.sha256()
+        for name, p in self.trunk.network.named_parameters():
+            if not p.requires_grad:
+                rounded = p.detach().to("cpu", torch.bfloat16).contiguous()
+                digest.update(name.encode() + rounded.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
