@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "geometry",
         "buffer",
         "prompts",
+        "suites",
         "sampler",
         "evaluation",
         "grid",
@@ -44,7 +45,7 @@ REWARDS = WORLD | {"transformers"}  # inside functions only: the check of a conf
 PROGRAMS = {f"shapes.{name}" for name in ("pretrain", "data", "networks", "card", "tokenizer", "prompts")}
 """What made the embedded pipeline: run by hand, and nothing else imports it."""
 HYDRA = {"run", "compatibility", "shapes.pretrain"}
-OMEGACONF = HYDRA | {"summary", "curves", "commands.saved", "commands.export"} | PROGRAMS
+OMEGACONF = HYDRA | {"summary", "curves", "commands.saved", "commands.evaluate", "commands.export"} | PROGRAMS
 
 
 def name_of(path: Path) -> str:

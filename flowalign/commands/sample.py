@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -58,15 +59,25 @@ def sample(
 
 
 def made(saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str) -> Tensor:
-    """Media of the prompts, (B, …) on the CPU, in batches of the run's evaluation."""
+    """Media of the prompts, (B, …) on the CPU."""
+    parts = batches(saved, list(enumerate(asked)), seed, sampling, size, weights)
+    return torch.cat([media.cpu() for _, media in parts])
+
+
+def batches(
+    saved: Saved, asked: Sequence[tuple[int, Prompt]], seed: int, sampling: Sampling, size: Size, weights: str
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Samples by number with what they shall show → numbers and media (b, …), in batches of the run's evaluation.
+
+    The number keys the noise: a sample is the same picture whatever else is asked for.
+    """
     condition = Conditioner(saved.model, sampling.guidance > saved.model.guidance_off)
-    parts = []
-    with saved.use(weights):
-        for start in range(0, len(asked), sampling.batch_size):
-            ids = range(start, min(start + sampling.batch_size, len(asked)))
-            cond = condition([asked[i] for i in ids], saved.model.device, size.area)
-            parts.append(generate(saved.model, cond, ids, seed, sampling, size, saved.model.device)[0].cpu())
-    return torch.cat(parts)
+    for start in range(0, len(asked), sampling.batch_size):
+        numbers, prompts = zip(*asked[start : start + sampling.batch_size], strict=True)
+        with saved.use(weights):
+            cond = condition(list(prompts), saved.model.device, size.area)
+            media, _ = generate(saved.model, cond, numbers, seed, sampling, size, saved.model.device)
+        yield list(numbers), media
 
 
 def _compared(saved: Saved, asked: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from flowalign.collect import Size
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
-from flowalign.run import instantiate, size_of
+from flowalign.run import composed, instantiate, size_of
 from flowalign.sampler import Sampling
 
 
@@ -79,7 +79,19 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto") ->
     if differing:
         raise ValueError(f"ckpt={ckpt} does not fit its own config ({len(differing)} entries, first {differing[0]}).")
     policy.load_state_dict(held, strict=False)
+    return _placed(Saved(path, weights, config, model, policy, int(state.get("epoch", 0)) + 1), device)
+
+
+def untrained(model: str, device: str = "auto") -> Saved:
+    """A model of conf/model as it comes, evaluated as a run with it would be; its only weights are the live ones."""
+    config = composed(f"model={model}", "tune=lora")  # adapters begin as nothing, and leave the network's own type
+    pipeline = instantiate(config.model)
+    policy = Policy(pipeline.denoisers(), instantiate(config.tune), pipeline.lora_targets)
+    return _placed(Saved(Path(model), "live", config, pipeline, policy, 0), device)
+
+
+def _placed(saved: Saved, device: str) -> Saved:
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    policy.to(where)
-    model.to(where)
-    return Saved(path, weights, config, model, policy, int(state.get("epoch", 0)) + 1)
+    saved.policy.to(where)
+    saved.model.to(where)
+    return saved
