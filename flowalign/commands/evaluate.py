@@ -45,6 +45,7 @@ def evaluate(
     steps: int = 0,
     guidance: float = 0.0,
     size: int = 0,
+    batch: int = 0,
     weights: str = "live",
     keep: bool = True,
     again: bool = False,
@@ -53,8 +54,8 @@ def evaluate(
 
     ckpt=… alone takes prompts, noise and rewards of the run's final evaluation: weights=live gives its figures again,
     and weights=base those before training. model=… is a model of conf/model that was never trained. suite=… takes the
-    prompts of a benchmark and a reward for it. num=… is of prompts, images=… of pictures a prompt. Given once more, the
-    command goes on where an interrupted one stopped; again=true begins anew.
+    prompts of a benchmark and a reward for it. num=… is of prompts, images=… of pictures a prompt, batch=… of pictures
+    made at once. Given once more, the command goes on where an interrupted one stopped; again=true begins anew.
     """
     _check(ckpt, model, suite, split)
     benchmark = SUITES.get(suite)
@@ -66,15 +67,15 @@ def evaluate(
     wanted = asked(texts, chosen, images or (benchmark.pictures if benchmark else 1))
     evaluation, node = saved.config.evaluation, saved.config.reward if node is None else node
     seed = evaluation.seed if seed < 0 else seed
-    sampling, area, scorer = saved.sampling(steps, guidance), saved.size(size), instantiate(node)
+    sampling, area, scorer = saved.sampling(steps, guidance, batch), saved.size(size), instantiate(node)
     about = _about(saved, wanted, suite, weights, seed, sampling, area, node)
     record = Record.opened(Path(to), about, scorer.measures, again)
     shown = [wanted[i] for i in instantiate(evaluation).shows(len(wanted))]
     missing = record.missing(wanted)
     made = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, weights)
     for numbers, media in made:
-        batch, missing = missing[: len(numbers)], missing[len(numbers) :]
-        _kept(record, batch, stills(media), scorer, media, shown, keep)
+        done, missing = missing[: len(numbers)], missing[len(numbers) :]
+        _kept(record, done, media, scorer, wanted if keep else shown)
         _progress(len(wanted) - len(missing), len(wanted))
     _finish(record, wanted, shown, benchmark)
 
@@ -136,20 +137,13 @@ def _about(
     }
 
 
-def _kept(
-    record: Record,
-    batch: list[Asked],
-    pictures: Tensor,
-    scorer: Scorer,
-    media: Tensor,
-    shown: list[Asked],
-    keep: bool,
-) -> None:
+def _kept(record: Record, done: list[Asked], media: Tensor, scorer: Scorer, keep: Sequence[Asked]) -> None:
     """Pictures before scores: what has a score has its picture."""
-    for one, picture in zip(batch, pictures, strict=True):
-        if keep or one in shown:
+    numbers = {one.number for one in keep}
+    for one, picture in zip(done, stills(media), strict=True):
+        if one.number in numbers:
             record.keep(one, picture)
-    record.add(batch, scorer.all(media, [one.prompt for one in batch]))
+    record.add(done, scorer.all(media, [one.prompt for one in done]))
 
 
 def _progress(done: int, total: int) -> None:

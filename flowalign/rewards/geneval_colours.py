@@ -77,7 +77,7 @@ class HueColours:
     Made for drawings and tests; on photographs CLIP sees past shadows and highlights, and this does not.
     """
 
-    HUES = ((15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (255, "blue"), (290, "purple"), (340, "pink"))
+    HUES = ((15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (255, "blue"), (300, "purple"), (340, "pink"))
     """Degrees at which each ends; red goes on after pink."""
 
     def __call__(self, picture: Tensor, things: Sequence[Thing]) -> list[str | None]:

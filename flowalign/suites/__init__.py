@@ -25,14 +25,14 @@ SUITES: dict[str, Suite] = {
         formats.table,
         ("drawbench.csv", "drawbench.tsv", "drawbench.txt"),
         "https://imagen.research.google (DrawBench, as a table with the columns Prompts and Category)",
-        reward="clip",
+        reward="clip_score",
         mean="pictures",
     ),
     "t2i_compbench": Suite(
         formats.category,
         ("*_val.txt",),
         "https://github.com/Karine-Huang/T2I-CompBench/tree/main/examples/dataset",
-        reward="clip",
+        reward="clip_score",
         pictures=10,
     ),
     "shapes": Suite(
