@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from flowalign.algorithms.base import Algorithm
 from flowalign.conditioner import Conditioner
-from flowalign.credit import Credit, group_stats
+from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
 from flowalign.geometry import Geometry
 from flowalign.keyed import PICTURE, POINT, keyed_integer, keyed_randn
@@ -19,13 +20,16 @@ from flowalign.models.base import FlowModel
 from flowalign.points import noised, transitions
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
-from flowalign.scoring import Scorer
+from flowalign.scoring import Latents, Scorer
+from flowalign.scoring.stats import statistics
 from flowalign.steps.base import StepPlan, Steps
 from flowalign.steps.tail import shorten
 from flowalign.times import Times
 from flowalign.types import Conditioning, Point, Rollout
 
 Progress = Callable[[int, float | None], None]
+SHOWN = 16
+"""Pictures of a rollout that are kept to be looked at."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,25 @@ class Pictures:
 
     rollout: Rollout
     images: Tensor
-    """The first picture of each group, on the CPU."""
+    """The first picture of each group, of SHOWN at most, on the CPU."""
     rewards: Tensor
     """(B, R)"""
     calls: int = 0
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every sample of an epoch has been given for its rewards."""
+
+    advantage: Tensor
+    """(N,)"""
+    valid: Tensor
+    """(N,) bool; the others are not trained on."""
+
+    @staticmethod
+    def equal(number: int) -> Given:
+        """1 for everybody."""
+        return Given(torch.ones(number), torch.ones(number, dtype=torch.bool))
 
 
 @dataclass
@@ -144,16 +163,19 @@ class Collector:
         share = Share(epoch, local, [self.prompts.prompts[i] for i in which], cond.index(rows), device)
         if self.algorithm.source == "images":
             made = self._given(share, which, report)
-            advantage, stats = torch.ones(self.geometry.samples), {}
+            credit, stats = Given.equal(self.geometry.samples), {}
         else:
             made = self._pictures(share, report)
-            advantage, stats = self._credit(gather(made.rewards).cpu(), epoch, chosen)
+            credit, stats = self._credit(gather(made.rewards).cpu(), epoch, chosen)
         stats["diversity"] = diversity(made.rollout.x0, rows)
-        mine = advantage[local]
-        kept = self._kept(mine)
+        trained = self._kept(credit)
+        # The mean over what is in the loss, on all ranks alike.
+        weight = credit.valid / credit.valid[trained].double().mean()
+        kept = torch.tensor([i for i, sample in enumerate(local) if trained[sample]])
         rollout = made.rollout if len(kept) == len(local) else made.rollout.index(kept)
-        points = self._points(epoch, rollout, [local[i] for i in kept], mine[kept])
-        stats["advantage_abs"] = float(advantage.abs().mean())
+        mine = torch.tensor(local)[kept]
+        points = self._points(epoch, rollout, mine, credit.advantage[mine], weight[mine])
+        stats["advantage_abs"] = float(credit.advantage.abs().mean())
         of_point = rows[kept].repeat_interleave(self.geometry.points_per_sample)
         return Collected(points, cond, of_point, stats, made.images, share.prompts, made.calls)
 
@@ -163,10 +185,9 @@ class Collector:
         """Walks of the policy, decoded and scored, some at a time."""
         plan = self.plan(share.epoch)
         sigmas, shape = self._schedule(plan), self._latent_shape()
-        # What starts alike is walked together, if it fits.
-        alike = self.geometry.batch.group_size if self.sampling.same_noise else plan.trunk
-        batch = self.sampling.batch_size // alike * alike or self.sampling.batch_size
+        batch, alike = self._batch(plan)
         parts, images, rewards, calls = [], [], [], 0
+        unscored: list[tuple[Tensor, Tensor | None]] = []
         for start in range(0, len(share.samples), batch):
             samples = share.samples[start : start + batch]
             cond = share.cond.index(slice(start, start + len(samples)))
@@ -178,12 +199,51 @@ class Collector:
 
             noise = Noise(self.seed, share.epoch, samples, shape, share.device, alike)
             part = walk(velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean)
-            media = self.model.decode(part.x0)
+            media, shown = self._decoded(part.x0, self._first_of_groups(samples), SHOWN - len(images))
             parts.append(part)
-            images.append(media[self._first_of_groups(samples)].cpu())
-            rewards.append(self.scorer.rewards(media, share.prompts[start : start + len(samples)]))
-            report(start + len(samples), float(self.scorer.combined(torch.cat(rewards)).nanmean()))
-        return Pictures(join(parts), torch.cat(images), torch.cat(rewards), calls)
+            images += shown
+            unscored.append((part.x0, media))
+            end = start + len(samples)
+            if self._complete(share.samples, end):
+                rewards.append(self._scores(share, unscored, end, plan))
+                unscored = []
+            done = torch.cat(rewards) if rewards else torch.empty(0, 1)
+            report(end, float(self.scorer.combined(done, share.epoch).nanmean()) if rewards else None)
+        return Pictures(join(parts), _stacked(images), torch.cat(rewards), calls)
+
+    def _batch(self, plan: StepPlan) -> tuple[int, int]:
+        """Samples walked together, and how many neighbours start alike: whole groups of what belongs together, if they
+        fit."""
+        group = self.geometry.batch.group_size
+        alike = group if self.sampling.same_noise else plan.trunk
+        together = math.lcm(alike, self._compared(plan)) if self.scorer.groupwise else alike
+        return self.sampling.batch_size // together * together or self.sampling.batch_size, alike
+
+    def _compared(self, plan: StepPlan) -> int:
+        """Neighbouring samples that are one credit group."""
+        return plan.branches or self.geometry.batch.group_size
+
+    def _decoded(self, x0: Tensor, firsts: list[int], room: int) -> tuple[Tensor | None, list[Tensor]]:
+        """Media of all samples, None if no reward sees them; and those to be looked at, which are made anyway."""
+        firsts = firsts[:room]
+        if self.scorer.sees_media:
+            media = self.model.decode(x0)
+            return media, list(media[firsts].cpu())
+        return None, list(self.model.decode(x0[firsts]).cpu()) if firsts else []
+
+    def _complete(self, samples: list[int], end: int) -> bool:
+        """Whether the first `end` samples can be scored: groupwise rewards want whole groups."""
+        following = samples[end] if end < len(samples) else 0
+        return not self.scorer.groupwise or following % self.geometry.batch.group_size == 0
+
+    def _scores(self, share: Share, unscored: list[tuple[Tensor, Tensor | None]], end: int, plan: StepPlan) -> Tensor:
+        """(B, R) of the samples before `end` that are not scored yet: x0 and media by batch."""
+        x0 = torch.cat([x0 for x0, _ in unscored])
+        decoded = [media for _, media in unscored if media is not None]
+        rows = slice(end - len(x0), end)
+        groups = torch.tensor(share.samples[rows]) // self._compared(plan)
+        latents = Latents(x0, share.cond.index(rows))
+        return self.scorer.rewards(torch.cat(decoded) if decoded else None, share.prompts[rows], latents, groups)
 
     def _given(self, share: Share, which: list[int], report: Progress) -> Pictures:
         """Real pictures of the prompts instead, encoded; the network is not asked."""
@@ -193,10 +253,11 @@ class Collector:
             numbers = [keyed_integer(self.seed, share.epoch, s, PICTURE) for s in samples]
             media = self.prompts.images(which[start : start + batch], numbers, self.size.height, self.size.width)
             latents.append(self.model.encode_images(media.to(share.device)))
-            images.append(media[self._first_of_groups(samples)])
+            images += list(media[self._first_of_groups(samples)])
             report(start + len(samples), None)
         x0 = torch.cat(latents)
-        return Pictures(Rollout(x0, self._schedule(deterministic(0))), torch.cat(images), x0.new_ones(len(x0), 1))
+        given = Rollout(x0, self._schedule(deterministic(0)))
+        return Pictures(given, _stacked(images[:SHOWN]), x0.new_ones(len(x0), 1))
 
     def _schedule(self, plan: StepPlan) -> Tensor:
         area = self.size.area
@@ -211,14 +272,9 @@ class Collector:
 
     # ------------------------------------------------------------ credit
 
-    def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> tuple[Tensor, dict[str, float]]:
-        """Advantages (N,) of all samples of the epoch from their rewards (N, R), and what these look like."""
-        scored, weights = self.scorer.combined(rewards).isfinite(), self.scorer.weights
-        if not scored.any():
-            raise RuntimeError(
-                "not a single picture of this epoch could be scored: every reward is NaN. Is the reward installed "
-                "and reachable?"
-            )
+    def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> tuple[Given, dict[str, float]]:
+        """The credit of all samples of the epoch for their rewards (N, R), and what these look like."""
+        weights, names = self.scorer.weights(epoch), list(self.scorer.objective)
         branches = self.plan(epoch).branches
         # The same prompt drawn twice is one group; branches are compared with those of their own step and trunk.
         groups = torch.tensor(
@@ -227,37 +283,46 @@ class Collector:
                 for s in range(self.geometry.samples)
             ]
         )
-        stats = group_stats(rewards, groups, weights)
-        stats = {"zero_std_fraction": stats.pop("zero_std_fraction")} | {f"reward_{k}": v for k, v in stats.items()}
-        stats["reward_nan_fraction"] = float((~scored).float().mean())
-        if len(weights) > 1:
-            stats |= {f"reward/{k}": float(r.nanmean()) for k, r in zip(self.scorer.objective, rewards.T, strict=True)}
-        advantage = self.credit(rewards, groups, weights=weights)
-        return advantage, stats | self.credit.stats(rewards, groups, weights=weights)
+        valid = self.scorer.missing.valid(rewards, groups, weights, names)
+        stats = statistics(rewards, groups, valid, weights, names)
+        stats |= self.credit.stats(rewards, groups, valid, weights)
+        return Given(self.credit(rewards, groups, valid, weights), valid), stats
 
-    def _kept(self, advantage: Tensor) -> Tensor:
-        """Positions of the samples to train on: all, or of each group the best and the worst in equal numbers."""
+    def _kept(self, credit: Given) -> Tensor:
+        """(N,) bool: the samples to train on, all or of each group the best and the worst in equal numbers.
+
+        Who has no score comes between these, and is kept only where its group has too few others.
+        """
         g = self.geometry
         if g.members is None:
-            return torch.arange(len(advantage))
-        best_first = advantage.unflatten(0, (-1, g.batch.group_size)).argsort(dim=1, descending=True, stable=True)
+            return torch.ones_like(credit.valid)
         worst = g.members // 2
-        ends = torch.cat([best_first[:, : g.members - worst], best_first[:, g.batch.group_size - worst :]], dim=1)
-        return (ends.sort(dim=1).values + torch.arange(len(ends))[:, None] * g.batch.group_size).flatten()
+        best = g.members - worst
+        group_size = g.batch.group_size
+        scored = credit.advantage.masked_fill(~credit.valid, -torch.inf).unflatten(0, (-1, group_size))
+        place = scored.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        place = torch.where(place < best, place, place + group_size)
+        place[~credit.valid.unflatten(0, (-1, group_size))] = best
+        rank = place.argsort(dim=1, stable=True).argsort(dim=1)
+        return ((rank < best) | (rank >= group_size - worst)).flatten()
 
     # ------------------------------------------------------------ points
 
-    def _points(self, epoch: int, rollout: Rollout, samples: list[int], advantage: Tensor) -> Point:
-        sample = torch.tensor(samples)
+    def _points(self, epoch: int, rollout: Rollout, sample: Tensor, advantage: Tensor, weight: Tensor) -> Point:
         group_size, per_sample = self.geometry.batch.group_size, self.geometry.points_per_sample
         group = sample // (self.plan(epoch).branches or group_size)
         if self.algorithm.point == "transition":
-            return transitions(rollout, advantage, group, sample)
+            return transitions(rollout, advantage, group, sample, weight)
         keys = sample // group_size * group_size if self.algorithm.shared_noise else sample
         shape, device = tuple(rollout.x0.shape[1:]), rollout.x0.device
         draws = [keyed_randn(self.seed, epoch, keys, POINT + j, shape, device) for j in range(per_sample)]
         sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
-        return noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample)
+        return noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample, weight)
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    """(n, …), also of nothing: a rank may have no first picture of a group."""
+    return torch.stack(images) if images else torch.empty(0)
 
 
 def diversity(x0: Tensor, group: Tensor) -> float:

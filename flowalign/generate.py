@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from flowalign.sampler import Noise, Rows, Sampling, deterministic, walk
 from flowalign.types import Conditioning
 
 
+class Generated(NamedTuple):
+    """Media in [0, 1], pictures (B, 3, H, W) or videos (B, F, 3, H, W), and what they came from."""
+
+    media: Tensor
+    rms: Tensor
+    """(B,) root mean square of the velocities."""
+    x0: Tensor
+    """(B, …) final latents."""
+
+
 @torch.no_grad()
 def generate(
     model: FlowModel,
@@ -23,8 +34,8 @@ def generate(
     sampling: Sampling,
     size: Size,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], and the root mean square of the velocities (B,).
+) -> Generated:
+    """Media of the prompts behind `cond`.
 
     Noise is keyed by the sample `ids`, so that a prompt's picture depends neither on its batch nor on its neighbours.
     """
@@ -38,4 +49,4 @@ def generate(
 
     plan, sigmas = deterministic(sampling.num_steps), model.sigmas(sampling.num_steps, *size.area)
     rollout = walk(velocity, sigmas, plan, ODE(), sampling.solver, noise)
-    return model.decode(rollout.x0), torch.stack(sizes).mean(dim=0)
+    return Generated(model.decode(rollout.x0), torch.stack(sizes).mean(dim=0), rollout.x0)

@@ -27,6 +27,8 @@ from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
+from flowalign.scoring import Latents
+from flowalign.types import given
 
 
 class AlignModule(LightningModule):
@@ -58,6 +60,7 @@ class AlignModule(LightningModule):
             recipe.model.check_size(*size.area)
         if recipe.algorithm.source == "images":
             recipe.data["train"].require_images()
+        recipe.scorer.bind(recipe.model)
 
     # ------------------------------------------------------------ building
 
@@ -211,13 +214,16 @@ class AlignModule(LightningModule):
         losses, metrics = self.recipe.algorithm.loss(point, self._velocity(point.x, point.sigma, cond))
         self._guard(losses, metrics, idx, batch_idx)
         self.counts["train"] += len(idx) * self.trainer.world_size
-        means = {f"train/{name}": value.mean() for name, value in metrics.items()}
-        means["train/loss"] = losses.detach().mean()
+        # What could not be scored weighs nothing, in the loss as in its diagnostics.
+        weight = given(point.weight, "weight")
+        loss = (losses * weight).mean()
+        means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
+        means["train/loss"] = loss.detach()
         if "ratio" in metrics:
             means["train/ratio_std"] = metrics["ratio"].std(correction=0)
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
         self.report.advance("optimise", batch_idx + 1)
-        return losses.mean()
+        return loss
 
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> None:
         finite = losses.isfinite()
@@ -310,16 +316,16 @@ class AlignModule(LightningModule):
         prompts = [self.eval_prompts[stage][i] for i in ids]
         with self.live.use(r.evaluation.copy), self._precision():
             cond = self.conditioner(prompts, self.device, r.eval_size.area)
-            media, rms = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
-        self._meter(f"{stage}/velocity_rms").update(rms)
+            made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
+        self._meter(f"{stage}/velocity_rms").update(made.rms)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size
-        scores = r.scorer.all(media, prompts)
+        scores = r.scorer.all(made.media, prompts, Latents(made.x0, cond))
         for name, values in scores.items():
             self._meter(f"{stage}/{name}").update(values)
             for tag in {p.metadata.get("tag") for p in prompts} - {None}:
                 mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
-        self._show(stage, ids, media, scores)
+        self._show(stage, ids, made.media, scores)
         self.report.advance(
             "evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean())
         )

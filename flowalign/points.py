@@ -10,9 +10,13 @@ from flowalign.types import Point, Rollout, given
 
 
 def transitions(
-    rollout: Rollout, advantage: Tensor, group: Tensor | None = None, sample: Tensor | None = None
+    rollout: Rollout,
+    advantage: Tensor,
+    group: Tensor | None = None,
+    sample: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Point:
-    """Every recorded step as a point: B * S rows. advantage, group and sample (B,) are shared by a sample's steps."""
+    """Every recorded step as a point: B * S rows. What is (B,) is shared by a sample's steps."""
     x, x_next, steps = given(rollout.x, "x"), given(rollout.x_next, "x_next"), given(rollout.steps, "steps")
     sigmas, steps = rollout.sigmas.to(x.device), steps.to(x.device)
     recorded = x.shape[1]
@@ -28,6 +32,7 @@ def transitions(
         std_scale=None if rollout.std is None else _mean_of_steps(rollout.std, steps).repeat(steps.numel()),
         group=_rows(group, x, recorded),
         sample=_rows(sample, x, recorded),
+        weight=None if weight is None else _credit(weight, x, recorded),
     )
 
 
@@ -38,10 +43,11 @@ def noised(
     advantage: Tensor,
     group: Tensor | None = None,
     sample: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Point:
     """Each clean sample mixed with fresh noise at noise levels of its own: B * num rows.
 
-    x0 (B, …), sigma (B, num), noise (B, num, …); advantage, group and sample (B,).
+    x0 (B, …), sigma (B, num), noise (B, num, …); advantage, group, sample and weight (B,).
     """
     num = sigma.shape[1]
     clean = x0.repeat_interleave(num, dim=0)
@@ -54,6 +60,7 @@ def noised(
         eps=eps,
         group=_rows(group, x0, num),
         sample=_rows(sample, x0, num),
+        weight=None if weight is None else _credit(weight, x0, num),
     )
 
 

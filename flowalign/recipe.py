@@ -79,5 +79,5 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> Geometry:
         world_size,
         algorithm.together,
         algorithm.samples_per_group,
-        whole=recipe.rollout.same_noise or (plan is not None and plan.branches > 0),
+        whole=recipe.rollout.same_noise or recipe.scorer.groupwise or (plan is not None and plan.branches > 0),
     )

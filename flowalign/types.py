@@ -112,8 +112,15 @@ class Point:
     """(B,) number of the credit group."""
     sample: Tensor | None = None
     """(B,) number of the sample within its epoch: rows of one sample share it."""
+    weight: Tensor | None = None
+    """(B,) share of the row in means over rows: 0 if its sample could not be scored, equal for all others; None: 1."""
     frozen: dict[str, Tensor] = field(default_factory=dict)
     """Velocities (B, …) of frozen copies at x, e.g. "old" and "reference"."""
+
+    @property
+    def counts(self) -> Tensor:
+        """(B,) bool: the rows that are in the loss. A formula with a mean over rows takes it over these."""
+        return torch.ones_like(self.sigma, dtype=torch.bool) if self.weight is None else self.weight > 0
 
     def index(self, i: Tensor | slice) -> Point:
         """Rows i."""

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from flowalign.checks import ConfigError
 from flowalign.collect import Collector, diversity
 from flowalign.conditioner import Conditioner
+from flowalign.models.base import FlowModel
 from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, size_of
-from flowalign.types import given
+from flowalign.scoring import Scorer
+from flowalign.types import Conditioning, given
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,14 +31,19 @@ class Phase:
 
     got: Collected
     collector: Collector
+    rewards: Tensor
+    """(n, R) of this rank, as the scorer gave them."""
 
 
 @pytest.fixture
 def collect(tiny: Callable[..., DictConfig]) -> Callable[..., Phase]:
     """Two prompts × 4 pictures unless overrides say otherwise; the rewards of other ranks are those of the number."""
 
-    def collected(*overrides: str, rank: int = 0, ranks: int = 1, epoch: int = 0, **declared: Any) -> Phase:
+    def collected(
+        *overrides: str, rank: int = 0, ranks: int = 1, epoch: int = 0, scorer: Scorer | None = None, **declared: Any
+    ) -> Phase:
         r = build_recipe(tiny("batch.group_size=4", "batch.micro=1", *overrides))
+        r.scorer = scorer or r.scorer
         for name, value in declared.items():
             setattr(r.algorithm, name, value)
         geometry = batch_plan(r, ranks)
@@ -43,11 +51,15 @@ def collect(tiny: Callable[..., DictConfig]) -> Callable[..., Phase]:
             r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
             Conditioner(r.model, guided=False), geometry, r.train_size, r.seed,
         )  # fmt: skip
-        everyone = torch.arange(geometry.samples).float()[:, None]
+        everyone, mine = torch.arange(geometry.samples).float()[:, None], []
+
+        def gather(rewards: Tensor) -> Tensor:
+            mine.append(rewards)
+            return everyone.expand(-1, rewards.shape[1])
+
         with torch.no_grad():
-            gather = lambda rewards: everyone.expand(-1, rewards.shape[1])  # noqa: E731
             got = collector(epoch, rank, torch.device("cpu"), gather, lambda done, reward: None)
-        return Phase(got, collector)
+        return Phase(got, collector, torch.cat(mine) if mine else torch.empty(0))
 
     return collected
 
@@ -152,6 +164,23 @@ def test_training_on_the_best_and_the_worst(collect: Callable[..., Phase], membe
     assert torch.equal(p.advantage, whole.points.advantage[rows])
 
 
+def test_who_has_no_score_is_trained_on_only_where_its_group_has_too_few_others(collect: Callable[..., Phase]):
+    """Best three and worst two of eight; of the second group only two could be scored."""
+    phase = collect("algo=nft", "batch.group_size=8", samples_per_group=5)
+    rewards = torch.arange(16.0)[:, None]
+    rewards[[0, 7, 3, 8, 9, 10, 12, 13, 15]] = torch.nan
+    phase.collector.scorer = Scorer(lambda media, *_: torch.zeros(len(media)), max_missing=1)
+    with torch.no_grad():
+        got = phase.collector(0, 0, torch.device("cpu"), lambda _: rewards, lambda done, reward: None)
+    samples = given(got.points.sample, "sample")[::3]
+    scored = got.points.counts[::3]
+    assert samples[:5].tolist() == [1, 2, 4, 5, 6]
+    assert scored[:5].all()
+    assert {11, 14} <= set(samples[5:].tolist())
+    assert samples[5:][scored[5:]].tolist() == [11, 14]
+    assert float(given(got.points.weight, "weight").mean()) == pytest.approx(1)
+
+
 def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
     phase = collect("algo=nft", source="images")
     got = phase.got
@@ -195,6 +224,75 @@ def test_several_rewards_reach_the_credit_apart(collect: Callable[..., Phase]):
     assert stats["constant"]["reward/strict"] == 2.5
     assert stats["constant"]["reward/partial"] == 0
     assert stats["constant"]["reward_mean"] == 1.25  # half of each
+
+
+# ------------------------------------------------------------ what rewards ask for
+
+
+class Compared:
+    """The share of the group that is darker: it says nothing of a torn group."""
+
+    groupwise = True
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor) -> Tensor:
+        self.calls.append(groups.tolist())
+        light, same = media.flatten(1).mean(1), groups[:, None] == groups
+        return ((light[:, None] > light) & same).sum(1) / same.sum(1)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 6, 8])
+def test_a_groupwise_reward_sees_whole_groups_whatever_the_batch(collect: Callable[..., Phase], size: int):
+    phase = collect("algo=nft", f"rollout.batch_size={size}", scorer=Scorer(reward := Compared()))
+    assert [g for call in reward.calls for g in call] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert all(call.count(g) == 4 for call in reward.calls for g in call)
+    assert phase.rewards.reshape(2, 4).sort(dim=1).values.flatten().tolist() == [0, 0.25, 0.5, 0.75] * 2
+
+
+def test_groups_of_a_groupwise_reward_are_dealt_whole_to_the_ranks(collect: Callable[..., Phase]):
+    seen = []
+    for rank in range(2):
+        collect("algo=nft", rank=rank, ranks=2, scorer=Scorer(reward := Compared()))
+        seen += reward.calls
+    assert seen == [[0] * 4, [1] * 4]
+
+
+def test_branches_are_what_a_groupwise_reward_compares(collect: Callable[..., Phase]):
+    branches = ("algo=grpo", "batch.group_size=8", "steps=branch", "steps.branches=2", "steps.num=2")
+    collect(*branches, scorer=Scorer(reward := Compared()))
+    assert [g for call in reward.calls for g in call] == [g for g in range(8) for _ in range(2)]
+
+
+class OfLatents:
+    """The mean of a latent, and of its prompt's conditioning."""
+
+    sees = "latents"
+
+    def of_latents(self, x0: Tensor, cond: Conditioning, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        assert len(x0) == cond.batch_size == len(prompts) == len(metadata)
+        return x0.flatten(1).mean(1)
+
+
+def test_rewards_of_latents_decode_only_what_is_looked_at(collect: Callable[..., Phase], monkeypatch: Any):
+    decoded: list[int] = []
+    decode = FlowModel.decode
+
+    def counted(self: FlowModel, x: Tensor) -> Tensor:
+        decoded.append(len(x))
+        return decode(self, x)
+
+    monkeypatch.setattr(FlowModel, "decode", counted)
+    phase = collect("algo=nft", scorer=Scorer(OfLatents()))
+    assert sum(decoded) == 2
+    x0 = given(phase.got.points.x0, "x0")[::3]
+    assert torch.allclose(phase.rewards[:, 0], x0.flatten(1).mean(1))
+    decoded.clear()
+    both = collect("algo=nft", scorer=Scorer({"latent": OfLatents(), "light": Compared()}))
+    assert sum(decoded) == 8
+    assert torch.equal(both.rewards[:, 0], phase.rewards[:, 0])
+    assert torch.allclose(both.got.images, phase.got.images, atol=1e-5)
 
 
 def test_diversity_is_the_spread_within_groups_whatever_their_size():

@@ -79,7 +79,7 @@ def test_the_batch_plan_of_every_option_fits_with_every_algorithm(compose: Calla
         if refused(cfg):
             continue
         parts = {part: instantiate(cfg[part]) for part in ("steps", "times", "rollout", "batch")}
-        recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), **parts)
+        recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), scorer=instantiate(cfg.reward), **parts)
         batch_plan(recipe)  # type: ignore[arg-type]
 
 
@@ -113,7 +113,7 @@ def small(algo: str, steps: str | None = None) -> tuple[str, ...]:
 def fitting(cfg: DictConfig) -> DictConfig:
     """The tiny config with a micro-batch that fits, whatever an algorithm couples."""
     parts = {part: instantiate(cfg[part]) for part in ("steps", "times", "rollout")}
-    recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), **parts)
+    recipe = SimpleNamespace(algorithm=instantiate(cfg.algo), scorer=instantiate(cfg.reward), **parts)
     for micro in (3, 2, 1, 6):
         cfg.batch.micro = micro
         recipe.batch = instantiate(cfg.batch)
@@ -244,6 +244,15 @@ def point(algorithm: Algorithm, v: Tensor, advantage: Tensor) -> Point:
     return Point(x, sigma, advantage, std_scale=torch.ones(6), **recorded, **whose)
 
 
+VARIANTS = {
+    "crd": ("algo.temperature=0.5",),
+    "flowawr": ("algo.mask_zero=true",),
+    "grpo_guard": ("algo.parity=true",),
+    "awm": ("algo.ratio=sum_first",),
+}
+"""Settings with means over the rows of a micro-batch."""
+
+
 def velocities() -> Tensor:
     return torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(1))
 
@@ -278,6 +287,30 @@ def test_samples_do_not_touch_each_other_unless_the_loss_couples_them(algorithm:
     assert v.grad[2].abs().max() > 0
     apart = [0, 1, 4, 5] if algorithm.together == "group" else [0, 1, 3, 4, 5]
     assert v.grad[apart].abs().max() == 0
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("dropped", [[4], [0, 4], [2, 3], [0, 2, 4]])
+def test_rows_that_could_not_be_scored_might_as_well_not_be_there(
+    tiny: Callable[..., DictConfig], algo: str, dropped: list[int]
+):
+    """With a penalty, which pulls at a row without advantage too."""
+    algorithm: Algorithm = instantiate(tiny(f"algo={algo}", "algo.kl_beta=0.3", *VARIANTS.get(algo, ())).algo)
+    made = velocities()
+    p = point(algorithm, made, torch.tensor([2.0, -1.0, 0.5, 0.0, -0.5, -1.0]))
+    p.advantage[dropped] = 0.0
+    # Somewhere else than the policy that made the points, and than its copies.
+    p.frozen = {name: v + 0.1 * i * velocities().flip(0) for i, (name, v) in enumerate(p.frozen.items(), start=1)}
+    rest = [i for i in range(6) if i not in dropped]
+    v, scored = (made + 0.05 * velocities().flip(1)).requires_grad_(), torch.ones(6)
+    scored[dropped] = 0
+    p.weight = scored / scored.mean()
+    together = torch.autograd.grad((algorithm.loss(p, v)[0] * p.weight).mean(), v)[0]
+    p.weight = None
+    alone = torch.autograd.grad(algorithm.loss(p.index(torch.tensor(rest)), v[rest])[0].mean(), v)[0]
+    assert alone[rest].abs().max() > 0
+    assert torch.allclose(together, alone, rtol=1e-5, atol=1e-9)
+    assert together[dropped].abs().max() == 0
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
+from flowalign.scoring import Scorer
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -105,7 +106,7 @@ def test_a_wrong_recorded_density_is_found_out(prepared: Callable[..., Run]):
 
 def test_samples_without_a_score_are_survived_and_teach_nothing(prepared: Callable[..., Run]):
     run = prepared("algo=grpo", "batch.group_size=4")
-    run.recipe.scorer.objective = {"reward": Reward(lambda seen: seen == 1)}
+    run.recipe.scorer = Scorer(Reward(lambda seen: seen == 1))
     module = run.fit()
     per_sample = len(module.buffer.points.x) // 8
     advantage = module.buffer.points.advantage.reshape(8, per_sample)
@@ -115,9 +116,35 @@ def test_samples_without_a_score_are_survived_and_teach_nothing(prepared: Callab
     assert all(p.isfinite().all() for p in module.live.trained().values())
 
 
+@pytest.mark.parametrize("algo", ["grpo", "nft", "dgpo"])
+def test_what_could_not_be_scored_leaves_no_trace_in_the_weights(prepared: Callable[..., Run], algo: str):
+    """Whatever the frozen copies say of such a sample: the penalty would pull at it without a weight of 0."""
+    trained = []
+    for nonsense in (0.0, 100.0):
+        words = ("algo.kl_beta=0.1", "batch.group_size=4", "batch.micro=4", "batch.updates=1")
+        run = prepared(f"algo={algo}", *words)
+        run.recipe.scorer = Scorer(Reward(lambda seen: seen in (1, 2)))
+        module, trainer = run.build()
+        consult = module._consult_frozen
+
+        def spoilt(module: Any = module, consult: Any = consult, nonsense: float = nonsense) -> None:
+            consult()
+            points = module.buffer.points
+            assert points.counts.reshape(8, -1)[:, 0].tolist() == [True, False, False, *[True] * 5]
+            assert float(points.weight.mean()) == pytest.approx(1)
+            for velocity in points.frozen.values():
+                velocity[~points.counts] += nonsense
+
+        module._consult_frozen = spoilt  # type: ignore[method-assign]
+        trainer.fit(module)
+        trained.append({name: p.detach().clone() for name, p in module.live.trained().items()})
+        assert trainer.callback_metrics["train/kl"] < 1
+    assert all(torch.equal(p, trained[1][name]) for name, p in trained[0].items())
+
+
 def test_a_reward_that_scores_nothing_stops_the_run_in_a_sentence(prepared: Callable[..., Run]):
     run = prepared()
-    run.recipe.scorer.objective = {"reward": Reward(lambda seen: True)}
+    run.recipe.scorer = Scorer(Reward(lambda seen: True))
     with pytest.raises(RuntimeError, match="not a single picture of this epoch could be scored"):
         run.fit()
 

@@ -73,6 +73,11 @@ class Algorithm(ABC):
         return mean_dims((at_least_float32(v) - p.frozen["reference"]) ** 2)
 
 
+def over_rows(p: Point, x: Tensor) -> Tensor:
+    """Mean of x (B,) over the rows that are in the loss, (); 0 without any."""
+    return (x * p.counts).sum() / p.counts.sum().clamp(min=1)
+
+
 def pessimistic(A: Tensor, ratio: Tensor, clip: float) -> Tensor:
     """max(-A ρ, -A clamp(ρ, 1 - clip, 1 + clip)), (B,): the clipped policy gradient of PPO (arXiv:1707.06347)."""
     return torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip))

@@ -7,7 +7,10 @@ from flowalign.types import Point, given
 
 
 def compared(p: Point) -> Groups:
-    """The rows of p, a noised point, by credit group and draw. One number of a noise tells it from every other one."""
+    """The rows of p, a noised point, by credit group and draw; only those that are in the loss count.
+
+    One number of a noise tells it from every other one.
+    """
     first = given(p.eps, "eps").flatten(1)[:, 0]
     keys = torch.stack([given(p.group, "group").double(), p.sigma.double(), first.double()], dim=1)
-    return Groups.of(torch.unique(keys, dim=0, return_inverse=True)[1])
+    return Groups.of(torch.unique(keys, dim=0, return_inverse=True)[1], p.counts)

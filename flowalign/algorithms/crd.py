@@ -53,13 +53,17 @@ class CRD(Algorithm):
         """See the base class; p is a noised point."""
         a = self._wanted(p)
         r = adaptive(v_error(p, p.frozen["old"])) - adaptive(v_error(p, v))
-        loss = self.adv_clip / self.beta * self.contrast(r, a)
+        loss = self.adv_clip / self.beta * self.contrast(r, a, p.counts)
         drift = mean_dims((at_least_float32(v) - p.frozen["old"]) ** 2)
         return self.penalised(p, v, loss, {"r": a, "implied_reward": r, "v_drift": drift})
 
-    def contrast(self, r: Tensor, a: Tensor) -> Tensor:
-        """Distance of the implied reward r (B,) from the wanted one a (B,), both centred: (B,)."""
-        parts = [self._distance(self.beta * (r - w @ r.detach()), a - w @ a) for w in self._centres(a)]
+    def contrast(self, r: Tensor, a: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Distance of the implied reward r (B,) from the wanted one a (B,), both centred: (B,).
+
+        Only the rows that count, (B,) bool, have a part in the centres; None: all.
+        """
+        counts = torch.ones_like(a, dtype=torch.bool) if counts is None else counts
+        parts = [self._distance(self.beta * (r - w @ r.detach()), a - w @ a) for w in self._centres(a, counts)]
         return torch.stack(parts).mean(dim=0)
 
     def _distance(self, r: Tensor, a: Tensor) -> Tensor:
@@ -67,14 +71,13 @@ class CRD(Algorithm):
             return (r - a) ** 2
         return binary_cross_entropy_with_logits(r, a.sigmoid(), reduction="none")
 
-    def _centres(self, a: Tensor) -> list[Tensor]:
-        plain = torch.full_like(a, 1 / len(a))
+    def _centres(self, a: Tensor, counts: Tensor) -> list[Tensor]:
+        plain = counts.to(a) / counts.sum().clamp(min=1)
         if self.temperature is None:
             return [plain]
         if self.temperature > 0:
-            return [(a / self.temperature).softmax(0), (-a / self.temperature).softmax(0)]
-        good = a.masked_fill(a <= 0, -torch.inf).softmax(0)
-        return [good.nan_to_num(1 / len(a)), plain]
+            return [_softmax(a / self.temperature, counts, plain), _softmax(-a / self.temperature, counts, plain)]
+        return [_softmax(a, counts & (a > 0), plain), plain]
 
     def penalty(self, p: Point, v: Tensor) -> Tensor:
         """See the base class; light on bad samples, so that the policy may leave them, heavy on good ones."""
@@ -83,3 +86,8 @@ class CRD(Algorithm):
 
     def _wanted(self, p: Point) -> Tensor:
         return optimality(self.clipped(p.advantage), self.adv_range).double()
+
+
+def _softmax(x: Tensor, among: Tensor, otherwise: Tensor) -> Tensor:
+    """Softmax over the rows `among`, 0 elsewhere; `otherwise` if these are none. All (B,)."""
+    return torch.where(among.any(), x.masked_fill(~among, -torch.inf).softmax(0), otherwise)

@@ -35,7 +35,7 @@ class DGPO(Algorithm):
         """See the base class; p is a noised point whose micro-batch holds whole groups."""
         group, A = compared(p), self.clipped(p.advantage)
         d, d_ref, d_old = (matching(p, u) for u in (v, p.frozen["reference"], p.frozen["old"]))
-        weight = group.mean(self.beta * A * (d.detach() - d_ref)).sigmoid()
+        weight = torch.where(group.valid, group.mean(self.beta * A * (d.detach() - d_ref)), 0).sigmoid()
         drift = (d_old - d.detach()).exp() - 1
         far = torch.where(A > 0, drift > self.clip, drift < -self.clip)
         loss = weight * A * torch.where(far, d.detach(), d)

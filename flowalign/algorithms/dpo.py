@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -35,7 +36,8 @@ class DPO(Algorithm):
         """See the base class; p is a noised point whose micro-batch holds both of a pair."""
         pair = compared(p)
         d = matching(p, v) - matching(p, p.frozen["reference"])
-        side = (p.advantage - pair.mean(p.advantage)).sign()  # 1 for the winner, -1 for the loser
+        # 1 for the winner, -1 for the loser, 0 for whoever is not judged: its pair has no mean.
+        side = torch.where(pair.valid, p.advantage - pair.mean(p.advantage), 0).sign()
         margin = -self.beta / 2 * pair.sum(side * d)
         metrics = {"margin": margin, "accuracy": (margin > 0).to(d.dtype), "d_win": side.clamp(min=0) * d * 2}
         return self.penalised(p, v, -logsigmoid(margin), metrics)

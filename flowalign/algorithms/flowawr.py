@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from flowalign.algorithms.base import Algorithm
+from flowalign.algorithms.base import Algorithm, over_rows
 from flowalign.algorithms.errors import size, x0_error
 from flowalign.flow import at_least_float32, expand, mean_dims
 from flowalign.types import Point
@@ -35,6 +35,8 @@ class FlowAWR(Algorithm):
         loss = mean_dims((error - (1 - expand(energy, error)) * error_old) ** 2) / size(error)
         if self.mask_zero:
             kept = (energy != 0).to(loss.dtype)
-            loss = loss * kept / kept.mean().clamp(min=1 / len(kept))  # so that the mean is one over what is kept
+            loss = (
+                loss * kept / over_rows(p, kept).clamp(min=1 / len(kept))
+            )  # so that the mean is one over what is kept
         metrics = {"energy": energy, "x0_error": size(error), "v_drift": mean_dims((v - v_old) ** 2)}
         return self.penalised(p, v, loss, metrics)

@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from flowalign.algorithms.base import over_rows
 from flowalign.algorithms.grpo import GRPO
 from flowalign.dynamics import Dynamics
 from flowalign.types import Point, given
@@ -35,7 +36,7 @@ class GRPOGuard(GRPO):
     def log_ratio(self, p: Point, mean: Tensor, std: Tensor) -> Tensor:
         """log ρ', (B,)."""
         shift = self.dynamics.gaussian_kl(mean, given(p.mean, "mean"), std)
-        log_ratio = super().log_ratio(p, mean, std) + (shift.mean() if self.parity else shift)
+        log_ratio = super().log_ratio(p, mean, std) + (over_rows(p, shift) if self.parity else shift)
         return log_ratio * std.flatten()
 
     def weight(self, p: Point, std: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import Tensor
 
 from flowalign.checks import check_signatures
 from flowalign.checks.suggest import suggest
 from flowalign.collect import Size
 from flowalign.commands.figures import figure, shown_table, summarised, written_table
 from flowalign.commands.record import Asked, Record, asked
-from flowalign.commands.sample import batches
+from flowalign.commands.sample import Made, batches
 from flowalign.commands.saved import Saved, opened, untrained
 from flowalign.evaluation import Shown, stills
 from flowalign.grid import grid
+from flowalign.models.base import FlowModel
 from flowalign.prompts import Prompt, PromptSet
+from flowalign.rewards.base import RewardError
 from flowalign.run import composed, instantiate
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
@@ -72,11 +73,9 @@ def evaluate(
     record = Record.opened(Path(to), about, scorer.measures, again)
     shown = [wanted[i] for i in instantiate(evaluation).shows(len(wanted))]
     missing = record.missing(wanted)
-    made = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, weights)
-    for numbers, media in made:
-        done, missing = missing[: len(numbers)], missing[len(numbers) :]
-        _kept(record, done, media, scorer, wanted if keep else shown)
-        _progress(len(wanted) - len(missing), len(wanted))
+    if missing:
+        made = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, weights)
+        _score(record, missing, made, scorer, wanted if keep else shown, saved.model)
     _finish(record, wanted, shown, benchmark)
 
 
@@ -137,18 +136,26 @@ def _about(
     }
 
 
-def _kept(record: Record, done: list[Asked], media: Tensor, scorer: Scorer, keep: Sequence[Asked]) -> None:
-    """Pictures before scores: what has a score has its picture."""
-    numbers = {one.number for one in keep}
-    for one, picture in zip(done, stills(media), strict=True):
-        if one.number in numbers:
-            record.keep(one, picture)
-    record.add(done, scorer.all(media, [one.prompt for one in done]))
-
-
-def _progress(done: int, total: int) -> None:
-    end = "\r" if sys.stderr.isatty() and done < total else "\n"
-    print(f"{done} of {total} pictures", end=end, file=sys.stderr, flush=True)
+def _score(
+    record: Record, missing: list[Asked], made: Iterable[Made], scorer: Scorer, keep: Sequence[Asked], model: FlowModel
+) -> None:
+    """Onto the disk batch by batch, pictures before scores: what has a score has its picture."""
+    kept, done = {one.number for one in keep}, 0
+    try:
+        scorer.check()
+        scorer.bind(model)
+        for part in made:
+            batch = missing[done : done + len(part.numbers)]
+            for one, picture in zip(batch, stills(part.media), strict=True):
+                if one.number in kept:
+                    record.keep(one, picture)
+            record.add(batch, scorer.all(part.media, [one.prompt for one in batch], part.latents))
+            done += len(batch)
+            print(f"{len(missing) - done} pictures to go", file=sys.stderr, flush=True)
+    except RewardError as error:  # what came before it is on the disk
+        raise ValueError(str(error)) from error
+    finally:
+        scorer.close()
 
 
 def _finish(record: Record, wanted: list[Asked], shown: list[Asked], benchmark: Suite | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from flowalign.grid import grid
 from flowalign.media import check_suffix, save
 from flowalign.prompts import Prompt, read_prompts
 from flowalign.sampler import Sampling
+from flowalign.scoring import Latents
 
 
 def sample(
@@ -61,13 +63,21 @@ def sample(
 def made(saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str) -> Tensor:
     """Media of the prompts, (B, …) on the CPU."""
     parts = batches(saved, list(enumerate(asked)), seed, sampling, size, weights)
-    return torch.cat([media.cpu() for _, media in parts])
+    return torch.cat([part.media.cpu() for part in parts])
+
+
+class Made(NamedTuple):
+    """Samples by number, their media (b, …) in [0, 1], and what these were decoded from."""
+
+    numbers: list[int]
+    media: Tensor
+    latents: Latents
 
 
 def batches(
     saved: Saved, asked: Sequence[tuple[int, Prompt]], seed: int, sampling: Sampling, size: Size, weights: str
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Samples by number with what they shall show → numbers and media (b, …), in batches of the run's evaluation.
+) -> Iterator[Made]:
+    """Numbered prompts in batches of the sampling.
 
     The number keys the noise: a sample is the same picture whatever else is asked for.
     """
@@ -76,8 +86,8 @@ def batches(
         numbers, prompts = zip(*asked[start : start + sampling.batch_size], strict=True)
         with saved.use(weights):
             cond = condition(list(prompts), saved.model.device, size.area)
-            media, _ = generate(saved.model, cond, numbers, seed, sampling, size, saved.model.device)
-        yield list(numbers), media
+            part = generate(saved.model, cond, numbers, seed, sampling, size, saved.model.device)
+        yield Made(list(numbers), part.media, Latents(part.x0, cond))
 
 
 def _compared(saved: Saved, asked: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:

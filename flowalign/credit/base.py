@@ -127,9 +127,11 @@ def weighted(rewards: Sequence[Tensor] | Tensor, weights: Tensor) -> Tensor:
     return sum((w * r for w, r in zip(weights, rewards, strict=True)), start=weights.new_zeros(()))
 
 
-def group_stats(rewards: Tensor, group: Tensor, weights: Tensor | None = None) -> dict[str, float]:
+def group_stats(
+    rewards: Tensor, group: Tensor, valid: Tensor | None = None, weights: Tensor | None = None
+) -> dict[str, float]:
     """Diagnostics of the weighted sum: mean, mean deviation within a group, share of groups without any."""
-    r, w, groups = prepare(rewards, group, None, weights)
+    r, w, groups = prepare(rewards, group, valid, weights)
     total = weighted(r.T, w)
     return {
         "mean": float(total[groups.valid].mean()),

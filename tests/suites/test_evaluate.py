@@ -102,12 +102,12 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_from(tmp_path: Path):
         assert process.stderr is not None
         said = [process.stderr.readline() for _ in range(3)]
         process.kill()
-    assert said[-1] == "24 of 256 pictures\n"
+    assert said[-1] == "232 pictures to go\n"
     began = len(rows(folder))
     assert 24 <= began < 256
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"{began // 8 * 8 + 8} of 256" in done.stderr.splitlines()[0]
+    assert f"{256 - began // 8 * 8 - 8} pictures to go" in done.stderr.splitlines()[0]
     assert [int(row["sample"]) for row in rows(folder)] == sorted(int(row["sample"]) for row in rows(folder))
     assert len(rows(folder)) == 256
 

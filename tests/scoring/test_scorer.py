@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from flowalign.prompts import Prompt
-from flowalign.scoring import Scorer
+from flowalign.rewards.base import RewardError
+from flowalign.scoring import Latents, Measure, Scorer
+from flowalign.types import Conditioning
 
 PROMPTS = [Prompt("a", metadata={"n": 1}), Prompt("b", metadata={"n": 2})]
 MEDIA = torch.rand(2, 3, 4, 4)
@@ -43,7 +45,7 @@ def test_a_reward_of_another_shape_is_refused_by_name():
         def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
             return media.mean()
 
-    with pytest.raises(ValueError, match=r"Mean returned scores of shape \(\) for 2 samples"):
+    with pytest.raises(RewardError, match=r"reward `reward` \(Mean\) returned scores of shape \(\) for 2 samples"):
         Scorer(Mean()).rewards(MEDIA, PROMPTS)
 
 
@@ -71,3 +73,58 @@ def test_impossible_weights_and_names_are_refused(settings: dict[str, Any], sent
 def test_a_held_out_measure_cannot_take_the_objectives_name():
     with pytest.raises(ValueError, match="cannot be called `reward`"):
         Scorer(by_metadata, {"reward": by_metadata})
+
+
+# ------------------------------------------------------------ what rewards ask for
+
+
+class Compared:
+    """How many of its group come before; needs the group whole."""
+
+    groupwise = True
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor) -> Tensor:
+        self.calls.append(groups.tolist())
+        return torch.tensor([groups[:i].eq(groups[i]).sum() for i in range(len(groups))])
+
+
+class OfLatents:
+    sees = "latents"
+
+    def of_latents(self, x0: Tensor, cond: Conditioning, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        return x0.flatten(1).mean(1) + cond["c"].flatten()
+
+
+def test_a_batch_size_cuts_the_calls_and_leaves_groups_whole():
+    prompts, media = PROMPTS * 4, MEDIA.repeat(4, 1, 1, 1)
+    groups = torch.tensor([7, 7, 3, 3, 3, 3, 5, 5])
+    compared = Compared()
+    scorer = Scorer({"rank": Measure(compared, batch_size=4), "n": Measure(by_metadata, batch_size=3)})
+    assert scorer.groupwise
+    assert scorer.rewards(media, prompts, groups=groups)[:, 0].tolist() == [0, 1, 0, 1, 2, 3, 0, 1]
+    assert compared.calls == [[7, 7], [3, 3, 3, 3], [5, 5]]
+    compared.calls.clear()
+    assert torch.equal(scorer.rewards(media, prompts, groups=groups)[:, 1], torch.tensor([1.0, 2] * 4))
+    whole = Scorer(Measure(compared, batch_size=6))
+    whole.rewards(media, prompts, groups=groups)
+    assert compared.calls[-2:] == [[7, 7, 3, 3, 3, 3], [5, 5]]
+
+
+def test_groupwise_rewards_are_not_evaluated():
+    scorer = Scorer({"rank": Compared(), "n": by_metadata}, weights={"rank": 2, "n": 3})
+    assert scorer.measures == ["reward", "n"]
+    assert scorer.all(MEDIA, PROMPTS)["reward"].tolist() == [3, 6]
+    assert Scorer(Compared()).all(MEDIA, PROMPTS)["reward"].isnan().all()
+
+
+def test_rewards_of_latents_get_latents_and_want_no_media():
+    latents = Latents(torch.ones(2, 4, 2, 2), Conditioning(c=torch.tensor([[1.0], [2.0]])))
+    scorer = Scorer(Measure(OfLatents(), batch_size=1))
+    assert not scorer.sees_media
+    assert scorer.rewards(None, PROMPTS, latents).tolist() == [[2], [3]]
+    assert Scorer({"latent": OfLatents(), "n": by_metadata}).sees_media
+    with pytest.raises(RewardError, match=r"\(OfLatents\): it scores latents, and only media are here"):
+        scorer.rewards(MEDIA, PROMPTS)

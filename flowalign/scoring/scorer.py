@@ -1,0 +1,159 @@
+"""The objective rewards and the measures that are watched but never optimised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.prompts import Prompt
+from flowalign.rewards.base import Reward
+from flowalign.scoring.measure import Measure, OnError
+from flowalign.scoring.missing import Missing, Policy
+from flowalign.scoring.ramp import Ramp
+from flowalign.scoring.seen import Latents, Seen
+
+
+class Scorer:
+    """`objective` is trained on; `held_out` is only looked at, so that a hacked objective shows.
+
+    An objective may have several rewards, by name, each with its weight (1 unless given); credit then decides how they
+    meet, and "reward" is their weighted sum. One of weight 0 is only looked at, in rollouts too.
+    """
+
+    def __init__(
+        self,
+        objective: Reward | Measure | Mapping[str, Reward | Measure],
+        held_out: Mapping[str, Reward | Measure] | None = None,
+        weights: Mapping[str, float | Ramp] | None = None,
+        missing: Policy = "drop_sample",
+        max_missing: float = 0.5,
+        on_error: OnError = "stop",
+        self_check: bool = True,
+    ) -> None:
+        """missing: what is left out of training where a picture has no score, or "stop". max_missing: the share of an
+        epoch's pictures above which the run stops. on_error: whether a reward that raises ends the run, or leaves its
+        samples without a score. self_check: whether rewards are checked before training.
+        """
+        named = objective if isinstance(objective, Mapping) else {"reward": objective}
+        self.objective = {name: _measure(reward) for name, reward in named.items()}
+        self.held_out = {name: _measure(reward) for name, reward in (held_out or {}).items()}
+        self.missing = Missing(missing, max_missing)
+        self.self_check = self_check
+        self._check_names(weights or {})
+        for name, measure in self.every.items():
+            measure.name, measure.on_error = name, on_error
+        for name, weight in (weights or {}).items():
+            self.objective[name].weight = weight
+        for epoch in (0, math.inf, *self._turns()):
+            w = self.weights(epoch)
+            if not w.isfinite().all() or not w.any():
+                raise ValueError(f"the rewards need finite weights that are not all 0 (got {w.tolist()}).")
+
+    def _check_names(self, weights: Mapping[str, object]) -> None:
+        if unknown := sorted(weights.keys() - self.objective.keys()):
+            raise ValueError(f"weights are given to {unknown}, but the rewards are {sorted(self.objective)}.")
+        if "reward" in self.held_out or "reward" in self.objective and len(self.objective) > 1:
+            raise ValueError("a measure cannot be called `reward`: that is the objective's name.")
+        if twice := sorted(self.objective.keys() & self.held_out.keys()):
+            raise ValueError(f"{twice} cannot be both trained on and held out.")
+
+    # ------------------------------------------------------------ what there is
+
+    @property
+    def every(self) -> dict[str, Measure]:
+        """All rewards by name, of the objective and held out."""
+        return {**self.objective, **self.held_out}
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of what `all` returns."""
+        return list(dict.fromkeys(["reward", *self._evaluated]))
+
+    @property
+    def _evaluated(self) -> dict[str, Measure]:
+        return {name: measure for name, measure in self.every.items() if measure.evaluate}
+
+    @property
+    def groupwise(self) -> bool:
+        """Whether a reward of the objective needs the whole group of a prompt at once."""
+        return any(measure.groupwise for measure in self.objective.values())
+
+    @property
+    def sees_media(self) -> bool:
+        """Whether a reward of the objective needs decoded pictures."""
+        return not all(measure.sees_latents for measure in self.objective.values())
+
+    def weights(self, epoch: float = math.inf) -> Tensor:
+        """(R,) float64, of the rewards of the objective in an epoch; the last ones unless an epoch is given."""
+        given = [measure.weight for measure in self.objective.values()]
+        return torch.tensor([float(w(epoch) if isinstance(w, Ramp) else w) for w in given], dtype=torch.float64)
+
+    def _turns(self) -> list[int]:
+        ramps = [m.weight for m in self.objective.values() if isinstance(m.weight, Ramp)]
+        return sorted({epoch for ramp in ramps for epoch in ramp.epochs})
+
+    # ------------------------------------------------------------ before and after a run
+
+    def check(self) -> None:
+        """The self-checks of all rewards but those that wait for `bind`; RewardError with the first one's reason."""
+        if self.self_check:
+            for measure in self.every.values():
+                if not hasattr(measure.reward, "bind"):
+                    measure.check()
+
+    def bind(self, model: Any) -> None:
+        """Gives the model's adapter to the rewards that are made of the policy's own parts; before training, once."""
+        for measure in self.every.values():
+            measure.bind(model, self.self_check)
+
+    def close(self) -> None:
+        """Lets rewards end what they have started."""
+        for measure in self.every.values():
+            measure.close()
+
+    # ------------------------------------------------------------ scores
+
+    def rewards(
+        self,
+        media: Tensor | None,
+        prompts: Sequence[Prompt],
+        latents: Latents | None = None,
+        groups: Tensor | None = None,
+    ) -> Tensor:
+        """(B, R) float32 of the R rewards of the objective; NaN = could not be scored.
+
+        media may be None where `sees_media` says so; groups (B,) are the numbers of what is compared.
+        """
+        seen = Seen(prompts, media, latents, groups)
+        return torch.stack([measure(seen) for measure in self.objective.values()], dim=1)
+
+    def combined(self, rewards: Tensor, epoch: float = math.inf) -> Tensor:
+        """(B, R) to their weighted sum (B,); NaN if a reward that counts is missing."""
+        return _total(rewards, self.weights(epoch))
+
+    def all(self, media: Tensor | None, prompts: Sequence[Prompt], latents: Latents | None = None) -> dict[str, Tensor]:
+        """What an evaluation measures, by name, and the weighted sum of the objective under "reward"; (B,) each.
+
+        The sum is over what is evaluated, by the last weights, so that evaluations can be compared; without any it is
+        NaN.
+        """
+        seen = Seen(prompts, media, latents)
+        found = {name: measure(seen) for name, measure in self._evaluated.items()}
+        counted = [name for name in self.objective if name in found]
+        if not counted:
+            return found | {"reward": torch.full((len(prompts),), torch.nan, device=seen.device)}
+        weights = self.weights()[[name in found for name in self.objective]]
+        return found | {"reward": _total(torch.stack([found[name] for name in counted], dim=1), weights)}
+
+
+def _total(rewards: Tensor, weights: Tensor) -> Tensor:
+    counts = weights != 0
+    return (rewards[:, counts] * weights[counts].to(rewards)).sum(dim=1)
+
+
+def _measure(reward: Reward | Measure) -> Measure:
+    return reward if isinstance(reward, Measure) else Measure(reward)
