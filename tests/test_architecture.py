@@ -41,7 +41,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 ORDER = {name: (floor, place) for floor, names in enumerate(FLOORS) for place, name in enumerate(names)}
 PURE = {"torch", "numpy"}
 WORLD = PURE | {"scipy", "PIL"}  # the scenes are drawn and read with these
-REWARDS = WORLD | {"transformers"}  # inside functions only: the check of a config imports the module
+JUDGES = {"transformers", "huggingface_hub", "safetensors", "cv2", "rapidocr", "pytesseract"}
+"""What rewards may use besides, once they are used: importing a reward must stay quick."""
 PROGRAMS = {f"shapes.{name}" for name in ("pretrain", "data", "networks", "card", "tokenizer", "prompts")}
 """What made the embedded pipeline: run by hand, and nothing else imports it."""
 HYDRA = {"run", "compatibility", "shapes.pretrain"}
@@ -64,7 +65,11 @@ SOURCES = {name_of(path): path.read_text() for path in sorted(PACKAGE.rglob("*.p
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
     """Dotted names that a file imports, wherever in it, and whether for type checkers only."""
-    tree = ast.parse(source)
+    yield from imported(ast.parse(source))
+
+
+def imported(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """The same of a parsed file."""
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
@@ -95,9 +100,17 @@ def upward(name: str, source: str) -> list[str]:
 
 def foreign(name: str, source: str) -> list[str]:
     """Libraries that a file of the pure floors has no business with."""
-    allowed = {"shapes": WORLD, "rewards": REWARDS}.get(unit(name), PURE)
-    tops = {dotted.split(".")[0] for dotted, _ in imports(source)}
-    return sorted(tops - allowed - {"flowalign"} - set(sys.stdlib_module_names))
+    allowed = WORLD if unit(name) in ("shapes", "rewards") else PURE
+    tree = ast.parse(source)
+    at_once = {dotted.split(".")[0] for dotted, _ in imported(ast.Module([*map(outermost, tree.body)], []))}
+    tops = {dotted.split(".")[0] for dotted, _ in imported(tree)}
+    later = JUDGES - at_once if unit(name) == "rewards" else set()
+    return sorted(tops - allowed - later - {"flowalign"} - set(sys.stdlib_module_names))
+
+
+def outermost(node: ast.stmt) -> ast.stmt:
+    """An import, or nothing in place of a class or function, whose imports come later."""
+    return ast.Pass() if isinstance(node, (ast.ClassDef, ast.FunctionDef)) else node
 
 
 def unwelcome(name: str, source: str) -> list[str]:
@@ -177,6 +190,9 @@ def test_planted_violations_are_found():
     assert upward("keyed", "import flowalign.points")
     assert not upward("points", "from flowalign.keyed import ids")
     assert foreign("algorithms.grpo", "import lightning") == ["lightning"]
+    assert foreign("rewards.hpsv3", "import transformers") == ["transformers"]
+    assert foreign("rewards.hpsv3", "def f():\n    import torchvision") == ["torchvision"]
+    assert not foreign("rewards.hpsv3", "def f():\n    import transformers")
     assert upward("rewards.shapes", "from flowalign.shapes.pretrain import train")
     assert unwelcome("module", "from hydra.utils import instantiate")
     assert unwelcome("sampler", "from diffusers import FluxPipeline")

@@ -58,9 +58,11 @@ class Geneval(FrameReward):
 
     def self_check(self) -> None:
         """Raises RewardError unless nothing is found on an empty picture and plain colours have their names."""
-        empty = torch.full((1, 3, 256, 256), 0.5)
+        empty = torch.full((1, 3, 256, 256), 0.5, device="cuda" if torch.cuda.is_available() else "cpu")
         try:
             found = self.detector.detect(empty, [["dog"]])[0]
+        except RewardError:
+            raise
         except Exception as error:  # whatever a library may say
             raise RewardError(f"geneval: the detector does not run ({_sentence(error)}).") from error
         if found is None or self.rules.kept(found, ""):
@@ -68,7 +70,7 @@ class Geneval(FrameReward):
         thing = Thing("object", (64.0, 64.0, 192.0, 192.0), 1.0)
         for colour, value in _PATCHES.items():
             patch = empty[0].clone()
-            patch[:, 64:192, 64:192] = torch.tensor(value)[:, None, None]
+            patch[:, 64:192, 64:192] = patch.new_tensor(value)[:, None, None]
             if (named := self.colours(patch, [thing])) != [colour]:
                 raise RewardError(
                     f"geneval: a plain {colour} patch is called {named[0]}; the colours cannot be trusted."
@@ -88,6 +90,8 @@ class Geneval(FrameReward):
         """Of each picture; one by one where they fail together, and None where one still fails."""
         try:
             return self.detector.detect(pictures, [task.names for task in tasks])
+        except RewardError:
+            raise
         except Exception as error:  # memory, a driver, a library: one bad picture must not end a run of days
             if len(pictures) == 1:
                 log.warning("geneval: a picture could not be looked at and scores NaN: %s", _sentence(error))
@@ -106,6 +110,8 @@ class Geneval(FrameReward):
             if self.measure == "partial":
                 return partial(task, seen, colours, slack)
             return float(correct(task, seen, colours, slack, exact=self.measure == "exact"))
+        except RewardError:
+            raise
         except Exception as error:
             log.warning("geneval: colours could not be named, the picture scores NaN: %s", _sentence(error))
             return math.nan

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from flowalign.rewards.clip_score import ClipScore
 from flowalign.rewards.geneval_rules import COLOURS, Thing
-from flowalign.rewards.weights import opened
 
 _GREY = 0.6  # what stands around a masked thing: #999, as in the benchmark
 
@@ -33,14 +35,20 @@ def crop(picture: Tensor, thing: Thing) -> Tensor:
     return picture[:, top:bottom, left:right]
 
 
+@lru_cache(maxsize=2)
+def _clip(pretrained: str, revision: str | None) -> ClipScore:
+    """One network, however many rewards ask it."""
+    return ClipScore(pretrained, revision=revision)
+
+
 class ClipColours:
     """Zero-shot classification of the crop by a CLIP, three sentences for each colour."""
 
     TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
-    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14") -> None:
-        """pretrained: hub id or folder. Raises ValueError where it cannot be opened."""
-        self.model, self.processor = opened("AutoModel", "AutoProcessor", pretrained)
+    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", revision: str | None = None) -> None:
+        """pretrained: hub id or folder, opened when it is first needed; RewardError where it cannot be."""
+        self.pretrained, self.revision = pretrained, revision
         self._texts: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -48,27 +56,21 @@ class ClipColours:
         """See `Colours`."""
         if not things:
             return []
-        self.model.to(picture.device)
-        crops = [(crop(picture, thing) * 255).round().byte().permute(1, 2, 0).cpu().numpy() for thing in things]
-        inputs = self.processor(images=crops, return_tensors="pt", input_data_format="channels_last")
-        images = _features(self.model.get_image_features(inputs["pixel_values"].to(picture.device)))
-        texts = torch.stack([self._of(thing.name).to(images) for thing in things])
-        best = torch.einsum("nd,ncd->nc", images, texts).argmax(dim=1)
+        clip = _clip(self.pretrained, self.revision)
+        clip.model.to(picture.device)
+        pixels = torch.cat([clip.pixels(crop(picture, thing)[None]) for thing in things])
+        pictures = normalize(clip.of_pictures(pixels), dim=-1)
+        texts = torch.stack([self._of(clip, thing.name).to(pictures) for thing in things])
+        best = torch.einsum("nd,ncd->nc", pictures, texts).argmax(dim=1)
         return [COLOURS[i] for i in best.tolist()]
 
-    def _of(self, name: str) -> Tensor:
+    def _of(self, clip: ClipScore, name: str) -> Tensor:
         """(colours, D): the mean direction of a colour's sentences."""
         if name not in self._texts:
             sentences = [t.format(colour=colour, name=name) for colour in COLOURS for t in self.TEMPLATES]
-            inputs = self.processor(text=sentences, return_tensors="pt", padding=True).to(self.model.device)
-            features = _features(self.model.get_text_features(**inputs)).unflatten(0, (len(COLOURS), -1))
-            self._texts[name] = torch.nn.functional.normalize(features.mean(dim=1), dim=-1)
+            each = normalize(clip.of_prompts(sentences), dim=-1).unflatten(0, (len(COLOURS), -1))
+            self._texts[name] = normalize(each.mean(dim=1), dim=-1)
         return self._texts[name]
-
-
-def _features(output: Any) -> Tensor:
-    """Unit vectors (N, D)."""
-    return torch.nn.functional.normalize(getattr(output, "pooler_output", output), dim=-1)
 
 
 class HueColours:

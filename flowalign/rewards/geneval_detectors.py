@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from flowalign.rewards.base import RewardError
 from flowalign.rewards.geneval_rules import Thing
-from flowalign.rewards.weights import opened
+from flowalign.rewards.pixels import Pixels, Triple, as_bytes
+from flowalign.rewards.weights import model_of, processor_of, settings_of
 
 _FLOOR = 0.05  # of confidence: what no rule would ever keep is not carried along
 _STRIDE = 32  # sides are multiples of it, so that no network has to pad
@@ -34,19 +37,37 @@ class Detector(Protocol):
         ...
 
 
+@lru_cache(maxsize=4)
+def _network(kind: str, pretrained: str, revision: str | None) -> Any:
+    """One network, however many rewards look with it."""
+    return model_of(kind, pretrained, revision, torch.float32)
+
+
 class _Closed:
-    """A network that was trained on a fixed list of classes."""
+    """A network that was trained on a fixed list of classes; opened when it is first needed."""
 
     MODEL: str
 
-    def __init__(self, pretrained: str, side: int = 800, batch_size: int = 8) -> None:
+    def __init__(self, pretrained: str, revision: str | None, side: int, batch_size: int) -> None:
         """pretrained: hub id or folder; side: of what the network sees, the shorter one, in pixels."""
         if side < _STRIDE or batch_size < 1:
             raise ValueError(f"side must be at least {_STRIDE} and batch_size at least 1 (got {side}, {batch_size}).")
-        self.model, self.processor = opened(self.MODEL, "AutoImageProcessor", pretrained)
-        self.side, self.batch_size = side, batch_size
-        self.labels = [self._named(self.model.config.id2label[i]) for i in sorted(self.model.config.id2label)]
-        self.vocabulary = frozenset(self.labels)
+        self.pretrained, self.revision, self.side, self.batch_size = pretrained, revision, side, batch_size
+
+    @cached_property
+    def model(self) -> Any:
+        return _network(self.MODEL, self.pretrained, self.revision)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """By number, in GenEval's words."""
+        known: dict[int, str] = self.model.config.id2label
+        words = [known[i].lower() for i in sorted(known)]
+        return [COCO.get(word, word) for word in words]
+
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        return frozenset(self.labels)
 
     @torch.no_grad()
     def detect(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> list[list[Thing]]:
@@ -61,16 +82,22 @@ class _Closed:
     def _prepared(self, pictures: Tensor) -> Tensor:
         """As the network was trained to see them: the shorter side scaled to `side`, the colours normalised."""
         factor = self.side / min(pictures.shape[-2:])
-        size = [max(round(edge * factor / _STRIDE), 1) * _STRIDE for edge in pictures.shape[-2:]]
-        scaled = interpolate(pictures, size, mode="bilinear", antialias=True).clamp(0, 1)
-        if not self.processor.do_normalize:
-            return scaled
-        mean, std = (scaled.new_tensor(v)[:, None, None] for v in (self.processor.image_mean, self.processor.image_std))
-        return (scaled - mean) / std
+        height, width = (max(round(edge * factor / _STRIDE), 1) * _STRIDE for edge in pictures.shape[-2:])
+        return Pixels((height, width), "stretch", mean=self._colours[0], std=self._colours[1], mode="bilinear")(
+            pictures
+        )
 
-    @staticmethod
-    def _named(label: str) -> str:
-        return COCO.get(label.lower(), label.lower())
+    @cached_property
+    def _colours(self) -> tuple[Triple, Triple]:
+        """Mean and deviation of what the network was trained on."""
+        found = settings_of(self.pretrained, "preprocessor_config.json", self.revision)
+        try:
+            (a, b, c), (d, e, f) = found["image_mean"], found["image_std"]
+        except (KeyError, ValueError) as error:
+            raise RewardError(
+                f"the preprocessor_config.json of {self.pretrained} has no image_mean and std."
+            ) from error
+        return (a, b, c), (d, e, f)
 
 
 class Segmenter(_Closed):
@@ -81,12 +108,13 @@ class Segmenter(_Closed):
     def __init__(
         self,
         pretrained: str = "facebook/mask2former-swin-small-coco-instance",
+        revision: str | None = None,
         side: int = 800,
         batch_size: int = 8,
         most: int = 100,
     ) -> None:
         """most: things of a picture."""
-        super().__init__(pretrained, side, batch_size)
+        super().__init__(pretrained, revision, side, batch_size)
         self.most = most
 
     def _look(self, pictures: Tensor) -> Iterator[list[Thing]]:
@@ -116,18 +144,27 @@ def _around(mask: Tensor) -> tuple[float, float, float, float]:
 
 
 class BoxDetector(_Closed):
-    """DETR (arXiv:2005.12872) and its kin, trained on COCO: boxes, no masks."""
+    """DETR (arXiv:2005.12872), trained on COCO: boxes, no masks."""
 
-    MODEL = "AutoModelForObjectDetection"
+    MODEL = "DetrForObjectDetection"
 
-    def __init__(self, pretrained: str, side: int = 800, batch_size: int = 8) -> None:
-        super().__init__(pretrained, side, batch_size)
+    def __init__(
+        self,
+        pretrained: str = "facebook/detr-resnet-50",
+        revision: str | None = None,
+        side: int = 800,
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__(pretrained, revision, side, batch_size)
 
     def _look(self, pictures: Tensor) -> Iterator[list[Thing]]:
         output = self.model(pixel_values=self._prepared(pictures))
-        sizes = [tuple(pictures.shape[-2:])] * len(pictures)
-        for found in self.processor.post_process_object_detection(output, threshold=_FLOOR, target_sizes=sizes):
-            yield list(_boxed(found, [self.labels[i] for i in found["labels"].tolist()]))
+        scores, labels = output.logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # the last one is "nothing"
+        height, width = pictures.shape[-2:]
+        middle, half = output.pred_boxes[..., :2], output.pred_boxes[..., 2:] / 2  # in units of the picture
+        boxes = torch.cat([middle - half, middle + half], dim=-1) * middle.new_tensor([width, height] * 2)
+        for seen in zip(boxes, scores, labels, strict=True):
+            yield [thing for thing in _boxed(*seen, self.labels) if thing.score > _FLOOR]
 
 
 class WordDetector:
@@ -137,18 +174,39 @@ class WordDetector:
     looked at once for each of its classes.
     """
 
+    MODEL = "AutoModelForZeroShotObjectDetection"
     vocabulary = None
 
     def __init__(
-        self, pretrained: str = "google/owlv2-base-patch16-ensemble", sentence: str = "", batch_size: int = 4
+        self,
+        pretrained: str = "google/owlv2-base-patch16-ensemble",
+        revision: str | None = None,
+        sentence: str | None = None,
+        batch_size: int = 4,
     ) -> None:
-        """sentence: around the class, with {name}; "" is the family's own: "a photo of a {name}", or "{name}."."""
-        self.model, self.processor = opened("AutoModelForZeroShotObjectDetection", "AutoProcessor", pretrained)
-        self.owl = self.model.config.model_type.startswith("owl")
-        self.sentence = sentence or ("a photo of a {name}" if self.owl else "{name}.")
-        if "{name}" not in self.sentence:
+        """sentence: around the class, with {name}; None is the family's own: "a photo of a {name}", or "{name}."."""
+        if sentence is not None and "{name}" not in sentence:
             raise ValueError(f"sentence needs {{name}} where the class goes (got {sentence!r}).")
-        self.batch_size = batch_size
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 (got {batch_size}).")
+        self.pretrained, self.revision, self.batch_size = pretrained, revision, batch_size
+        self._sentence = sentence
+
+    @cached_property
+    def model(self) -> Any:
+        return _network(self.MODEL, self.pretrained, self.revision)
+
+    @cached_property
+    def processor(self) -> Any:
+        return processor_of(self.pretrained, self.revision)
+
+    @property
+    def owl(self) -> bool:
+        return self.model.config.model_type.startswith("owl")
+
+    @property
+    def sentence(self) -> str:
+        return self._sentence or ("a photo of a {name}" if self.owl else "{name}.")
 
     @torch.no_grad()
     def detect(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> list[list[Thing]]:
@@ -160,11 +218,12 @@ class WordDetector:
             part = pairs[start : start + self.batch_size]
             results = self._look(pictures[[i for i, _ in part]], [name for _, name in part])
             for (i, name), result in zip(part, results, strict=True):
-                found[i] += _boxed(result, [name] * len(result["scores"]))
+                every = torch.zeros_like(result["scores"], dtype=torch.long)
+                found[i] += _boxed(result["boxes"], result["scores"], every, [name])
         return found
 
     def _look(self, pictures: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-        arrays = [(p * 255).round().byte().permute(1, 2, 0).cpu().numpy() for p in pictures]
+        arrays = [as_bytes(picture) for picture in pictures]
         sentences = [self.sentence.format(name=name) for name in names]
         text = [[sentence] for sentence in sentences] if self.owl else sentences
         inputs = self.processor(
@@ -177,7 +236,7 @@ class WordDetector:
         return read(output, inputs["input_ids"], threshold=_FLOOR, text_threshold=_FLOOR, target_sizes=sizes)
 
 
-def _boxed(found: dict[str, Any], names: Sequence[str]) -> Iterator[Thing]:
-    for box, score, name in zip(found["boxes"].tolist(), found["scores"].tolist(), names, strict=True):
-        left, top, right, bottom = box
-        yield Thing(name, (left, top, right, bottom), score)
+def _boxed(boxes: Tensor, scores: Tensor, labels: Tensor, names: list[str]) -> Iterator[Thing]:
+    """boxes (n, 4) in pixels, scores (n,), labels (n,) as numbers of `names`."""
+    for (left, top, right, bottom), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
+        yield Thing(names[label], (left, top, right, bottom), score)

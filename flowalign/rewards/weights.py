@@ -1,52 +1,154 @@
-"""Opens networks of transformers for rewards, each once however many rewards look with it."""
+"""Weights of reward models: from a folder or the hub, complete or refused, with the reason in a sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 
-@lru_cache(maxsize=8)
-def opened(model: str, processor: str, pretrained: str) -> tuple[Any, Any]:
-    """A network in float32, ready to look, and what prepares its input; both by the name of their class.
+from flowalign.rewards.base import RewardError
 
-    pretrained: a hub id or a folder; HF_HOME and HF_HUB_OFFLINE are honoured. Raises ValueError with the reason.
-    """
-    import transformers
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
-    where = Path(pretrained).expanduser()
-    if not where.is_dir() and (pretrained.count("/") != 1 or pretrained.startswith((".", "~"))):
-        raise ValueError(f"{pretrained} is neither a folder with weights nor a hub id like org/name.")
-    source = str(where) if where.is_dir() else pretrained
-    with _quietly():
-        try:
-            prepare = getattr(transformers, processor).from_pretrained(source)
-            network = getattr(transformers, model).from_pretrained(source, dtype="float32")
-        except ImportError as error:
-            raise ValueError(f"{pretrained} needs a further package: {_first_line(error)}") from error
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{pretrained} cannot be opened as {model}: {_first_line(error)}") from error
-    return network.eval().requires_grad_(False), prepare
+
+def fetched(pretrained: str, file: str, revision: str | None = None) -> Path:
+    """A file of a local folder, or of a hub repository by way of the local cache (HF_HOME, HF_HUB_OFFLINE)."""
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir():
+        if not (folder / file).is_file():
+            raise RewardError(f"the folder {pretrained} has no {file}.")
+        return folder / file
+    with _explained(pretrained):
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(pretrained, file, revision=revision))
+
+
+def settings_of(pretrained: str, file: str, revision: str | None = None) -> dict[str, Any]:
+    """The contents of a JSON file there."""
+    return json.loads(fetched(pretrained, file, revision).read_text())
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """Names to tensors on the CPU, of a .safetensors file or a pickle, of which nothing but tensors is read."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RewardError(f"{path} cannot be read as weights ({str(error).splitlines()[0]}).") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    return dict(found)
+
+
+def tokenizer_of(pretrained: str, revision: str | None = None) -> Any:
+    """The tokenizer of a repository or folder."""
+    with _explained(pretrained):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(pretrained, revision=revision)
+
+
+def config_of(kind: str, pretrained: str, revision: str | None = None) -> Any:
+    """The configuration of a repository or folder, of this class of transformers."""
+    with _explained(pretrained):
+        import transformers
+
+        return getattr(transformers, kind).from_pretrained(pretrained, revision=revision)
+
+
+def processor_of(pretrained: str, revision: str | None = None) -> Any:
+    """What prepares pictures and words together for the model of a repository or folder."""
+    with _explained(pretrained):
+        import transformers
+
+        return transformers.AutoProcessor.from_pretrained(pretrained, revision=revision)
+
+
+def model_of(kind: str, pretrained: str, revision: str | None, dtype: torch.dtype) -> Any:
+    """A model of this class of transformers, frozen. RewardError if a weight of it is missing there."""
+    with _explained(pretrained):
+        import transformers
+
+        network = getattr(transformers, kind)
+        model, report = network.from_pretrained(pretrained, revision=revision, dtype=dtype, output_loading_info=True)
+    # transformers fills what is missing with random numbers and goes on.
+    if absent := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
+        raise RewardError(f"{pretrained} is no {kind}: it lacks {len(absent)} weights, such as {absent[0]}.")
+    return frozen(model)
+
+
+def built(make: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> Any:
+    """What `make` returns with these weights, all of them, frozen; nothing is initialised first."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = make()
+    try:
+        # assign: the tensors of the file become the parameters, so that a large model is in memory once
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
+    except RuntimeError as error:
+        raise RewardError(f"the weights of {source} do not fit: {' '.join(str(error).split())[:300]}") from error
+    return frozen(model)
+
+
+def mlp_of(state: Mapping[str, Tensor], source: str, between: type[nn.Module] = nn.Identity) -> nn.Sequential:
+    """The linear layers of weights called N.weight and N.bias, in the order of N, with `between` after all but the
+    last; published reward heads number their dropouts too, which do nothing here."""
+    numbers = sorted({int(name.split(".")[0]) for name in state if name.split(".")[0].isdigit()})
+    if not numbers or {f"{n}.{part}" for n in numbers for part in ("weight", "bias")} != set(state):
+        raise RewardError(f"{source} holds no head of linear layers; its weights are {sorted(state)[:6]}.")
+    layers: list[nn.Module] = []
+    for number in numbers:
+        weight = state[f"{number}.weight"].float()
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight, "bias": state[f"{number}.bias"].float()})
+        layers += [layer, between()]
+    return frozen(nn.Sequential(*layers[:-1]))
+
+
+def under(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """What begins with one of the prefixes, without it."""
+    return {name.removeprefix(p): tensor for p in prefixes for name, tensor in state.items() if name.startswith(p)}
+
+
+def frozen(model: nn.Module) -> Any:
+    """The model in evaluation, without gradients."""
+    return model.eval().requires_grad_(False)
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Inside, transformers neither shows bars nor says that it would rather have torchvision."""
-    from transformers.utils import logging
+def _explained(pretrained: str) -> Iterator[None]:
+    """Without the library's bar over the weights and its table of those it did not need; its errors in our words."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from transformers.utils import logging as library
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    local = Path(pretrained).expanduser().is_dir()
+    if not local and not HUB_ID.fullmatch(pretrained):
+        raise RewardError(f"{pretrained} is neither a folder nor a hub id like org/name.")
+    shown, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
+    library.disable_progress_bar()
+    library.set_verbosity_error()
     try:
         yield
+    except GatedRepoError as error:
+        raise RewardError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
+    except RepositoryNotFoundError as error:
+        raise RewardError(f"the hub has no {pretrained} (or it is private and HF_TOKEN is not set).") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        why = "is incomplete or damaged" if local else "is not in the local cache and the hub did not give it"
+        raise RewardError(f"{pretrained} {why} ({str(error).strip().splitlines()[0]}).") from error
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        library.set_verbosity(verbosity)
+        if shown:
+            library.enable_progress_bar()

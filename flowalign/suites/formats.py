@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from flowalign.prompts import Prompt, read_prompts
 from flowalign.rewards.geneval_rules import Task
-
-QUOTED = re.compile(r'["“][^"”]*\w[^"”]*["”]')
+from flowalign.rewards.ocr import wanted_text
 
 
 def geneval(path: Path) -> list[Prompt]:
@@ -30,8 +28,10 @@ def quoted(path: Path) -> list[Prompt]:
     """A prompt a line, with the text that the picture shall show in double quotes (Flow-GRPO's OCR prompts)."""
     prompts = read_prompts(path)
     for prompt in prompts:
-        if not QUOTED.search(prompt.text):
-            raise ValueError(f"{prompt.source}: no text in double quotes that the picture could be read for")
+        try:
+            wanted_text(prompt.text, prompt.metadata)
+        except ValueError as error:
+            raise ValueError(f"{prompt.source}: {error}") from error
     return prompts
 
 

@@ -167,7 +167,7 @@ def test_a_crop_stays_inside_the_picture_and_greys_what_the_mask_leaves_out():
 def closed(folder: Path, kind: str) -> Path:
     import transformers
 
-    labels = {"id2label": {0: "dog", 1: "mouse", 2: "tv"}, "label2id": {"dog": 0, "mouse": 1, "tv": 2}}
+    labels: Any = {"id2label": {0: "dog", 1: "mouse", 2: "tv"}, "label2id": {"dog": 0, "mouse": 1, "tv": 2}}
     if kind == "mask2former":
         swin = transformers.SwinConfig(
             patch_size=4, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4,
@@ -266,26 +266,31 @@ def test_clip_colours_are_the_nearest_sentence_whatever_the_class(tmp_path: Path
     images = transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
     )
-    transformers.CLIPProcessor(images, tokenizer).save_pretrained(tmp_path)
+    images.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     colours, picture = ClipColours(str(tmp_path)), drawn(("bench", "red", 4, 4))
     things = [Thing("bench", (4, 4, 20, 12), 1), Thing("clock", (40, 40, 41, 41), 1)]
     named = colours(picture, things)
     assert set(named) <= set(COLOURS)
     assert named == [colours(picture, [thing])[0] for thing in things]
     assert colours(picture, []) == []
-    assert colours._of("bench").norm(dim=-1) == pytest.approx(torch.ones(10), abs=1e-5)
-    assert colours._of("bench").shape == (10, 16)
+    sentences = colours._texts["bench"]
+    assert sentences.norm(dim=-1) == pytest.approx(torch.ones(10), abs=1e-5)
+    assert sentences.shape == (10, 16)
 
 
 @pytest.mark.parametrize("pretrained", ["nowhere", "./nowhere/here", "a/b/c"])
 def test_weights_that_are_not_there_are_refused_in_a_sentence(pretrained: str):
-    with pytest.raises(ValueError, match="neither a folder with weights nor a hub id"):
-        BoxDetector(pretrained)
+    reward = Geneval(BoxDetector(pretrained), HueColours())
+    for use in (reward.self_check, lambda: scored(reward, [drawn()], {"include": [entry("dog")]})):
+        with pytest.raises(RewardError, match="neither a folder nor a hub id"):
+            use()
 
 
-def test_an_unreachable_hub_is_a_sentence_too():
-    with pytest.raises(ValueError, match="flowalign/absent cannot be opened as"):
-        ClipColours("flowalign/absent")
+def test_missing_weights_of_the_colours_are_told_and_not_nan():
+    reward = Geneval(Rectangles(), ClipColours("./nowhere/here"))
+    with pytest.raises(RewardError, match="neither a folder nor a hub id"):
+        scored(reward, [drawn(("clock", "red", 0, 0))], {"include": [entry("clock", color="red")]})
 
 
 def test_the_yaml_shares_one_network_between_training_and_reporting(tiny: Callable[..., DictConfig], tmp_path: Path):
@@ -295,9 +300,10 @@ def test_the_yaml_shares_one_network_between_training_and_reporting(tiny: Callab
         f"reward.objective.detector.pretrained={folder}",
         "reward.objective.colours={_target_: flowalign.rewards.geneval_colours.HueColours}",
         "~reward.objective.colours.pretrained",
+        "~reward.objective.colours.revision",
     )
     scorer = instantiate(cfg.reward)
-    trained, reported = scorer.objective["reward"], scorer.held_out["correct"]
+    trained, reported = scorer.objective["reward"].reward, scorer.held_out["correct"].reward
     assert (trained.measure, reported.measure) == ("partial", "correct")
     assert trained.detector.model is reported.detector.model
     assert trained.rules == reported.rules

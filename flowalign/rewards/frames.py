@@ -1,0 +1,40 @@
+"""Rewards of pictures on a few frames of a video: a large reward model need not see all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.rewards.base import Reward
+
+
+class Frames:
+    """A reward of `num` frames of each video, evenly spaced from the first to the last; pictures pass as they are.
+
+    A reward of single pictures then takes the mean over these.
+    """
+
+    def __init__(self, reward: Reward, num: int) -> None:
+        if num < 1:
+            raise ValueError(f"num is the number of frames that are looked at, at least 1 (got {num}).")
+        self.reward, self.num = reward, num
+
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        if media.ndim == 5 and media.shape[1] > self.num:
+            media = media[:, chosen(media.shape[1], self.num)]
+        return self.reward(media, prompts, metadata)
+
+    def self_check(self) -> None:
+        """That of the reward, if it has one."""
+        check = getattr(self.reward, "self_check", None)
+        if check is not None:
+            check()
+
+
+def chosen(frames: int, num: int) -> list[int]:
+    """Indices of `num` of the frames: the ends and evenly between; the middle one if it is a single one."""
+    if num == 1:
+        return [frames // 2]
+    return torch.linspace(0, frames - 1, num).round().long().tolist()

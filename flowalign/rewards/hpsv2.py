@@ -1,0 +1,48 @@
+"""Which picture of a prompt people prefer, by HPSv2 and v2.1 (arXiv:2306.09341)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from flowalign.rewards.base import RewardError
+from flowalign.rewards.embedding import TextImage
+from flowalign.rewards.open_clip import converted
+from flowalign.rewards.pixels import Pixels
+from flowalign.rewards.weights import built, config_of, fetched, tensors_of
+
+
+@dataclass(eq=False)
+class HPSv2(TextImage):
+    """Cosine of picture and prompt, about 0.2 to 0.35, by a CLIP ViT-H/14 whose weights are in open_clip's layout.
+
+    file: the checkpoint, HPS_v2.1_compressed.pt or HPS_v2_compressed.pt; processor: a repository or folder with
+    config.json and tokenizer of that CLIP.
+    """
+
+    pretrained: str = "xswu/HPSv2"
+    processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    file: str = "HPS_v2.1_compressed.pt"
+
+    def load(self) -> nn.Module:
+        config = config_of("CLIPConfig", self.processor or self.pretrained, self._processor_revision)
+        path = fetched(self.pretrained, self.file, self.revision)
+        try:
+            state = converted(tensors_of(path))
+        except KeyError as error:
+            raise RewardError(f"{path} is no CLIP in the layout of open_clip: {error} has no place.") from error
+
+        def clip() -> nn.Module:
+            from transformers import CLIPModel
+
+            return CLIPModel(config)
+
+        return built(clip, state, self.weights_dtype, str(path))
+
+    @cached_property
+    def pixels(self) -> Pixels:
+        # Its authors keep the whole picture: the longer side fits, the rest is black.
+        side = self.model.config.vision_config.image_size
+        return Pixels((side, side), "longest")

@@ -1,0 +1,127 @@
+"""Which picture of a prompt people prefer, by ImageReward (arXiv:2304.05977): BLIP with a head of linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowalign.rewards.base import RewardError
+from flowalign.rewards.embedding import ModelReward
+from flowalign.rewards.pixels import Pixels
+from flowalign.rewards.weights import built, fetched, mlp_of, tensors_of, under
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the raw rewards over its authors' data."""
+HEAD_WIDTH = 64
+"""Of an attention head, in ViT and BERT of every size; nothing else of their shape is not in the weights."""
+LENGTH = 35
+"""Tokens of a prompt."""
+VISION = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm": "post_layernorm",
+}
+BLOCK = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+@dataclass(eq=False)
+class ImageReward(ModelReward):
+    """A standardised score, about -2 to 2. processor: a repository or folder with the tokenizer of uncased BERT."""
+
+    pretrained: str = "zai-org/ImageReward"
+    processor: str | None = "google-bert/bert-base-uncased"
+    file: str = "ImageReward.pt"
+
+    def load(self) -> nn.Module:
+        path = fetched(self.pretrained, self.file, self.revision)
+        state = tensors_of(path)
+        source, dtype = str(path), self.weights_dtype
+        vision, text = under(state, "blip.visual_encoder."), under(state, "blip.text_encoder.")
+        text.pop("embeddings.position_ids", None)  # a constant
+        try:
+            see = built(lambda: _vision(vision), _renamed(vision), dtype, source)
+            read = built(lambda: _text(text), text, dtype, source)
+        except KeyError as error:
+            raise RewardError(f"{path} is no ImageReward: {error} is missing or has no place.") from error
+        return nn.ModuleDict({"see": see, "read": read, "head": mlp_of(under(state, "mlp.layers."), source)})
+
+    def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        del metadata
+        side = self.model["see"].config.image_size
+        pixels = Pixels((side, side), "shortest", (side, side))(pictures).to(self.weights_dtype)
+        seen = self.model["see"](pixel_values=pixels).last_hidden_state
+        read = self.model["read"](
+            **self.tokens(prompts, LENGTH),
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+        ).last_hidden_state[:, 0]
+        return (self.model["head"](read.float())[:, 0] - MEAN) / STD
+
+
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The vision transformer of BLIP's authors as transformers' BlipVisionModel; KeyError names what has no place."""
+    found = {}
+    for key, value in state.items():
+        if key.startswith("blocks."):
+            _, number, part = key.split(".", 2)
+            stem, kind = part.rsplit(".", 1)
+            found[f"encoder.layers.{number}.{BLOCK[stem]}.{kind}"] = value
+        elif key in VISION:
+            found[VISION[key]] = value
+        else:
+            stem, kind = key.rsplit(".", 1)
+            found[f"{VISION[stem]}.{kind}"] = value
+    return found
+
+
+def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _vision(state: Mapping[str, Tensor]) -> nn.Module:
+    from transformers import BlipVisionConfig, BlipVisionModel
+
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
+    return BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=width,
+            intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=_layers(state, "blocks."),
+            num_attention_heads=width // HEAD_WIDTH,
+            image_size=side,
+            patch_size=patch,
+            layer_norm_eps=1e-6,  # of their vision transformer; transformers' default is another
+        )
+    )
+
+
+def _text(state: Mapping[str, Tensor]) -> nn.Module:
+    from transformers import BlipTextConfig, BlipTextModel
+
+    words, width = state["embeddings.word_embeddings.weight"].shape
+    return BlipTextModel(
+        BlipTextConfig(
+            vocab_size=words,
+            hidden_size=width,
+            encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
+            intermediate_size=state["encoder.layer.0.intermediate.dense.weight"].shape[0],
+            num_hidden_layers=_layers(state, "encoder.layer."),
+            num_attention_heads=width // HEAD_WIDTH,
+            max_position_embeddings=state["embeddings.position_embeddings.weight"].shape[0],
+            is_decoder=True,  # that is, with cross-attention; its own attention stays bidirectional
+        ),
+        add_pooling_layer=False,
+    )

@@ -1,0 +1,91 @@
+"""Whether a picture shows the text that its prompt asks for: the OCR reward of Flow-GRPO (arXiv:2505.05470)."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.rewards.base import FrameReward
+from flowalign.rewards.drawings import check_order, noise, written
+from flowalign.rewards.pixels import as_bytes
+from flowalign.rewards.readers import READERS, Reader
+
+QUOTED = re.compile('"([^"]+)"|“([^”]+)”')
+
+
+class OCR(FrameReward):
+    """1 - min(distance, n) / n in [0, 1] for a text of n characters; (B,), a video's being the mean of its frames.
+
+    The text is `text` of the prompt's line, or else what the prompt has in double quotes first. Blanks and capitals do
+    not count. As in Flow-GRPO's code, a picture in which the text stands whole scores 1 whatever else it shows;
+    `alone` counts that against it.
+    """
+
+    def __init__(
+        self,
+        engine: Literal["rapidocr", "tesseract"] = "rapidocr",
+        min_confidence: float = 0.0,
+        alone: bool = False,
+    ) -> None:
+        """min_confidence: pieces of text of which the engine is less sure, in [0, 1], do not count."""
+        if engine not in READERS:
+            raise ValueError(f"engine is one of {', '.join(READERS)} (got {engine}).")
+        if not 0 <= min_confidence <= 1:
+            raise ValueError(f"min_confidence is in [0, 1] (got {min_confidence}).")
+        self.engine, self.min_confidence, self.alone = engine, min_confidence, alone
+
+    @cached_property
+    def reader(self) -> Reader:
+        return READERS[self.engine]()
+
+    def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        wanted = [wanted_text(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
+        scores = [self._agreement(self.read(p), text) for p, text in zip(pictures, wanted, strict=True)]
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def read(self, picture: Tensor) -> str:
+        """What stands in a picture (3, H, W), without blanks, in small letters."""
+        pieces = self.reader(as_bytes(picture))
+        return plain("".join(text for text, confidence in pieces if confidence >= self.min_confidence))
+
+    def self_check(self) -> None:
+        """RewardError if the engine is missing, or does not prefer a written word to another one and to noise."""
+        pictures = torch.stack([written("GARDEN"), written("CARBON"), noise()])
+        scores = self.score(pictures, ["a sign"] * 3, [{"text": "GARDEN"}] * 3).tolist()
+        check_order(f"OCR by {self.engine}", scores, "GARDEN, CARBON and noise by how much of GARDEN they show")
+
+    def _agreement(self, found: str, text: str) -> float:
+        if text in found and not self.alone:
+            return 1.0
+        return 1 - min(edit_distance(found, text), len(text)) / len(text)
+
+
+def wanted_text(prompt: str, entry: dict[str, Any]) -> str:
+    """The text that a picture of this prompt should show, plain."""
+    quoted = QUOTED.search(prompt)
+    text = entry.get("text", next(filter(None, quoted.groups())) if quoted else "")
+    if not isinstance(text, str) or not plain(text):
+        raise ValueError(
+            "the OCR reward looks for a text: put it into double quotes in the prompt, or give the line a `text` "
+            f"(prompt: {prompt!r})."
+        )
+    return plain(text)
+
+
+def plain(text: str) -> str:
+    """Without blanks, in small letters."""
+    return "".join(text.split()).lower()
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Insertions, deletions and replacements from one to the other (Levenshtein)."""
+    row = list(range(len(second) + 1))
+    for i, letter in enumerate(first, start=1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(second, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
+    return row[-1]

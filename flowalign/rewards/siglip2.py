@@ -1,0 +1,29 @@
+"""How well a picture fits its prompt, by SigLIP 2 (arXiv:2502.14786) or SigLIP of a fixed resolution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from flowalign.rewards.embedding import TextImage
+from flowalign.rewards.weights import model_of
+
+
+@dataclass(eq=False)
+class Siglip2(TextImage):
+    """Cosine of picture and prompt in [-1, 1]; the sigmoid of the model would be flat for most pairs."""
+
+    pretrained: str = "google/siglip2-so400m-patch14-384"
+
+    def load(self) -> nn.Module:
+        return model_of("SiglipModel", self.pretrained, self.revision, self.weights_dtype)
+
+    def of_pictures(self, pixels: Tensor) -> Tensor:
+        return self.model.vision_model(pixel_values=pixels).pooler_output
+
+    def of_prompts(self, prompts: list[str]) -> Tensor:
+        # Trained on lower case, which not every published tokenizer of it makes, and without a mask of the padding.
+        limit = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokens([prompt.lower() for prompt in prompts], limit)
+        return self.model.text_model(input_ids=tokens["input_ids"]).pooler_output
