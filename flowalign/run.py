@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError, check_signatures, refusals
 from flowalign.checks.errors import one_line
-from flowalign.checks.preflight import preflight_or_exit
+from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
 from flowalign.rewards.base import RewardError
 
@@ -48,6 +48,13 @@ def instantiate(node: Any, **arguments: Any) -> Any:
             where = node._get_full_key(None) or str(node.get("_target_"))
             raise ConfigError(f"{where}: {one_line(cause)}") from error
         raise
+
+
+def composed(*words: str) -> DictConfig:
+    """The config of `train.py` with these overrides, refused in a sentence where that would refuse them."""
+    words = tuple(preflight(words, CONF, "train", also=check_groups))
+    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return hydra.compose("train", list(words))
 
 
 def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:

@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "geometry",
         "buffer",
         "prompts",
+        "suites",
         "sampler",
         "evaluation",
         "grid",
@@ -46,7 +47,7 @@ PROGRAMS = {f"shapes.{name}" for name in ("pretrain", "data", "networks", "card"
 PROGRAMS |= {f"rewards.latent.{name}" for name in ("__main__", "data", "training")}
 """What made the embedded pipeline, and what makes latent rewards: run by hand, and nothing else imports it."""
 HYDRA = {"run", "compatibility", "shapes.pretrain", "rewards.latent.__main__"}
-OMEGACONF = HYDRA | {"summary", "curves", "commands.saved", "commands.export"} | PROGRAMS
+OMEGACONF = HYDRA | {"summary", "curves", "commands.saved", "commands.evaluate", "commands.export"} | PROGRAMS
 
 
 def name_of(path: Path) -> str:

@@ -246,7 +246,7 @@ def test_evaluate_gives_the_figures_of_the_run_again(trained: Path, tmp_path: Pa
         for name in ("reward", "strict", "quality", "quality/two"):
             assert scores[name] == pytest.approx(summary[phase][f"test/{name}"], abs=1e-5), (weights, name)
         rows = (folder / "scores.csv").read_text().splitlines()
-        assert set(rows[0].split(",")) == {"sample", "prompt", "tag", "reward", "strict", "quality"}
+        assert set(rows[0].split(",")) == {"sample", "picture", "prompt", "tag", "reward", "strict", "quality"}
         assert len(rows) == 1 + 4
         assert Image.open(folder / "pictures.png").width > 64
 

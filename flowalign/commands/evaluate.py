@@ -1,79 +1,108 @@
-"""`flowalign evaluate`: scores of a checkpoint, or of its base, on a set of prompts with fixed seeds."""
+"""`flowalign evaluate`: a checkpoint, or a model as it comes, scored on fixed prompts or a benchmark."""
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import Tensor
 
+from flowalign.checks import check_signatures
+from flowalign.checks.suggest import suggest
 from flowalign.collect import Size
-from flowalign.commands.sample import batches
-from flowalign.commands.saved import Saved, opened
+from flowalign.commands.figures import figure, shown_table, summarised, written_table
+from flowalign.commands.record import Asked, Record, asked
+from flowalign.commands.sample import Made, batches
+from flowalign.commands.saved import Saved, opened, untrained
 from flowalign.evaluation import Shown, stills
 from flowalign.grid import grid
 from flowalign.prompts import Prompt, PromptSet
-from flowalign.run import instantiate
+from flowalign.rewards.base import RewardError
+from flowalign.run import composed, instantiate
 from flowalign.sampler import Sampling
-from flowalign.scoring import Latents
+from flowalign.scoring import Scorer
+from flowalign.suites import SUITES, Suite, spread
 
 
 def evaluate(
-    ckpt: str,
+    ckpt: str = "",
+    model: str = "",
+    suite: str = "",
+    reward: str = "",
     prompts: str = "",
     split: str = "test",
     to: str = "evaluation",
     num: int = 0,
+    images: int = 0,
     seed: int = -1,
     steps: int = 0,
     guidance: float = -1.0,
     size: int = 0,
+    batch: int = 0,
     weights: str = "live",
+    keep: bool = True,
+    again: bool = False,
 ) -> None:
-    """Scores fixed prompts with fixed noise by the run's own rewards: scores.csv, summary.json and pictures.png.
+    """Scores fixed prompts with fixed noise: scores.csv, table.csv, summary.json, pictures.png and the pictures.
 
-    Without other words these are prompts and noise of the run's final evaluation: weights=live gives its figures again,
-    and weights=base those before training.
+    ckpt=… alone takes prompts, noise and rewards of the run's final evaluation: weights=live gives its figures again,
+    and weights=base those before training. model=… is a model of conf/model that was never trained. suite=… takes the
+    prompts of a benchmark and a reward for it. num=… is of prompts, images=… of pictures a prompt, batch=… of pictures
+    made at once. Given once more, the command goes on where an interrupted one stopped; again=true begins anew.
     """
+    _check(ckpt, model, suite, split)
+    benchmark = SUITES.get(suite)
+    texts = benchmark.prompts(suite, prompts) if benchmark else []  # what is cheap to refuse comes first
+    node = _reward(reward or (benchmark.reward if benchmark else ""))
+
+    def rewards(config: DictConfig) -> Scorer:
+        return instantiate(config.reward if node is None else node)
+
+    saved = opened(ckpt, weights, rewards=rewards) if ckpt else untrained(model, rewards=rewards)
+    texts = texts or _own(saved, prompts, split, num)
+    chosen = spread(texts, num) if benchmark else range(len(texts))
+    wanted = asked(texts, chosen, images or (benchmark.pictures if benchmark else 1))
+    evaluation, node = saved.config.evaluation, saved.config.reward if node is None else node
+    seed = evaluation.seed if seed < 0 else seed
+    sampling, area, scorer = saved.sampling(steps, guidance, batch), saved.size(size), saved.judged_by
+    about = _about(saved, wanted, suite, weights, seed, sampling, area, node)
+    record = Record.opened(Path(to), about, scorer.measures, again)
+    shown = [wanted[i] for i in instantiate(evaluation).shows(len(wanted))]
+    missing = record.missing(wanted)
+    if missing:
+        made = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, weights)
+        _score(record, missing, made, scorer, wanted if keep else shown)
+    _finish(record, wanted, shown, benchmark)
+
+
+def _check(ckpt: str, model: str, suite: str, split: str) -> None:
+    if bool(ckpt) == bool(model):
+        raise ValueError("flowalign evaluate needs either ckpt=… or model=….")
     if split not in ("val", "test"):
         raise ValueError(f"split is val or test (got {split!r}).")
-    saved = opened(ckpt, weights, scored=True)
-    asked = _asked(saved, prompts, split, num)
-    evaluation = saved.config.evaluation
-    seed = evaluation.seed if seed < 0 else seed
-    media, scores = _judged(saved, asked, seed, saved.sampling(steps, guidance), saved.size(size), weights)
-    folder = Path(to)
-    folder.mkdir(parents=True, exist_ok=True)
-    _table(folder / "scores.csv", asked, scores)
-    summary = summarised(asked, scores)
-    about = {"ckpt": str(saved.path), "weights": weights, "seed": seed, "samples": len(asked), "scores": summary}
-    (folder / "summary.json").write_text(json.dumps(about, indent=2))
-    wanted = instantiate(evaluation).shows(len(asked))
-    shown = Shown(stills(media)[wanted], [asked[i].text for i in wanted], {n: s[wanted] for n, s in scores.items()})
-    Image.fromarray(grid(shown)).save(folder / "pictures.png")
-    for name, value in summary.items():
-        print(f"{name:24} {value:.4f}")
-    print(folder)
+    if suite and suite not in SUITES:
+        raise ValueError(f"there is no suite={suite}; {suggest(suite, SUITES)}")
 
 
-def _judged(
-    saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Media (B, …) and every measure by name, (B,) each, on the CPU."""
-    media: list[Tensor] = []
-    scores: list[dict[str, Tensor]] = []
-    for part, cond in batches(saved, asked, seed, sampling, size, weights):
-        done = len(scores) * sampling.batch_size
-        these = asked[done : done + len(part.media)]
-        scores.append(saved.scorer.all(part.media, these, Latents(part.x0, cond)))  # type: ignore[union-attr]
-        media.append(part.media.cpu())
-    return torch.cat(media), {name: torch.cat([part[name].cpu() for part in scores]) for name in scores[0]}
+def _reward(name: str) -> DictConfig | None:
+    """An option of the group `reward`, or a YAML file of that form."""
+    if not name.endswith((".yaml", ".yml")):
+        return composed(f"reward={name}").reward if name else None
+    if not Path(name).is_file():
+        raise ValueError(f"reward={name}: there is no such file.")
+    node = OmegaConf.load(name)
+    check_signatures({"reward": node})
+    return DictConfig(node)
 
 
-def _asked(saved: Saved, prompts: str, split: str, num: int) -> list[Prompt]:
+def _own(saved: Saved, prompts: str, split: str, num: int) -> list[Prompt]:
     """The prompts of the run's evaluation, or those of a file in their order."""
     if prompts:
         read = PromptSet.read(prompts).prompts
@@ -82,24 +111,64 @@ def _asked(saved: Saved, prompts: str, split: str, num: int) -> list[Prompt]:
     return [data.prompts[i] for i in data.fixed(num or saved.config.evaluation[f"num_{split}"])]
 
 
-def summarised(asked: list[Prompt], scores: dict[str, Tensor]) -> dict[str, float]:
-    """Means over what could be scored, of all and of each `tag`; and how much could not."""
-    tags = sorted({str(p.metadata["tag"]) for p in asked if "tag" in p.metadata})
-    summary: dict[str, float] = {}
-    for name, values in scores.items():
-        summary[name] = float(values.nanmean())
-        for tag in tags:
-            mine = torch.tensor([str(p.metadata.get("tag")) == tag for p in asked])
-            summary[f"{name}/{tag}"] = float(values[mine].nanmean())
-        if missing := int(values.isnan().sum()):
-            summary[f"{name}/not_scored"] = missing / len(values)
-    return summary
+def _about(
+    saved: Saved,
+    wanted: Sequence[Asked],
+    suite: str,
+    weights: str,
+    seed: int,
+    sampling: Sampling,
+    area: Size,
+    reward: DictConfig,
+) -> dict[str, Any]:
+    """Whatever the scores depend on."""
+    lines = [[one.number, one.prompt.text, one.prompt.negative, one.prompt.metadata] for one in wanted]
+    return {
+        "suite": suite or None,
+        "ckpt": str(saved.path),
+        "written": saved.path.stat().st_mtime_ns if saved.path.is_file() else None,
+        "weights": weights,
+        "seed": seed,
+        "samples": len(wanted),
+        "prompts": hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16],
+        "num_steps": sampling.num_steps,
+        "guidance": sampling.guidance,
+        "solver": type(sampling.solver).__name__,
+        "size": asdict(area),
+        "reward": OmegaConf.to_container(reward, resolve=True),
+    }
 
 
-def _table(path: Path, asked: list[Prompt], scores: dict[str, Tensor]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["sample", "prompt", "tag", *scores])
-        for i, prompt in enumerate(asked):
-            values = [f"{float(column[i]):.6g}" for column in scores.values()]
-            writer.writerow([i, prompt.text, prompt.metadata.get("tag", ""), *values])
+def _score(record: Record, missing: list[Asked], made: Iterable[Made], scorer: Scorer, keep: Sequence[Asked]) -> None:
+    """Onto the disk batch by batch, pictures before scores: what has a score has its picture."""
+    kept, done = {one.number for one in keep}, 0
+    try:
+        scorer.check()
+        for part in made:
+            batch = missing[done : done + len(part.numbers)]
+            for one, picture in zip(batch, stills(part.media), strict=True):
+                if one.number in kept:
+                    record.keep(one, picture)
+            record.add(batch, scorer.all(part.media, [one.prompt for one in batch], part.latents))
+            done += len(batch)
+            print(f"{len(missing) - done} pictures to go", file=sys.stderr, flush=True)
+    except RewardError as error:  # what came before it is on the disk
+        raise ValueError(str(error)) from error
+    finally:
+        scorer.close()
+
+
+def _finish(record: Record, wanted: list[Asked], shown: list[Asked], benchmark: Suite | None) -> None:
+    scores, prompts = record.finish(wanted), [one.prompt for one in wanted]
+    summary = record.about | {"scores": summarised(prompts, scores)}
+    written_table(record.folder / "table.csv", prompts, scores)
+    lines = shown_table(prompts, scores)
+    if benchmark is not None:
+        summary["figure"] = figure(benchmark, prompts, scores)
+        lines.append("{title}: {value:.4f} ({measure}, {mean})".format(**summary["figure"]))
+    (record.folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    places = [wanted.index(one) for one in shown]
+    pictures = torch.stack([record.kept(one) for one in shown])
+    below = Shown(pictures, [one.prompt.text for one in shown], {name: s[places] for name, s in scores.items()})
+    Image.fromarray(grid(below)).save(record.folder / "pictures.png")
+    print(*lines, record.folder, sep="\n")

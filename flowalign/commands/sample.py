@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -13,12 +14,12 @@ from flowalign.collect import Size
 from flowalign.commands.saved import Saved, opened
 from flowalign.conditioner import Conditioner
 from flowalign.evaluation import Shown, stills
-from flowalign.generate import Generated, generate
+from flowalign.generate import generate
 from flowalign.grid import grid
 from flowalign.media import check_suffix, save
 from flowalign.prompts import Prompt, read_prompts
 from flowalign.sampler import Sampling
-from flowalign.types import Conditioning
+from flowalign.scoring import Latents
 
 
 def sample(
@@ -61,20 +62,32 @@ def sample(
 
 def made(saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str) -> Tensor:
     """Media of the prompts, (B, …) on the CPU."""
-    return torch.cat([part.media.cpu() for part, _ in batches(saved, asked, seed, sampling, size, weights)])
+    parts = batches(saved, list(enumerate(asked)), seed, sampling, size, weights)
+    return torch.cat([part.media.cpu() for part in parts])
+
+
+class Made(NamedTuple):
+    """Samples by number, their media (b, …) in [0, 1], and what these were decoded from."""
+
+    numbers: list[int]
+    media: Tensor
+    latents: Latents
 
 
 def batches(
-    saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str
-) -> Iterator[tuple[Generated, Conditioning]]:
-    """What is made of the prompts, in batches of the run's evaluation, with their conditioning."""
+    saved: Saved, asked: Sequence[tuple[int, Prompt]], seed: int, sampling: Sampling, size: Size, weights: str
+) -> Iterator[Made]:
+    """Numbered prompts in batches of the sampling.
+
+    The number keys the noise: a sample is the same picture whatever else is asked for.
+    """
     condition = Conditioner(saved.model, sampling.guidance > saved.model.guidance_off)
     for start in range(0, len(asked), sampling.batch_size):
-        ids = range(start, min(start + sampling.batch_size, len(asked)))
+        numbers, prompts = zip(*asked[start : start + sampling.batch_size], strict=True)
         with saved.use(weights):
-            cond = condition([asked[i] for i in ids], saved.model.device, size.area)
-            part = generate(saved.model, cond, ids, seed, sampling, size, saved.model.device)
-        yield part, cond
+            cond = condition(list(prompts), saved.model.device, size.area)
+            part = generate(saved.model, cond, numbers, seed, sampling, size, saved.model.device)
+        yield Made(list(numbers), part.media, Latents(part.x0, cond))
 
 
 def _compared(saved: Saved, asked: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:

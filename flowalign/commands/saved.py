@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from flowalign.collect import Size
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
-from flowalign.run import instantiate, size_of
+from flowalign.run import composed, instantiate, size_of
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
 
@@ -29,7 +29,13 @@ class Saved:
     policy: Policy
     epoch: int
     scorer: Scorer | None = None
-    """The run's rewards, where they were asked for."""
+
+    @property
+    def judged_by(self) -> Scorer:
+        """The rewards that were asked for when it was opened."""
+        if self.scorer is None:
+            raise RuntimeError("this checkpoint was opened without rewards.")
+        return self.scorer
 
     @contextmanager
     def use(self, weights: str) -> Iterator[None]:
@@ -37,10 +43,11 @@ class Saved:
         with self.policy.use(None if weights == "live" else weights):
             yield
 
-    def sampling(self, steps: int = 0, guidance: float = -1.0) -> Sampling:
+    def sampling(self, steps: int = 0, guidance: float = -1.0, batch: int = 0) -> Sampling:
         """That of the run's evaluation, where nothing else is asked for."""
         node = self.config.evaluation.sampling.copy()
         node.num_steps, node.guidance = steps or node.num_steps, node.guidance if guidance < 0 else guidance
+        node.batch_size = batch or node.batch_size
         return instantiate(node)
 
     def size(self, size: int = 0) -> Size:
@@ -52,9 +59,12 @@ class Saved:
         return made
 
 
-def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", scored: bool = False) -> Saved:
-    """A checkpoint of flowalign that holds such weights; base=True keeps those before training too, scored=True brings
-    the rewards of the run.
+Rewards = Callable[[DictConfig], Scorer]
+"""Makes the rewards of a config."""
+
+
+def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", rewards: Rewards | None = None) -> Saved:
+    """A checkpoint of flowalign that holds such weights; base=True keeps those before training too.
 
     Raises ValueError with one sentence for anything else.
     """
@@ -73,9 +83,7 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", sc
     if weights not in (known := ["live", *copies, "base"]):
         raise ValueError(f"weights={weights}: the checkpoint holds {', '.join(known)}.")
     model = instantiate(config.model)
-    scorer: Scorer | None = instantiate(config.reward) if scored else None
-    if scorer is not None:
-        scorer.bind(model)  # before its weights become those of the checkpoint
+    scorer = _bound(rewards, config, model)
     # Made before the trained weights come in, "base" keeps those of the pipeline.
     before = ["base"] if base or weights == "base" else []
     tune = config.tune.copy()
@@ -86,7 +94,29 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", sc
     if differing:
         raise ValueError(f"ckpt={ckpt} does not fit its own config ({len(differing)} entries, first {differing[0]}).")
     policy.load_state_dict(held, strict=False)
+    return _placed(Saved(path, weights, config, model, policy, int(state.get("epoch", 0)) + 1, scorer), device)
+
+
+def untrained(model: str, device: str = "auto", rewards: Rewards | None = None) -> Saved:
+    """A model of conf/model as it comes, evaluated as a run with it would be; its only weights are the live ones."""
+    config = composed(f"model={model}", "tune=lora")  # adapters begin as nothing, and leave the network's own type
+    pipeline = instantiate(config.model)
+    scorer = _bound(rewards, config, pipeline)
+    policy = Policy(pipeline.denoisers(), instantiate(config.tune), pipeline.lora_targets)
+    return _placed(Saved(Path(model), "live", config, pipeline, policy, 0, scorer), device)
+
+
+def _bound(rewards: Rewards | None, config: DictConfig, model: FlowModel) -> Scorer | None:
+    """Bound to the pipeline as it comes, since they may be made of its parts."""
+    if rewards is None:
+        return None
+    scorer = rewards(config)
+    scorer.bind(model)
+    return scorer
+
+
+def _placed(saved: Saved, device: str) -> Saved:
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    policy.to(where)
-    model.to(where)
-    return Saved(path, weights, config, model, policy, int(state.get("epoch", 0)) + 1, scorer)
+    saved.policy.to(where)
+    saved.model.to(where)
+    return saved

@@ -68,6 +68,14 @@ def config_of(kind: str, pretrained: str, revision: str | None = None) -> Any:
         return getattr(transformers, kind).from_pretrained(where, revision=revision)
 
 
+def processor_of(pretrained: str, revision: str | None = None) -> Any:
+    """What prepares pictures and words together for the model of a repository or folder."""
+    with _explained(pretrained) as (where, _):
+        import transformers
+
+        return transformers.AutoProcessor.from_pretrained(where, revision=revision)
+
+
 def model_of(kind: str, pretrained: str, revision: str | None, dtype: torch.dtype) -> Any:
     """A model of this class of transformers, frozen. RewardError if a weight of it is missing there."""
     with _explained(pretrained) as (where, _):

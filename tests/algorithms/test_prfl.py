@@ -69,7 +69,9 @@ def test_without_its_weight_no_given_picture_is_asked_for():
 
 def test_below_is_the_next_lower_level():
     sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
-    assert torch.equal(below(sigmas, torch.tensor([1.0, 0.7, 0.3, 0.9, 0.1, 0.0])), torch.tensor([0.7, 0.3, 0, 0.7, 0, 0]))
+    assert torch.equal(
+        below(sigmas, torch.tensor([1.0, 0.7, 0.3, 0.9, 0.1, 0.0])), torch.tensor([0.7, 0.3, 0, 0.7, 0, 0])
+    )
 
 
 def test_both_kinds_of_points_of_a_sample_are_neighbours():

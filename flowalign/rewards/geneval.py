@@ -1,0 +1,121 @@
+"""GenEval (arXiv:2310.11513) as a reward: things are found, counted, coloured and placed, by the benchmark's rules."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowalign.rewards.base import FrameReward, RewardError
+from flowalign.rewards.geneval_colours import Colours
+from flowalign.rewards.geneval_detectors import Detector
+from flowalign.rewards.geneval_rules import Rules, Task, Thing, correct, partial
+
+log = logging.getLogger("flowalign")
+Measure = Literal["correct", "exact", "partial"]
+_PATCHES = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.6, 0.1), "blue": (0.1, 0.2, 0.9), "yellow": (1.0, 0.9, 0.1)}
+
+
+class Geneval(FrameReward):
+    """How far a picture shows what its metadata ask for, in [0, 1]; NaN where detector or colours fail.
+
+    correct: 1 if every count, colour and position holds, else 0, as the benchmark judges: the most confident things are
+    looked at, and more than asked for are wrong only where the metadata exclude them.
+    exact: the same, but one thing too many of an asked class is wrong.
+    partial: the mean over all demands of how far each holds, on which Flow-GRPO trains.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        colours: Colours,
+        measure: Measure = "partial",
+        threshold: float = 0.3,
+        counting_threshold: float = 0.9,
+        max_objects: int = 16,
+        max_overlap: float = 1.0,
+        position_slack: float = 0.1,
+    ) -> None:
+        """threshold, counting_threshold: of confidence; max_objects: of a class; max_overlap: 1 = no suppression."""
+        if measure not in ("correct", "exact", "partial"):
+            raise ValueError(f"measure is correct, exact or partial (got {measure!r}).")
+        self.detector, self.colours, self.measure = detector, colours, measure
+        self.rules = Rules(threshold, counting_threshold, max_objects, max_overlap, position_slack)
+
+    def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """See `FrameReward`. Raises ValueError for metadata of another layout, or a class that nobody can detect."""
+        del prompts
+        tasks = [Task.from_metadata(entry) for entry in metadata]
+        for name in dict.fromkeys(name for task in tasks for name in task.names):
+            self._check_known(name)
+        found = self._found(pictures, tasks)
+        return torch.tensor([self._judged(*one) for one in zip(pictures, tasks, found, strict=True)])
+
+    def self_check(self) -> None:
+        """Raises RewardError unless nothing is found on an empty picture and plain colours have their names."""
+        empty = torch.full((1, 3, 256, 256), 0.5, device="cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            found = self.detector.detect(empty, [["dog"]])[0]
+        except RewardError:
+            raise
+        except Exception as error:  # whatever a library may say
+            raise RewardError(f"geneval: the detector does not run ({_sentence(error)}).") from error
+        if found is None or self.rules.kept(found, ""):
+            raise RewardError("geneval: the detector finds things on an empty picture, or cannot look at it.")
+        thing = Thing("object", (64.0, 64.0, 192.0, 192.0), 1.0)
+        for colour, value in _PATCHES.items():
+            patch = empty[0].clone()
+            patch[:, 64:192, 64:192] = patch.new_tensor(value)[:, None, None]
+            if (named := self.colours(patch, [thing])) != [colour]:
+                raise RewardError(
+                    f"geneval: a plain {colour} patch is called {named[0]}; the colours cannot be trusted."
+                )
+
+    def _check_known(self, name: str) -> None:
+        known = self.detector.vocabulary
+        if known is not None and name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise ValueError(
+                f"geneval: the detector does not know {name!r}{hint} Use its own words, or an open one "
+                "(flowalign.rewards.geneval_detectors.WordDetector)."
+            )
+
+    def _found(self, pictures: Tensor, tasks: Sequence[Task]) -> Sequence[Sequence[Thing] | None]:
+        """Of each picture; one by one where they fail together, and None where one still fails."""
+        try:
+            return self.detector.detect(pictures, [task.names for task in tasks])
+        except RewardError:
+            raise
+        except Exception as error:  # memory, a driver, a library: one bad picture must not end a run of days
+            if len(pictures) == 1:
+                log.warning("geneval: a picture could not be looked at and scores NaN: %s", _sentence(error))
+                return [None]
+            return [self._found(p[None], [task])[0] for p, task in zip(pictures, tasks, strict=True)]
+
+    def _judged(self, picture: Tensor, task: Task, found: Sequence[Thing] | None) -> float:
+        if found is None:
+            return math.nan
+        seen, slack = self.rules.kept(found, task.tag), self.rules.slack
+
+        def colours(things: Sequence[Thing]) -> list[str | None]:
+            return self.colours(picture, things)
+
+        try:
+            if self.measure == "partial":
+                return partial(task, seen, colours, slack)
+            return float(correct(task, seen, colours, slack, exact=self.measure == "exact"))
+        except RewardError:
+            raise
+        except Exception as error:
+            log.warning("geneval: colours could not be named, the picture scores NaN: %s", _sentence(error))
+            return math.nan
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,107 @@
+"""Who names the colours of things: CLIP as the benchmark does, or hue and saturation without any weights."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from flowalign.rewards.clip_score import ClipScore
+from flowalign.rewards.geneval_rules import COLOURS, Thing
+
+_GREY = 0.6  # what stands around a masked thing: #999, as in the benchmark
+
+
+class Colours(Protocol):
+    """Names colours."""
+
+    def __call__(self, picture: Tensor, things: Sequence[Thing]) -> list[str | None]:
+        """picture (3, H, W) in [0, 1] → for each thing one of geneval_rules.COLOURS, or None."""
+        ...
+
+
+def crop(picture: Tensor, thing: Thing) -> Tensor:
+    """(3, h, w): the box of a thing, at least a pixel large, with grey where its mask says that it is not."""
+    height, width = picture.shape[-2:]
+    left, top = (min(max(int(edge), 0), size - 1) for edge, size in zip(thing.box[:2], (width, height), strict=True))
+    right, bottom = (max(round(edge), start + 1) for edge, start in zip(thing.box[2:], (left, top), strict=True))
+    if thing.mask is not None:
+        picture = picture.where(thing.mask.to(picture.device), _GREY)
+    return picture[:, top:bottom, left:right]
+
+
+@lru_cache(maxsize=2)
+def _clip(pretrained: str, revision: str | None) -> ClipScore:
+    """One network, however many rewards ask it."""
+    return ClipScore(pretrained, revision=revision)
+
+
+class ClipColours:
+    """Zero-shot classification of the crop by a CLIP, three sentences for each colour."""
+
+    TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+
+    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", revision: str | None = None) -> None:
+        """pretrained: hub id or folder, opened when it is first needed; RewardError where it cannot be."""
+        self.pretrained, self.revision = pretrained, revision
+        self._texts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, picture: Tensor, things: Sequence[Thing]) -> list[str | None]:
+        """See `Colours`."""
+        if not things:
+            return []
+        clip = _clip(self.pretrained, self.revision)
+        clip.model.to(picture.device)
+        pixels = torch.cat([clip.pixels(crop(picture, thing)[None]) for thing in things])
+        pictures = normalize(clip.of_pictures(pixels), dim=-1)
+        texts = torch.stack([self._of(clip, thing.name).to(pictures) for thing in things])
+        best = torch.einsum("nd,ncd->nc", pictures, texts).argmax(dim=1)
+        return [COLOURS[i] for i in best.tolist()]
+
+    def _of(self, clip: ClipScore, name: str) -> Tensor:
+        """(colours, D): the mean direction of a colour's sentences."""
+        if name not in self._texts:
+            sentences = [t.format(colour=colour, name=name) for colour in COLOURS for t in self.TEMPLATES]
+            each = normalize(clip.of_prompts(sentences), dim=-1).unflatten(0, (len(COLOURS), -1))
+            self._texts[name] = normalize(each.mean(dim=1), dim=-1)
+        return self._texts[name]
+
+
+class HueColours:
+    """The name of the median colour, by hue, saturation and value: no weights, and no idea of what a thing is.
+
+    Made for drawings and tests; on photographs CLIP sees past shadows and highlights, and this does not.
+    """
+
+    HUES = ((15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (255, "blue"), (300, "purple"), (340, "pink"))
+    """Degrees at which each ends; red goes on after pink."""
+
+    def __call__(self, picture: Tensor, things: Sequence[Thing]) -> list[str | None]:
+        """See `Colours`."""
+        return [self._name(*self._median(picture, thing).tolist()) for thing in things]
+
+    def _median(self, picture: Tensor, thing: Thing) -> Tensor:
+        """(3,) over the mask; without one over the middle half of the box, which is mostly the thing itself."""
+        if thing.mask is not None and thing.mask.any():
+            return picture[:, thing.mask.to(picture.device)].median(dim=1).values
+        part = crop(picture, thing)
+        h, w = part.shape[-2:]
+        return part[:, h // 4 : h - h // 4, w // 4 : w - w // 4].flatten(1).median(dim=1).values
+
+    def _name(self, red: float, green: float, blue: float) -> str | None:
+        hue, saturation, value = colorsys.rgb_to_hsv(red, green, blue)
+        degrees = 360 * hue
+        if value < 0.2:
+            return "black"
+        if saturation < 0.15:
+            return "white" if value > 0.8 else None  # grey is none of the ten
+        name = next((name for end, name in self.HUES if degrees < end), "red")
+        if name == "red" and saturation < 0.5 and value > 0.7:
+            return "pink"
+        return "brown" if name == "orange" and value < 0.7 else name

@@ -1,0 +1,242 @@
+"""Who says what is where: networks of a fixed list of classes (Mask2Former, DETR), and ones that look for any words."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from flowalign.rewards.base import RewardError
+from flowalign.rewards.geneval_rules import Thing
+from flowalign.rewards.pixels import Pixels, Triple, as_bytes
+from flowalign.rewards.weights import model_of, processor_of, settings_of
+
+_FLOOR = 0.05  # of confidence: what no rule would ever keep is not carried along
+_STRIDE = 32  # sides are multiples of it, so that no network has to pad
+COCO = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "hair dryer": "hair drier"}
+"""GenEval's words for classes of COCO that have others there."""
+
+
+class Detector(Protocol):
+    """Finds things in pictures. Whatever has these two members will do."""
+
+    @property
+    def vocabulary(self) -> Collection[str] | None:
+        """The classes that it knows; None = any words."""
+        ...
+
+    def detect(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Sequence[Sequence[Thing] | None]:
+        """pictures (N, 3, H, W) in [0, 1], and the classes that matter in each → the things of each.
+
+        None for a picture that could not be looked at: it scores NaN. More classes than asked for do no harm.
+        """
+        ...
+
+
+@lru_cache(maxsize=4)
+def _network(kind: str, pretrained: str, revision: str | None) -> Any:
+    """One network, however many rewards look with it."""
+    return model_of(kind, pretrained, revision, torch.float32)
+
+
+class _Closed:
+    """A network that was trained on a fixed list of classes; opened when it is first needed."""
+
+    MODEL: str
+
+    def __init__(self, pretrained: str, revision: str | None, side: int, batch_size: int) -> None:
+        """pretrained: hub id or folder; side: of what the network sees, the shorter one, in pixels."""
+        if side < _STRIDE or batch_size < 1:
+            raise ValueError(f"side must be at least {_STRIDE} and batch_size at least 1 (got {side}, {batch_size}).")
+        self.pretrained, self.revision, self.side, self.batch_size = pretrained, revision, side, batch_size
+
+    @cached_property
+    def model(self) -> Any:
+        return _network(self.MODEL, self.pretrained, self.revision)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """By number, in GenEval's words."""
+        known: dict[int, str] = self.model.config.id2label
+        words = [known[i].lower() for i in sorted(known)]
+        return [COCO.get(word, word) for word in words]
+
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        return frozenset(self.labels)
+
+    @torch.no_grad()
+    def detect(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> list[list[Thing]]:
+        """See `Detector`."""
+        del names  # it says all that it knows
+        self.model.to(pictures.device)
+        return [found for part in pictures.split(self.batch_size) for found in self._look(part)]
+
+    def _look(self, pictures: Tensor) -> Iterator[list[Thing]]:
+        raise NotImplementedError
+
+    def _prepared(self, pictures: Tensor) -> Tensor:
+        """As the network was trained to see them: the shorter side scaled to `side`, the colours normalised."""
+        factor = self.side / min(pictures.shape[-2:])
+        height, width = (max(round(edge * factor / _STRIDE), 1) * _STRIDE for edge in pictures.shape[-2:])
+        return Pixels((height, width), "stretch", mean=self._colours[0], std=self._colours[1], mode="bilinear")(
+            pictures
+        )
+
+    @cached_property
+    def _colours(self) -> tuple[Triple, Triple]:
+        """Mean and deviation of what the network was trained on."""
+        found = settings_of(self.pretrained, "preprocessor_config.json", self.revision)
+        try:
+            (a, b, c), (d, e, f) = found["image_mean"], found["image_std"]
+        except (KeyError, ValueError) as error:
+            raise RewardError(
+                f"the preprocessor_config.json of {self.pretrained} has no image_mean and std."
+            ) from error
+        return (a, b, c), (d, e, f)
+
+
+class Segmenter(_Closed):
+    """Mask2Former (arXiv:2112.01527), trained for instances of COCO: the benchmark's kind of detector, with masks."""
+
+    MODEL = "Mask2FormerForUniversalSegmentation"
+
+    def __init__(
+        self,
+        pretrained: str = "facebook/mask2former-swin-small-coco-instance",
+        revision: str | None = None,
+        side: int = 800,
+        batch_size: int = 8,
+        most: int = 100,
+    ) -> None:
+        """most: things of a picture."""
+        super().__init__(pretrained, revision, side, batch_size)
+        self.most = most
+
+    def _look(self, pictures: Tensor) -> Iterator[list[Thing]]:
+        output = self.model(pixel_values=self._prepared(pictures))
+        shares = output.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last one is "nothing"
+        for logits, share in zip(output.masks_queries_logits, shares, strict=True):
+            yield self._things(logits, share, pictures.shape[-2:])
+
+    def _things(self, logits: Tensor, share: Tensor, size: Sequence[int]) -> list[Thing]:
+        """logits (Q, h, w) of masks, share (Q, classes): a query may be of several classes, as in the original."""
+        best, which = share.flatten().topk(min(self.most, share.numel()))
+        best, which = best[best > _FLOOR], which[best > _FLOOR]
+        things = []
+        for confidence, index in zip(best.tolist(), which.tolist(), strict=True):
+            query, label = divmod(index, share.shape[1])
+            upright = interpolate(logits[query][None, None], tuple(size), mode="bilinear")[0, 0]
+            mask = upright > 0
+            if mask.any():
+                score = confidence * float(upright[mask].sigmoid().mean())
+                things.append(Thing(self.labels[label], _around(mask), score, mask))
+        return things
+
+
+def _around(mask: Tensor) -> tuple[float, float, float, float]:
+    rows, columns = (mask.any(dim=axis).nonzero().flatten() for axis in (1, 0))
+    return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1
+
+
+class BoxDetector(_Closed):
+    """DETR (arXiv:2005.12872), trained on COCO: boxes, no masks."""
+
+    MODEL = "DetrForObjectDetection"
+
+    def __init__(
+        self,
+        pretrained: str = "facebook/detr-resnet-50",
+        revision: str | None = None,
+        side: int = 800,
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__(pretrained, revision, side, batch_size)
+
+    def _look(self, pictures: Tensor) -> Iterator[list[Thing]]:
+        output = self.model(pixel_values=self._prepared(pictures))
+        scores, labels = output.logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # the last one is "nothing"
+        height, width = pictures.shape[-2:]
+        middle, half = output.pred_boxes[..., :2], output.pred_boxes[..., 2:] / 2  # in units of the picture
+        boxes = torch.cat([middle - half, middle + half], dim=-1) * middle.new_tensor([width, height] * 2)
+        for seen in zip(boxes, scores, labels, strict=True):
+            yield [thing for thing in _boxed(*seen, self.labels) if thing.score > _FLOOR]
+
+
+class WordDetector:
+    """OWLv2 (arXiv:2306.09683) or Grounding DINO (arXiv:2303.05499): boxes of whatever words name.
+
+    Each class is looked for on its own, so that one word's boxes never go by another's name; a picture is therefore
+    looked at once for each of its classes.
+    """
+
+    MODEL = "AutoModelForZeroShotObjectDetection"
+    vocabulary = None
+
+    def __init__(
+        self,
+        pretrained: str = "google/owlv2-base-patch16-ensemble",
+        revision: str | None = None,
+        sentence: str | None = None,
+        batch_size: int = 4,
+    ) -> None:
+        """sentence: around the class, with {name}; None is the family's own: "a photo of a {name}", or "{name}."."""
+        if sentence is not None and "{name}" not in sentence:
+            raise ValueError(f"sentence needs {{name}} where the class goes (got {sentence!r}).")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 (got {batch_size}).")
+        self.pretrained, self.revision, self.batch_size = pretrained, revision, batch_size
+        self._sentence = sentence
+
+    @cached_property
+    def model(self) -> Any:
+        return _network(self.MODEL, self.pretrained, self.revision)
+
+    @cached_property
+    def processor(self) -> Any:
+        return processor_of(self.pretrained, self.revision)
+
+    @property
+    def owl(self) -> bool:
+        return self.model.config.model_type.startswith("owl")
+
+    @property
+    def sentence(self) -> str:
+        return self._sentence or ("a photo of a {name}" if self.owl else "{name}.")
+
+    @torch.no_grad()
+    def detect(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> list[list[Thing]]:
+        """See `Detector`."""
+        self.model.to(pictures.device)
+        pairs = [(i, name) for i, wanted in enumerate(names) for name in wanted]
+        found: list[list[Thing]] = [[] for _ in range(len(pictures))]
+        for start in range(0, len(pairs), self.batch_size):
+            part = pairs[start : start + self.batch_size]
+            results = self._look(pictures[[i for i, _ in part]], [name for _, name in part])
+            for (i, name), result in zip(part, results, strict=True):
+                every = torch.zeros_like(result["scores"], dtype=torch.long)
+                found[i] += _boxed(result["boxes"], result["scores"], every, [name])
+        return found
+
+    def _look(self, pictures: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+        arrays = [as_bytes(picture) for picture in pictures]
+        sentences = [self.sentence.format(name=name) for name in names]
+        text = [[sentence] for sentence in sentences] if self.owl else sentences
+        inputs = self.processor(
+            images=arrays, text=text, return_tensors="pt", padding=True, input_data_format="channels_last"
+        ).to(pictures.device)
+        output, sizes = self.model(**inputs), [tuple(pictures.shape[-2:])] * len(pictures)
+        read = self.processor.post_process_grounded_object_detection
+        if self.owl:
+            return read(output, threshold=_FLOOR, target_sizes=sizes)
+        return read(output, inputs["input_ids"], threshold=_FLOOR, text_threshold=_FLOOR, target_sizes=sizes)
+
+
+def _boxed(boxes: Tensor, scores: Tensor, labels: Tensor, names: list[str]) -> Iterator[Thing]:
+    """boxes (n, 4) in pixels, scores (n,), labels (n,) as numbers of `names`."""
+    for (left, top, right, bottom), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
+        yield Thing(names[label], (left, top, right, bottom), score)
