@@ -50,7 +50,8 @@ class Chat:
         if max_tokens < 1 or frames < 1:
             raise ValueError(f"max_tokens and frames must be at least 1 (got {max_tokens}, {frames}).")
         self.replicas = Replicas(urls, patience or Patience(), token_env, in_flight)
-        self.model, self.frames, self.on_failure = model, frames, on_failure
+        self.model, self.frames = model, frames
+        self.on_failure: OnFailure = on_failure
         self.fields = {"model": model, "max_tokens": max_tokens, "temperature": temperature} | dict(extra or {})
 
     def ask(self, questions: Sequence[Question], read: Callable[[dict[str, Any]], T], **fields: Any) -> list[T | None]:

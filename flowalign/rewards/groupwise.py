@@ -16,8 +16,8 @@ from flowalign.rewards.base import Reward
 class WinRate:
     """Share of the other members of its group that a sample beats, (B,) in [0, 1]; a tie is half a win.
 
-    Without a margin this is the rank in the group, the worst 0, the best 1, equals sharing their mean rank. NaN where the
-    reward is NaN, and where nobody is left to compare with.
+    Without a margin this is the rank in the group, the worst 0, the best 1, equals sharing their mean rank. NaN where
+    the reward is NaN, and where nobody is left to compare with.
     """
 
     groupwise = True
@@ -47,9 +47,8 @@ class WinRate:
 def wins(scores: Tensor, margin: float = 0.0) -> Tensor:
     """(B,) → (B, B): 1 where the row's sample beats the column's, ½ for a tie, 0 for a loss; NaN if either is NaN."""
     difference = scores[:, None] - scores[None, :]
-    return torch.where(difference.abs() <= margin, 0.5, (difference > 0).float()).masked_fill(
-        difference.isnan(), torch.nan
-    )
+    outcome = torch.where(difference.abs() <= margin, 0.5, (difference > 0).float())
+    return outcome.masked_fill(difference.isnan(), torch.nan)
 
 
 def win_rate(wins: Tensor, groups: Tensor) -> Tensor:

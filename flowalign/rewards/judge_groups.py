@@ -59,8 +59,8 @@ class GroupJudge(ABC):
 class Pairwise(GroupJudge):
     """Win rate in the group, each pair shown in both orders (Pref-GRPO, arXiv:2508.20751).
 
-    The judge answers `first`, `second` or `tie`. A verdict that turns with the order is a tie, and a tie half a win. A pair
-    that is not answered in both orders counts for neither.
+    The judge answers `first`, `second` or `tie`. A verdict that turns with the order is a tie, and a tie half a win. A
+    pair that is not answered in both orders counts for neither.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Pairwise(GroupJudge):
         check: bool = True,
     ) -> None:
         """first, second, tie: the judge's words; neighbours: each member meets so many of those that follow it in the
-        group's circle, and as many before it; null = all meet all, which is (n - 1) questions a picture in a group of n.
+        group's circle, and as many before it; None: all meet all, n - 1 questions a picture in a group of n.
         """
         super().__init__(chat, template, check)
         self.outcome = {first.casefold(): 1.0, second.casefold(): 0.0, tie.casefold(): 0.5}
@@ -117,15 +117,13 @@ class Pairwise(GroupJudge):
 class Ranking(GroupJudge):
     """Place in the judge's order of the whole group, from 0 (last) to 1 (first), mean of two opposite displays.
 
-    The judge answers with the numbers of the pictures, 1 for the one shown first, best first, as a JSON list. What is no
-    permutation does not count.
+    The judge answers with the numbers of the pictures, 1 for the one shown first, best first, as a JSON list. What is
+    no permutation does not count.
     """
 
     def compare(self, stills: Sequence[Tensor], prompts: Sequence[str], groups: Tensor) -> Tensor:
-        displays = [
-            (groups == group).nonzero().flatten().tolist() for group in groups.unique() if (groups == group).sum() > 1
-        ]
-        displays = [order for rows in displays for order in (rows, rows[::-1])]
+        members = [(groups == group).nonzero().flatten().tolist() for group in groups.unique()]
+        displays: list[list[int]] = [order for rows in members if len(rows) > 1 for order in (rows, rows[::-1])]
         questions = [
             Question(torch.cat([stills[i] for i in rows]), filled(self.template, prompts[rows[0]]), tuple(rows))
             for rows in displays

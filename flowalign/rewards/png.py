@@ -26,8 +26,8 @@ def _file(pixels: np.ndarray) -> bytes:
 def decode(files: Sequence[bytes], pixels: int) -> Tensor:
     """Files of one size → (F, 3, H, W) uint8.
 
-    Raises ValueError for what is no RGB PNG, for sizes that differ, and for more than `pixels` in all: that is read from
-    the headers, before any memory is taken.
+    Raises ValueError for what is no RGB PNG, for sizes that differ, and for more than `pixels` in all: that is read
+    from the headers, before any memory is taken.
     """
     pictures = [_opened(file, i) for i, file in enumerate(files)]
     if len(sizes := {picture.size for picture in pictures}) > 1:

@@ -47,7 +47,8 @@ class Remote:
             raise ValueError(f"batch_size must be at least 1 (got {batch_size}).")
         self.patience = patience or Patience()
         self.replicas = Replicas(urls, self.patience, token_env, in_flight)
-        self.part, self.batch_size, self.groupwise, self.on_failure = part, batch_size, groupwise, on_failure
+        self.part, self.batch_size, self.groupwise = part, batch_size, groupwise
+        self.on_failure: OnFailure = on_failure
         self._served: str | None = None
         self._trouble = ""
         self._lock = threading.Lock()
@@ -137,7 +138,8 @@ class Remote:
         """None where it is not ready (yet); RewardError where waiting would not help."""
         try:
             health = loaded(replica.request("GET", HEALTH, None, 2 * self.patience.connect))
-            field(health, "served", str), field(health, "parts", dict)
+            for key, kind in (("served", str), ("parts", dict)):
+                field(health, key, kind)
         except WireError as error:
             raise RewardError(f"{replica.url} is no reward server: {error}") from error
         except RefusedError as refused:
