@@ -56,8 +56,8 @@ class Carrier(Protocol):
 class Board:
     """Gives errands out until each has a result or a reason, all replicas are given up, or the time is over.
 
-    A failed errand is first offered to replicas that it has not failed at; the one that failed takes it again only
-    when none of those is free.
+    A failed errand is for the replicas that it has not failed at. The one that failed takes it again only when there is
+    little hope in any of those.
     """
 
     def __init__(self, errands: Sequence[Errand], replicas: Sequence[Carrier], retries: int, until: float) -> None:
@@ -147,8 +147,13 @@ class Board:
         return replica.failures > self.retries
 
     def _next(self, replica: Carrier, now: float) -> Errand | None:
-        free = {r.url for r in self.replicas if r.rests_until <= now and self.idle[r.url] and not self._given_up(r)}
-        return next((e for e in self.waiting if replica.url not in e.failed_at or free <= e.failed_at), None)
+        hopes = {r.url for r in self.replicas if self._promises(r, now)}
+        return next((e for e in self.waiting if replica.url not in e.failed_at or hopes <= e.failed_at), None)
+
+    def _promises(self, replica: Carrier, now: float) -> bool:
+        """Whether an errand that failed elsewhere waits for this one: it is free, or busy and without trouble so far."""
+        free = replica.rests_until <= now and self.idle[replica.url] > 0
+        return not self._given_up(replica) and (free or replica.failures == 0)
 
     def _pause(self, now: float) -> float:
         """Seconds until something may be different without anybody saying so."""

@@ -66,7 +66,7 @@ class Replica:
             raise ValueError(f"{url!r} is no address of a server: it has the form http://host:port.")
         self.url, self.patience, self.token_env = url.rstrip("/"), patience, token_env
         self.failures, self.failed_last, self.rests_until = 0, 0.0, 0.0
-        self._direct = _is_here(parts.hostname)
+        self._secure, self._direct = parts.scheme == "https", _is_here(parts.hostname)
         self._client: Any = None
         self._lock = threading.Lock()
 
@@ -108,8 +108,13 @@ class Replica:
                 secret = os.environ.get(self.token_env)
                 headers = {"content-type": "application/json"}
                 headers |= {"authorization": f"Bearer {secret}"} if secret else {}
-                unlimited = _httpx().Limits(max_connections=None)
-                self._client = _httpx().Client(headers=headers, trust_env=not self._direct, limits=unlimited)
+                # Without https there is no certificate to verify, and reading those of the system takes a while.
+                self._client = _httpx().Client(
+                    headers=headers,
+                    trust_env=not self._direct,
+                    verify=self._secure,
+                    limits=_httpx().Limits(max_connections=None),
+                )
             return self._client
 
 
