@@ -1,6 +1,6 @@
 """A reward server that fails as its address says: http://127.0.0.1:PORT/hangs hangs, …/garbage answers garbage.
 
-Its honest score is the mean of a picture. `python bench/faulty_reward.py` prints the port and serves until it is killed.
+Its honest score is the mean of a picture. `python bench/faulty_reward.py` prints its port and serves until killed.
 The first part of the path names the fault, a second one how many requests are answered well before it begins.
 """
 

@@ -41,7 +41,5 @@ class Members(Marked):
 
     groupwise = True
 
-    def __call__(
-        self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor
-    ) -> Tensor:
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor) -> Tensor:
         return (groups[:, None] == groups[None, :]).sum(dim=1).float()

@@ -151,7 +151,7 @@ class Board:
         return next((e for e in self.waiting if replica.url not in e.failed_at or hopes <= e.failed_at), None)
 
     def _promises(self, replica: Carrier, now: float) -> bool:
-        """Whether an errand that failed elsewhere waits for this one: it is free, or busy and without trouble so far."""
+        """Whether an errand that failed elsewhere waits for it: it is free, or busy and without trouble so far."""
         free = replica.rests_until <= now and self.idle[replica.url] > 0
         return not self._given_up(replica) and (free or replica.failures == 0)
 
