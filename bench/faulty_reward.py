@@ -1,7 +1,8 @@
 """A reward server that fails as its address says: http://127.0.0.1:PORT/hangs hangs, …/garbage answers garbage.
 
 Its honest score is the mean of a picture. `python bench/faulty_reward.py` prints its port and serves until killed.
-The first part of the path names the fault, a second one how many requests are answered well before it begins.
+The first part of the path names the fault, a second one how many requests are answered well before it begins, a third
+one how many are not.
 """
 
 from __future__ import annotations
@@ -96,10 +97,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:  # noqa: N802
         body = self.rfile.read(int(self.headers["content-length"]))
-        fault, *after = self.path.strip("/").split("/")[:-1]
+        fault, *numbers = self.path.strip("/").split("/")[:-1]
+        begins = int(numbers[0]) if numbers else 0
+        lasts = int(numbers[1]) if numbers[1:] else sys.maxsize
         with lock:
             asked[self.path] += 1
-            well = asked[self.path] <= int(after[0] if after else 0)
+            well = not begins < asked[self.path] <= begins + lasts
         query = json.loads(body)
         self._fail("none" if well else fault, query)
 

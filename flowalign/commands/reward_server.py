@@ -55,7 +55,6 @@ def reward_server(
     from flowalign.serving.worker import Worker
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     worker = Worker(lambda: _made(nodes), _device(device), places)
     limits = Limits(max_mib << 20, max_samples, max_megapixels * 1_000_000)
     app = make_app(worker, _served(reward, nodes), limits, secret, grace)

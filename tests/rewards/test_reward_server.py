@@ -176,7 +176,7 @@ def test_a_sample_that_changed_on_its_way_is_refused(server: Server):
     assert "sample 0 is not what its id says" in server.post(json.dumps(asked).encode()).json()["error"]
 
 
-@pytest.mark.parametrize("file", [b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+@pytest.mark.parametrize("file", [b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40], ids=["text", "broken"])
 def test_what_is_no_png_is_refused(server: Server, file: bytes):
     query = Query("request", "reward", False, [Sample([file], "", {})], 30)
     answer = server.post(query.dump())
@@ -246,9 +246,10 @@ def refused(*words: str) -> str:
     return done.stderr
 
 
-def test_a_mistake_ends_it_with_a_sentence(say: Any):
+def test_a_mistake_ends_it_with_a_sentence(say: Any, monkeypatch: pytest.MonkeyPatch):
     from flowalign.cli import main
 
+    monkeypatch.delenv("FLOWALIGN_REWARD_TOKEN", raising=False)
     for words, hint in (
         ((), "needs reward=…"),
         (("reward=jpg",), "no reward called jpg; did you mean jpeg?"),
