@@ -44,7 +44,7 @@ def reward_server(
 
     The secret is FLOWALIGN_REWARD_TOKEN; open=true serves other machines without one. only=a,b: these of its rewards.
     """
-    _check(places, max_mib, max_samples, max_megapixels)
+    _check(port, places, max_mib, max_samples, max_megapixels)
     secret = os.environ.get(TOKEN) or None
     if secret is None and host not in LOOPBACK and not open:
         raise ValueError(f"host={host} lets other machines in: set {TOKEN} to a secret, or say open=true.")
@@ -77,7 +77,9 @@ def reward_server(
         raise ValueError(f"reward={reward} cannot be served: {worker.reason}")
 
 
-def _check(*numbers: int) -> None:
+def _check(port: int, *numbers: int) -> None:
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"port={port} is none: they go from 1 to 65535, and 0 takes a free one.")
     if min(numbers) < 1:
         raise ValueError("places, max_mib, max_samples and max_megapixels are at least 1.")
 

@@ -57,18 +57,14 @@ class Server:
 def launched(folder: Path, *words: str) -> subprocess.Popen[str]:
     (folder / "reward").mkdir(exist_ok=True)
     (folder / "reward" / "marked.yaml").write_text(OPTION)
-    command = [
-        sys.executable,
-        "-m",
-        "flowalign.cli",
-        "reward-server",
-        "reward=marked",
-        f"config_dir={folder}",
-        "port=0",
-    ]
-    environment = os.environ | {"FLOWALIGN_REWARD_TOKEN": SECRET, "PYTHONPATH": str(ROOT)}
+    return command("reward=marked", f"config_dir={folder}", *words)
+
+
+def command(*words: str, path: Path = ROOT) -> subprocess.Popen[str]:
+    environment = os.environ | {"FLOWALIGN_REWARD_TOKEN": SECRET, "PYTHONPATH": f"{path}:{ROOT}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, "port=0", *words], cwd=ROOT, env=environment, **pipes)
+    line = [sys.executable, "-m", "flowalign.cli", "reward-server", "port=0", *words]
+    return subprocess.Popen(line, cwd=ROOT, env=environment, **pipes)
 
 
 def announced(process: subprocess.Popen[str]) -> Server:
@@ -259,12 +255,50 @@ def test_a_mistake_ends_it_with_a_sentence(say: Any, monkeypatch: pytest.MonkeyP
         (("reward=jpeg", "only=beauty"), "there is no beauty; the rewards are reward."),
         (("reward=jpeg", "host=0.0.0.0"), "set FLOWALIGN_REWARD_TOKEN to a secret, or say open=true"),
         (("reward=jpeg", "places=0"), "at least 1"),
-        (("reward=jpeg", "port=99999"), "cannot be listened on"),
+        (("reward=jpeg", "port=99999"), "from 1 to 65535"),
+        (("reward=jpeg", "host=192.0.2.1", "open=true"), "cannot be listened on"),
     ):
         code, _, said = say(main, "reward-server", *words)
         assert code == 2, words
         assert hint in said, said
 
 
+def test_it_runs_where_nothing_of_the_training_is_installed():
+    heavy = {"lightning", "diffusers", "transformers", "peft", "torchmetrics", "tensorboard", "scipy"}
+    program = f"""
+import sys, flowalign.cli, flowalign.serving.app, flowalign.rewards.remote
+print(sorted({heavy} & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_a_reward_that_cannot_be_made_ends_it_with_the_reason():
     assert "reward=jpeg cannot be served: " in refused("reward=jpeg", "port=0", "reward.objective.quality=100")
+
+
+STAND_IN = """
+from imageio_ffmpeg import count_frames_and_secs
+class VideoVLMRewardInference:
+    def __init__(self, checkpoint, device): ...
+    def reward(self, paths, prompts, use_norm):
+        return [{"Overall": count_frames_and_secs(path)[0] + len(prompt)} for path, prompt in zip(paths, prompts)]
+"""
+
+
+@pytest.mark.slow
+def test_the_video_reward_of_the_documentation_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (ROOT / "docs/rewards/remote.md").read_text()
+    for name, text in re.findall(r"```(?:python|yaml)\n# (my_\S+)\n(.*?)```", page, re.DOTALL):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "inference.py").write_text(STAND_IN)
+    monkeypatch.setenv("FLOWALIGN_REWARD_TOKEN", SECRET)
+    words = ("reward=videoalign", f"config_dir={tmp_path / 'my_conf'}", "+reward.objective.device=cpu")
+    served = announced(command(*words, path=tmp_path))
+    try:
+        remote = served.remote(batch_size=2)
+        remote.self_check()
+        assert remote(torch.rand(3, 5, 3, 32, 32), ["", "a", "bc"], [{}] * 3).tolist() == [5, 6, 7]
+    finally:
+        served.process.kill()
+        served.process.communicate()
