@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -44,9 +46,9 @@ REMOTE = (
 BEFORE = 4
 """Requests of the baseline evaluation and of the first epoch: 4 + 4 pictures, 2 in each."""
 FAULTS = (
-    *("none", "dies", "hangs", "trickles", "hangs_up", "cut_off", "garbage", "error_500", "out_of_memory", "busy"),
-    *("unauthorised", "too_large", "wrong_id", "missing", "twice", "other_request", "other_reward", "text", "infinite"),
-    *("null", "one_of_two_dies", "one_request_fails", "slow_start", "nobody@", "hangs@", "garbage@"),
+    *("none", "dies", "hangs", "trickles", "cut_off", "garbage", "error_500", "out_of_memory", "busy", "unauthorised"),
+    *("too_large", "wrong_id", "missing", "other_reward", "text", "infinite", "null", "one_of_two_dies"),
+    *("one_request_fails", "slow_start", "nobody@", "hangs@"),
 )
 
 
@@ -62,7 +64,10 @@ class Outcome:
     scored: str
     zeros: int
     checkpoint: str
-    said: str
+    reason: str
+    """What the client said first."""
+    end: str
+    """What ended the run."""
 
 
 class Server:
@@ -98,23 +103,33 @@ def train(fault: str, on_failure: str, folder: Path) -> Outcome:
         addresses = ",".join(urls(fault, server, other))
         words = [*TINY, *REMOTE, f"reward.objective.urls=[{addresses}]", f"reward.objective.on_failure={on_failure}"]
         began = time.monotonic()
-        with subprocess.Popen(
-            [sys.executable, "train.py", *words, f"hydra.run.dir={run}"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as process:
-            try:
-                said = process.communicate(timeout=BOUND)[0]
-            except subprocess.TimeoutExpired:
-                process.kill()
-                said = process.communicate()[0] + "\nstill running"
+        code, said = program([*words, f"hydra.run.dir={run}"], folder / f"{run.name}.txt")
         seconds = time.monotonic() - began
     epochs, checkpoint = reached(run)
     scored, zeros = metrics(run)
-    code = None if said.endswith("still running") else process.returncode
-    return Outcome(fault, on_failure, round(seconds, 1), code, epochs, scored, zeros, checkpoint, last_words(said))
+    return Outcome(fault, on_failure, round(seconds, 1), code, epochs, scored, zeros, checkpoint, *words_of(said))
+
+
+def program(words: Sequence[str], output: Path) -> tuple[int | None, str]:
+    """Exit code (None: it had to be killed) and output of `python train.py …`, forked to spare the imports."""
+    process = multiprocessing.get_context("fork").Process(target=_program, args=(words, output))
+    process.start()
+    process.join(BOUND)
+    code = process.exitcode
+    process.kill()
+    process.join()
+    return code, output.read_text(errors="replace")
+
+
+def _program(words: Sequence[str], output: Path) -> None:
+    from flowalign.run import main
+
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    sys.argv = ["train.py", *words]
+    main()
 
 
 def reached(run: Path) -> tuple[int, str]:
@@ -144,12 +159,12 @@ def metrics(run: Path) -> tuple[str, int]:
     return " ".join(f"{1 - share:.0%}" for share in lost), sum(float(value) == 0 for value in rewards)
 
 
-def last_words(said: str) -> str:
-    """The line that says why the run ended, or the last warning of one that went on."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip() for line in said.splitlines()]
-    telling = [line for line in lines if re.search(r"Error: |could not be scored|\[ERROR\]|still running", line)]
-    line = telling[-1] if telling else ""
-    return re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", re.sub(r"^.*?(\w*Error: |the remote reward)", r"\1", line))
+def words_of(said: str) -> tuple[str, str]:
+    """The client's first reason, and the line that ended the run; empty if there is none."""
+    lines = [re.sub(r"\x1b\[[0-9;]*m|127\.0\.0\.1:\d+", "", line).strip() for line in said.splitlines()]
+    reasons = [line.partition("could not be scored: ")[2] for line in lines if "could not be scored: " in line]
+    ends = [line for line in lines if re.match(r"(\w+\.)*\w*Error: |.*\[ERROR\]", line)]
+    return (reasons or [""])[0], (ends or [""])[-1]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -167,6 +182,9 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.to or ROOT / "outputs" / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True, exist_ok=True)
+    import flowalign.commands.saved
+    import flowalign.module  # noqa: F401
+
     outcomes = []
     for fault in given.only:
         for on_failure in given.on_failure:
