@@ -1,4 +1,4 @@
-"""`flowalign COMMAND key=value …`: what to do with a checkpoint."""
+"""`flowalign COMMAND key=value …`: what to do with a checkpoint, or with a reward."""
 
 from __future__ import annotations
 
@@ -10,20 +10,33 @@ from typing import Any
 
 from flowalign.commands.evaluate import evaluate
 from flowalign.commands.export import export
+from flowalign.commands.reward_server import reward_server
 from flowalign.commands.sample import sample
 from flowalign.rewards.base import RewardError
 from flowalign.run import find_own_modules, quieten
 
-COMMANDS: dict[str, Callable[..., None]] = {"sample": sample, "evaluate": evaluate, "export": export}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "sample": sample,
+    "evaluate": evaluate,
+    "export": export,
+    "reward-server": reward_server,
+}
 BOOLEANS = {"true": True, "false": False}
 
 
 def parse(name: str, words: list[str]) -> dict[str, Any]:
-    """key=value words to the arguments of a command, of their types; everything after the first = is the value."""
-    known = inspect.signature(COMMANDS[name]).parameters
+    """key=value words to the arguments of a command, of their types; everything after the first = is the value.
+
+    A command with `**options` also takes dotted keys, which are options of the config.
+    """
+    known = dict(inspect.signature(COMMANDS[name]).parameters)
+    takes_options = known.pop("options", None) is not None
     arguments: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
+        if equals and takes_options and "." in key:
+            arguments[key] = value
+            continue
         if not equals or key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]}=…?" if close else ""
@@ -44,10 +57,16 @@ def _typed(key: str, value: str, parameter: inspect.Parameter) -> Any:
         raise ValueError(f"{key} takes {expected}, and not {value!r}.") from None
 
 
+def _word(key: str, parameter: inspect.Parameter) -> str:
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return "[group.key=…]"
+    return f"{key}=…" if parameter.default is parameter.empty else f"[{key}={parameter.default}]"
+
+
 def _help() -> None:
     for command, function in COMMANDS.items():
         parameters = inspect.signature(function).parameters.items()
-        words = [f"{k}=…" if p.default is p.empty else f"[{k}={p.default}]" for k, p in parameters]
+        words = [_word(key, parameter) for key, parameter in parameters]
         print(f"flowalign {command} {' '.join(words)}\n    {(function.__doc__ or '').strip()}")
 
 

@@ -42,9 +42,9 @@ def instantiate(node: Any, **arguments: Any) -> Any:
         cause: BaseException | None = error
         while isinstance(cause, InstantiationException):
             cause = cause.__cause__
-        from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-        if isinstance(cause, (ValueError, TypeError, RewardError, MisconfigurationException)):
+        # Lightning's refusal is known by its name: a reward server has no Lightning.
+        sentence = isinstance(cause, (ValueError, TypeError, RewardError))
+        if sentence or type(cause).__name__ == "MisconfigurationException":
             where = node._get_full_key(None) or str(node.get("_target_"))
             raise ConfigError(f"{where}: {one_line(cause)}") from error
         raise
@@ -180,7 +180,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.callbacks.model_checkpoint"):
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.callbacks.model_checkpoint", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     )
     + ("report", "collect", "generate", "media"),
     ("recipe", "memory", "module", "callbacks"),
-    ("compatibility", "summary", "curves", "run", "commands", "cli", "programs"),
+    ("compatibility", "summary", "curves", "run", "serving", "commands", "cli", "programs"),
 )
 """From the ground up. Files of one floor see those named before them, which keeps circles out."""
 
@@ -47,7 +47,11 @@ PROGRAMS = {f"shapes.{name}" for name in ("pretrain", "data", "networks", "card"
 PROGRAMS |= {f"rewards.latent.{name}" for name in ("__main__", "data", "training")}
 """What made the embedded pipeline, and what makes latent rewards: run by hand, and nothing else imports it."""
 HYDRA = {"run", "compatibility", "shapes.pretrain", "rewards.latent.__main__"}
-OMEGACONF = HYDRA | {"summary", "curves", "commands.saved", "commands.evaluate", "commands.export"} | PROGRAMS
+OMEGACONF = (
+    HYDRA
+    | {"summary", "curves", "commands.saved", "commands.evaluate", "commands.export", "commands.reward_server"}
+    | PROGRAMS
+)
 
 
 def name_of(path: Path) -> str:
@@ -101,7 +105,7 @@ def upward(name: str, source: str) -> list[str]:
 
 def foreign(name: str, source: str) -> list[str]:
     """Libraries that a file of the pure floors has no business with."""
-    allowed = WORLD if unit(name) in ("shapes", "rewards") else PURE
+    allowed = {"shapes": WORLD, "rewards": WORLD | {"httpx"}}.get(unit(name), PURE)
     allowed = allowed | {"safetensors"} if name == "rewards.latent.files" else allowed
     tree = ast.parse(source)
     at_once = {dotted.split(".")[0] for dotted, _ in imported(ast.Module([*map(outermost, tree.body)], []))}

@@ -38,24 +38,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """A command in this process, which is faster: exit code, stdout, stderr."""
-
-    def run(main: Callable[[], None], *words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["command", *words])
-        monkeypatch.chdir(ROOT)
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return run
-
-
 # ------------------------------------------------------------ what a run leaves
 
 

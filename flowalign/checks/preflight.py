@@ -46,6 +46,23 @@ def preflight(argv: Sequence[str], conf_dir: str | Path, config_name: str, also:
     return argv
 
 
+def section(key: str, lines: Sequence[str], conf_dir: Path, extra_dir: str | None, config_name: str) -> DictConfig:
+    """One node of the config that these overrides compose, for whoever needs no more than that.
+
+    Resolved, and refused by ConfigError as `preflight` would. extra_dir: a further folder of config groups.
+    """
+    folders = [conf_dir, *([Path(extra_dir)] if extra_dir else [])]
+    lines = quote_choices(lines, folders)
+    with composer(conf_dir, extra_dir, config_name, lines) as compose:
+        overrides = parse(lines, compose.loader)
+        task = without_hydra(_composed(compose, overrides))
+        _check_additions(task, [o for o in overrides if not chooses(compose, o)])
+        node = OmegaConf.create({key: OmegaConf.to_container(task[key], resolve=True)})
+    _check_complete(node)
+    check_signatures(node)
+    return node[key]
+
+
 def preflight_or_exit(
     argv: Sequence[str], conf_dir: str | Path, config_name: str, also: Check | None = None
 ) -> list[str]:

@@ -1,0 +1,142 @@
+"""`flowalign reward-server`: a reward in a process of its own, on another machine perhaps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from flowalign import __version__
+from flowalign.checks import ConfigError
+from flowalign.checks.preflight import section
+from flowalign.run import CONF, instantiate
+
+if TYPE_CHECKING:
+    from flowalign.serving.app import Served
+
+log = logging.getLogger("flowalign")
+TOKEN = "FLOWALIGN_REWARD_TOKEN"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def reward_server(
+    reward: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    only: str = "",
+    device: str = "auto",
+    places: int = 16,
+    max_mib: int = 64,
+    max_samples: int = 64,
+    max_megapixels: int = 64,
+    grace: float = 30.0,
+    open: bool = False,
+    config_dir: str = "",
+    **options: str,
+) -> None:
+    """Serves the rewards of a group option to reward=remote, with reward.… options as for train.py. Ctrl-C ends it.
+
+    The secret is FLOWALIGN_REWARD_TOKEN; open=true serves other machines without one. only=a,b: these of its rewards.
+    """
+    _check(port, places, max_mib, max_samples, max_megapixels)
+    secret = os.environ.get(TOKEN) or None
+    if secret is None and host not in LOOPBACK and not open:
+        raise ValueError(f"host={host} lets other machines in: set {TOKEN} to a secret, or say open=true.")
+    lines = [f"reward={reward}", *(f"{key}={value}" for key, value in options.items())]
+    nodes = _chosen(section("reward", lines, CONF, config_dir or None, "train"), only)
+    uvicorn = _installed()
+    from flowalign.serving.app import Limits, make_app
+    from flowalign.serving.worker import Worker
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    worker = Worker(lambda: _made(nodes), _device(device), places)
+    limits = Limits(max_mib << 20, max_samples, max_megapixels * 1_000_000)
+    app = make_app(worker, _served(reward, nodes), limits, secret, grace)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(grace))
+    )
+
+    def end() -> None:
+        server.should_exit = True
+
+    worker.on_failure = end
+    with _bound(host, port) as listening:
+        address = f"[{host}]" if ":" in host else host
+        print(f"reward={reward} at http://{address}:{listening.getsockname()[1]}", flush=True)
+        try:
+            server.run(sockets=[listening])
+        except KeyboardInterrupt:
+            log.info("ended")
+    if worker.state == "failed":
+        raise ValueError(f"reward={reward} cannot be served: {worker.reason}")
+
+
+def _check(port: int, *numbers: int) -> None:
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"port={port} is none: they go from 1 to 65535, and 0 takes a free one.")
+    if min(numbers) < 1:
+        raise ValueError("places, max_mib, max_samples and max_megapixels are at least 1.")
+
+
+def _chosen(node: DictConfig, only: str) -> dict[str, DictConfig]:
+    """The rewards of an option by name, the single one of an objective being `reward`; those held out too."""
+    objective = node.objective
+    nodes = {"reward": objective} if "_target_" in objective else {str(k): v for k, v in objective.items()}
+    nodes |= {str(name): held for name, held in (node.get("held_out") or {}).items()}
+    if not only:
+        return nodes
+    if unknown := sorted(set(only.split(",")) - nodes.keys()):
+        raise ConfigError(f"only={only}: there is no {', '.join(unknown)}; the rewards are {', '.join(nodes)}.")
+    return {name: nodes[name] for name in only.split(",")}
+
+
+def _made(nodes: Mapping[str, DictConfig]) -> dict[str, Any]:
+    made = {name: instantiate(node) for name, node in nodes.items()}
+    for name, reward in made.items():
+        if getattr(reward, "sees", "") == "latents" or hasattr(reward, "bind"):
+            raise ConfigError(
+                f"{name} ({type(reward).__name__}) is made of the policy's own parts, which are not here."
+            )
+    return made
+
+
+def _served(reward: str, nodes: Mapping[str, DictConfig]) -> Served:
+    """The version changes with the package and with any setting."""
+    from flowalign.serving.app import Served
+
+    settings = {name: OmegaConf.to_container(node) for name, node in nodes.items()}
+    digest = hashlib.sha256(json.dumps([__version__, settings], sort_keys=True, default=str).encode())
+    return Served(reward, f"{reward}-{digest.hexdigest()[:12]}")
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Before anything is loaded: a port that is taken is said at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise ValueError(f"host={host} port={port} cannot be listened on: {error.strerror or error}.") from error
+    return listening
+
+
+def _installed() -> Any:
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError:
+        raise ValueError("flowalign reward-server needs the extra `server`: pip install 'flowalign[server]'.") from None
+    return uvicorn

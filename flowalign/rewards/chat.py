@@ -1,0 +1,119 @@
+"""Questions with pictures to a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, any)."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from flowalign.rewards.base import RewardError
+from flowalign.rewards.board import Errand, RefusedError
+from flowalign.rewards.png import encode
+from flowalign.rewards.transport import OnFailure, Patience, Replicas, report
+from flowalign.rewards.wire import WireError, field, loaded
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pictures (F, 3, H, W) in [0, 1], in the order in which they are shown, and the text below them."""
+
+    pictures: Tensor
+    text: str
+    samples: tuple[int, ...]
+    """Which samples it is about."""
+
+
+class Chat:
+    """A model and its replicas. One question is one request; a failed one is None, after retries, or stops the run."""
+
+    def __init__(
+        self,
+        urls: list[str],
+        model: str,
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+        in_flight: int = 16,
+        frames: int = 8,
+        extra: Mapping[str, Any] | None = None,
+        on_failure: OnFailure = "drop",
+        token_env: str = "FLOWALIGN_JUDGE_TOKEN",
+        patience: Patience | None = None,
+    ) -> None:
+        """urls: with their path, usually /v1; frames: of a video, evenly spaced; extra: more fields of the request."""
+        if max_tokens < 1 or frames < 1:
+            raise ValueError(f"max_tokens and frames must be at least 1 (got {max_tokens}, {frames}).")
+        self.replicas = Replicas(urls, patience or Patience(), token_env, in_flight)
+        self.model, self.frames = model, frames
+        self.on_failure: OnFailure = on_failure
+        self.fields = {"model": model, "max_tokens": max_tokens, "temperature": temperature} | dict(extra or {})
+
+    def ask(self, questions: Sequence[Question], read: Callable[[dict[str, Any]], T], **fields: Any) -> list[T | None]:
+        """`read`: of the first choice of an answer, may raise `RefusedError`; `fields`: more of the request."""
+        errands = [self._errand(question, read, fields) for question in questions]
+        self.replicas.ask(errands)
+        lost = {i for e, q in zip(errands, questions, strict=True) if e.reason for i in q.samples}
+        asked = {i for question in questions for i in question.samples}
+        report(f"the judge {self.model}", errands, len(lost), len(asked), self.on_failure)
+        return [None if errand.reason else errand.result for errand in errands]
+
+    def stills(self, video: Tensor) -> Tensor:
+        """(F, 3, H, W) → as many evenly spaced frames as are shown."""
+        keep = min(self.frames, len(video))
+        return video[torch.linspace(0, len(video) - 1, keep).round().long()]
+
+    def check(self) -> None:
+        """Raises RewardError unless a replica serves the model."""
+        reasons = []
+        for replica in self.replicas.replicas:
+            try:
+                listed = field(loaded(replica.request("GET", "/models", None, replica.patience.start)), "data", list)
+                names = [field(entry, "id", str) for entry in listed]
+            except (RefusedError, WireError) as error:
+                reasons.append(str(error))
+                continue
+            if self.model not in names:
+                raise RewardError(f"{replica.url} does not serve {self.model}, but {', '.join(names) or 'nothing'}.")
+            return
+        raise RewardError(f"the judge {self.model} cannot be reached: {'; '.join(reasons)}")
+
+    def close(self) -> None:
+        self.replicas.close()
+
+    def _errand(self, question: Question, read: Callable[[dict[str, Any]], T], fields: Mapping[str, Any]) -> Errand:
+        def body() -> bytes:
+            content: list[dict[str, Any]] = [
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64encode(file).decode()}"}}
+                for file in encode(question.pictures)
+            ]
+            content.append({"type": "text", "text": question.text})
+            messages = [{"role": "user", "content": content}]
+            return json.dumps(self.fields | dict(fields) | {"messages": messages}).encode()
+
+        return Errand("/chat/completions", body, lambda answer: read(_choice(answer)))
+
+
+def _choice(answer: bytes) -> dict[str, Any]:
+    """The first choice."""
+    try:
+        choices = field(loaded(answer), "choices", list)
+    except WireError as error:
+        raise RefusedError(f"the judge's answer is not that of a chat endpoint: {error}") from error
+    if not choices or not isinstance(choices[0], dict):
+        raise RefusedError("the judge answered without a choice")
+    return choices[0]
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    """What the judge said, without what it thought aloud before."""
+    message = choice.get("message")
+    said = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(said, str):
+        raise RefusedError("the judge answered without a text")
+    return said.rpartition("</think>")[2].strip()

@@ -1,0 +1,175 @@
+"""Scores of single samples by a vision-language model: the probability of a yes, or marks on a declared scale."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.rewards.base import RewardError, checked
+from flowalign.rewards.board import RefusedError
+from flowalign.rewards.chat import Chat, Question, text_of
+
+NUMBER = r"[-+]?\d+(?:\.\d+)?"
+
+
+class Judge(ABC):
+    """Asks one question a sample. `{prompt}` in the template stands for the sample's prompt."""
+
+    fields: Mapping[str, Any] = {}
+    """What the request needs besides."""
+
+    def __init__(self, chat: Chat, template: str, check: bool = True) -> None:
+        """check: `self_check` shows the judge a red and a blue square, and expects it to know which is the red one."""
+        self.chat, self.template, self.check = chat, template, check
+
+    @abstractmethod
+    def read(self, choice: dict[str, Any]) -> float:
+        """The score in [0, 1] that an answer means; NaN if it means none. Raises RefusedError for what is no answer."""
+
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """See `Reward`. NaN where the judge could not be asked, or said nothing that counts."""
+        videos, finite = checked(media, prompts, metadata)
+        rows, videos = finite.nonzero().flatten().tolist(), videos.cpu()
+        questions = [Question(self.chat.stills(videos[i]), filled(self.template, prompts[i]), (i,)) for i in rows]
+        scores = torch.full((len(videos),), torch.nan)
+        for i, score in zip(rows, self.chat.ask(questions, self.read, **self.fields), strict=True):
+            scores[i] = torch.nan if score is None else score
+        return scores
+
+    def self_check(self) -> None:
+        """Raises RewardError where the judge cannot be reached, or mistakes blue for red."""
+        self.chat.check()
+        if self.check:
+            red, blue = self(plain_squares(), ["a plain red square"] * 2, [{}, {}]).tolist()
+            if not red > blue:
+                raise RewardError(
+                    f"the judge {self.chat.model} gives a red square {red:.3g} and a blue one {blue:.3g} for “a plain "
+                    "red square”: it cannot judge (check=false if the question is another one)."
+                )
+
+    def close(self) -> None:
+        self.chat.close()
+
+
+class YesNo(Judge):
+    """P(yes) / (P(yes) + P(no)) of the first token of the answer (VQAScore, arXiv:2404.01291, both words counted)."""
+
+    def __init__(
+        self,
+        chat: Chat,
+        template: str,
+        yes_words: list[str] | None = None,
+        no_words: list[str] | None = None,
+        top_logprobs: int = 20,
+        least: float = 0.1,
+        check: bool = True,
+    ) -> None:
+        """yes_words, no_words: in any case, with or without a space before them; top_logprobs: tokens that are looked
+        at; least: below this probability of all these words the judge was saying something else, and the score is NaN.
+        """
+        super().__init__(chat, template, check)
+        self.yes, self.no = ({_bare(word) for word in words} for words in (yes_words or ["yes"], no_words or ["no"]))
+        self.least = least
+        if self.yes & self.no:
+            raise ValueError(f"{sorted(self.yes & self.no)} cannot mean yes and no.")
+        self.fields = {"logprobs": True, "top_logprobs": top_logprobs, "max_tokens": 1}
+
+    def read(self, choice: dict[str, Any]) -> float:
+        yes, no = 0.0, 0.0
+        for token, probability in _first_token(choice):
+            yes += probability * (_bare(token) in self.yes)
+            no += probability * (_bare(token) in self.no)
+        return yes / (yes + no) if yes + no >= self.least else math.nan
+
+
+class Rubric(Judge):
+    """Marks that the judge writes, as JSON or as `name: mark`: their weighted mean, from 0 for `low` to 1 for `high`.
+
+    NaN if a criterion has no mark, has two different ones, or one outside the scale.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        template: str,
+        low: float,
+        high: float,
+        criteria: Mapping[str, float] | None = None,
+        check: bool = True,
+    ) -> None:
+        """criteria: what the judge calls its marks, with their weights; one called `score` unless given."""
+        super().__init__(chat, template, check)
+        self.low, self.high, self.criteria = low, high, dict(criteria or {"score": 1.0})
+        if not high > low:
+            raise ValueError(f"a scale goes from low to high (got {low} to {high}).")
+        if not sum(self.criteria.values()) > 0 or min(self.criteria.values()) < 0:
+            raise ValueError(f"weights of criteria are not negative, and not all 0 (got {self.criteria}).")
+
+    def read(self, choice: dict[str, Any]) -> float:
+        text = text_of(choice)
+        marks = [self._mark(text, name) * weight for name, weight in self.criteria.items()]
+        mean = sum(marks) / sum(self.criteria.values())
+        return (mean - self.low) / (self.high - self.low)
+
+    def _mark(self, text: str, name: str) -> float:
+        """The one mark of this name, NaN if there is none; in JSON, where the text has some, else after a colon."""
+        found = [node[name] for node in _objects(text) if name in node]
+        if not found:
+            line = rf"(?<![\w-]){re.escape(name)}[\s*_\"']*[:=][\s*_\"']*({NUMBER})(?:\s*/\s*({NUMBER}))?(?![\w.]*\d)"
+            pairs = re.findall(line, text, re.IGNORECASE)
+            found = [float(mark) if not of or float(of) == self.high else math.nan for mark, of in pairs]
+        valid = {float(mark) if self._on_scale(mark) else math.nan for mark in found}
+        return valid.pop() if len(valid) == 1 else math.nan
+
+    def _on_scale(self, mark: Any) -> bool:
+        return type(mark) in (int, float) and self.low <= mark <= self.high
+
+
+def filled(template: str, prompt: str) -> str:
+    """The template with the prompt in it; nothing else in braces means anything."""
+    return template.replace("{prompt}", prompt)
+
+
+def plain_squares() -> Tensor:
+    """A red and a blue one, (2, 3, 224, 224)."""
+    squares = torch.zeros(2, 3, 224, 224)
+    squares[0, 0], squares[1, 2] = 1, 1
+    return squares
+
+
+def _first_token(choice: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The likeliest first tokens and their probabilities."""
+    try:
+        listed = choice["logprobs"]["content"][0]["top_logprobs"]
+        found = [(entry["token"], entry["logprob"]) for entry in listed]
+    except (KeyError, IndexError, TypeError):
+        raise RefusedError("the judge answered without top_logprobs: its server must be able to give them") from None
+    for token, logprob in found:
+        if not isinstance(token, str) or type(logprob) not in (int, float) or not logprob <= 1e-3:
+            raise RefusedError(f"{logprob!r} is no log-probability of a token")
+        yield token, math.exp(logprob)
+
+
+def _bare(word: str) -> str:
+    """A token without case, the spaces of its tokenizer, and punctuation."""
+    return word.strip(" \t\n▁ĠĊ.,:;!?\"'*`").casefold()
+
+
+def _objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in a text."""
+    decoder, at = json.JSONDecoder(), 0
+    while (at := text.find("{", at)) >= 0:
+        try:
+            node, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            at += 1
+            continue
+        if isinstance(node, dict):
+            yield node

@@ -1,0 +1,159 @@
+"""A reward that another process computes: `flowalign reward-server`, or anything that speaks rewards/wire.py."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from flowalign.rewards.base import RewardError, checked
+from flowalign.rewards.board import Errand, RefusedError
+from flowalign.rewards.png import encode
+from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report
+from flowalign.rewards.wire import Query, Sample, WireError, field, loaded, plain, scores_of
+
+HEALTH = "/health"
+
+
+class Remote:
+    """Scores of a reward server, (B,) on the CPU; NaN where the server says null, and where there was no answer.
+
+    A call ends in `patience.total` seconds. No answer is ever taken for a score of 0, nor for that of another sample.
+    """
+
+    def __init__(
+        self,
+        urls: list[str],
+        part: str = "reward",
+        batch_size: int = 8,
+        in_flight: int = 2,
+        groupwise: bool = False,
+        on_failure: OnFailure = "drop",
+        token_env: str = "FLOWALIGN_REWARD_TOKEN",
+        patience: Patience | None = None,
+    ) -> None:
+        """urls: replicas, of which any may answer; part: which of the served rewards; batch_size: samples in a request;
+        in_flight: requests at a replica at a time, so that it need not wait for the next one; groupwise: the served
+        reward compares the members of a group; on_failure: `drop` the samples (NaN), or `stop` by a RewardError.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 (got {batch_size}).")
+        self.patience = patience or Patience()
+        self.replicas = Replicas(urls, self.patience, token_env, in_flight)
+        self.part, self.batch_size, self.groupwise = part, batch_size, groupwise
+        self.on_failure: OnFailure = on_failure
+        self._served: str | None = None
+        self._trouble = ""
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor | None = None
+    ) -> Tensor:
+        """See `Reward`; `groups` (B,) where the served reward is groupwise. RewardError only with on_failure=stop."""
+        videos, finite = checked(media, prompts, metadata)
+        scores, videos = torch.full((len(videos),), torch.nan), videos.cpu()
+        batches = self._batches(finite.nonzero().flatten().tolist(), None if groups is None else groups.tolist())
+        errands = []
+        for rows in batches:
+            of = [None if groups is None else int(groups[i]) for i in rows]
+            about = [(prompts[i], plain(metadata[i], prompts[i]), group) for i, group in zip(rows, of, strict=True)]
+            errands.append(self._errand(videos[rows], about, video=media.ndim == 5))
+        self.replicas.ask(errands)
+        for errand, rows in zip(errands, batches, strict=True):
+            if not errand.reason:
+                scores[rows] = torch.tensor(errand.result)
+        lost = sum(len(rows) for errand, rows in zip(errands, batches, strict=True) if errand.reason)
+        report(f"the remote reward {self.part!r}", errands, lost, len(scores), self.on_failure)
+        return scores
+
+    def self_check(self) -> None:
+        """Waits for a server to be ready. Raises RewardError if none is in time, or if they serve different things."""
+        until = time.monotonic() + self.patience.start
+        while not (well := self._ready()):
+            if time.monotonic() > until:
+                raise RewardError(f"no reward server was ready in {self.patience.start:g} s: {self._trouble}")
+            time.sleep(0.5)
+        for url, health in well.items():
+            self._check_part(url, health)
+        if len(served := {health["served"] for health in well.values()}) > 1:
+            raise RewardError(f"the reward servers {', '.join(well)} do not serve the same reward in the same version.")
+        self._served = served.pop()
+
+    def close(self) -> None:
+        self.replicas.close()
+
+    # ------------------------------------------------------------ requests
+
+    def _batches(self, rows: list[int], groups: list[int] | None) -> list[list[int]]:
+        """Rows of each request: so many, or whole groups."""
+        if not self.groupwise:
+            return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        if groups is None:
+            raise ValueError("a groupwise remote reward needs the group of each sample.")
+        members: dict[int, list[int]] = {}
+        for row in rows:
+            members.setdefault(groups[row], []).append(row)
+        return list(members.values())
+
+    def _errand(self, videos: Tensor, about: Sequence[tuple[str, dict[str, Any], int | None]], video: bool) -> Errand:
+        """Pictures become PNG, and get their ids, on the thread that carries the request."""
+        request, ids, until = uuid4().hex, [], time.monotonic() + self.patience.total
+
+        def body() -> bytes:
+            samples = [Sample(encode(frames), *of) for frames, of in zip(videos, about, strict=True)]
+            patience = min(self.patience.read, max(until - time.monotonic(), 0))
+            query = Query(request, self.part, video, samples, patience)
+            ids[:] = query.ids()
+            return query.dump()
+
+        return Errand("/score", body, partial(self._read, request, ids))
+
+    def _read(self, request: str, ids: Sequence[str], answer: bytes) -> list[float]:
+        try:
+            scores, served = scores_of(answer, request, ids)
+        except WireError as error:
+            raise RefusedError(f"a reward server's answer does not count: {error}") from error
+        with self._lock:
+            self._served = self._served or served
+            if served != self._served:
+                raise RefusedError(f"a reward server now serves {served}, and no longer {self._served}")
+        return scores
+
+    # ------------------------------------------------------------ health
+
+    def _ready(self) -> dict[str, dict[str, Any]]:
+        """What the servers that are ready say of themselves, by address."""
+        with ThreadPoolExecutor(len(self.replicas.replicas)) as threads:
+            found = list(threads.map(self._health, self.replicas.replicas))
+        return {replica.url: health for replica, health in zip(self.replicas.replicas, found, strict=True) if health}
+
+    def _health(self, replica: Replica) -> dict[str, Any] | None:
+        """None where it is not ready (yet); RewardError where waiting would not help."""
+        try:
+            health = loaded(replica.request("GET", HEALTH, None, 2 * self.patience.connect))
+            for key, kind in (("served", str), ("parts", dict)):
+                field(health, key, kind)
+        except WireError as error:
+            raise RewardError(f"{replica.url} is no reward server: {error}") from error
+        except RefusedError as refused:
+            self._trouble = str(refused)
+            if "answered 401" in self._trouble:
+                raise RewardError(f"{refused} (this token is that of {replica.token_env})") from refused
+            return None
+        return health
+
+    def _check_part(self, url: str, health: dict[str, Any]) -> None:
+        parts = health["parts"]
+        if self.part not in parts:
+            raise RewardError(f"{url} does not serve {self.part!r}, but {', '.join(sorted(parts))}.")
+        groupwise = field(parts[self.part], "groupwise", bool)
+        if groupwise != self.groupwise:
+            word = str(groupwise).lower()
+            raise RewardError(f"{url} serves {self.part!r} as groupwise={word}: say groupwise={word} here too.")

@@ -1,0 +1,177 @@
+"""The HTTP side of a reward server: who may ask, how much, and what a refusal says."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.requests import ClientDisconnect
+from torch import Tensor
+
+from flowalign import __version__
+from flowalign.rewards.png import decode
+from flowalign.rewards.wire import PROTOCOL, Query, WireError, answer
+from flowalign.serving.worker import LateError, NoRoomError, Worker
+
+log = logging.getLogger("flowalign")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request, and the seconds in which it must have arrived."""
+
+    bytes: int
+    samples: int
+    pixels: int
+    upload: float = 60.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server says that it serves."""
+
+    reward: str
+    version: str
+    """Of exactly these rewards: another one gives other scores."""
+
+
+class RefusalError(Exception):
+    """An answer that is not 200, with its reason."""
+
+    def __init__(self, status: int, reason: str, retry_after: int | None = None) -> None:
+        super().__init__(reason)
+        self.status, self.retry_after = status, retry_after
+
+
+def make_app(worker: Worker, served: Served, limits: Limits, token: str | None, grace: float) -> FastAPI:
+    """`grace`: seconds that the last requests have to be answered when the server is asked to end."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop, grace)
+
+    app = FastAPI(title="flowalign reward server", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    began = time.monotonic()
+
+    @app.exception_handler(RefusalError)
+    async def refuse(request: Request, refusal: Exception) -> Response:
+        assert isinstance(refusal, RefusalError)
+        headers = {} if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
+        return _json({"error": str(refusal)}, refusal.status, headers)
+
+    @app.get("/health")
+    async def health(request: Request) -> Response:
+        _admit(request, token)
+        busy, now = worker.busy_since, time.monotonic()
+        about = {
+            "status": worker.state,
+            "reason": worker.reason,
+            "reward": served.reward,
+            "served": served.version,
+            "flowalign": __version__,
+            "protocol": PROTOCOL,
+            "parts": {name: _part(reward) for name, reward in worker.rewards.items()},
+            "scored": worker.scored,
+            "busy_s": 0 if busy is None else round(now - busy, 3),
+            "uptime_s": round(now - began, 3),
+            "limits": {"bytes": limits.bytes, "samples": limits.samples, "pixels": limits.pixels},
+        }
+        return _json(about, 200 if worker.state == "ready" else 503, {})
+
+    @app.post("/score")
+    async def score(request: Request) -> Response:
+        try:
+            _admit(request, token)
+            if worker.state != "ready":
+                raise RefusalError(503, f"the reward is {worker.state}", retry_after=1)
+            worker.enter()
+        except NoRoomError:
+            raise await _drained(request, RefusalError(503, "too many requests are waiting", retry_after=1)) from None
+        except RefusalError as refusal:
+            raise await _drained(request, refusal) from None
+        try:
+            query, media = await asyncio.to_thread(_read, await _body(request, limits), limits, worker)
+            scores = await _scores(worker, query, media)
+            return Response(answer(query, scores, served.version), media_type="application/json")
+        finally:
+            worker.leave()
+
+    return app
+
+
+def _part(reward: Any) -> dict[str, Any]:
+    checked = "passed" if getattr(reward, "self_check", None) else "none"
+    groupwise = bool(getattr(reward, "groupwise", False))
+    return {"class": type(reward).__name__, "self_check": checked, "groupwise": groupwise}
+
+
+def _admit(request: Request, token: str | None) -> None:
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
+        raise RefusalError(401, "the token is missing or wrong")
+
+
+async def _scores(worker: Worker, query: Query, media: Tensor) -> list[float]:
+    try:
+        return await asyncio.wrap_future(worker.submit(query, media))
+    except LateError:
+        raise RefusalError(504, "its turn came when nobody waited for it any more") from None
+    except Exception as error:
+        log.exception("the reward failed")
+        raise RefusalError(500, f"{type(error).__name__}: {error}") from error
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    """Read piece by piece, so that neither a lie about its length nor a slow sender takes what others need."""
+    too_large = RefusalError(413, f"the request has more than {limits.bytes} bytes; send fewer samples")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.upload):
+            async for part in request.stream():
+                body += part
+                if len(body) > limits.bytes:
+                    body.clear()
+                    raise await _drained(request, too_large)
+    except TimeoutError:
+        raise RefusalError(408, f"the request had not arrived after {limits.upload:g} s") from None
+    except ClientDisconnect:
+        raise RefusalError(400, "the sender has left") from None
+    return bytes(body)
+
+
+async def _drained(request: Request, refusal: RefusalError) -> RefusalError:
+    """The refusal, once the sender is through or 5 s have passed: a connection closed on him would hide the reason."""
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(5):
+            async for _ in request.stream():
+                pass
+    return refusal
+
+
+def _read(body: bytes, limits: Limits, worker: Worker) -> tuple[Query, Tensor]:
+    """The query and its media (B, 3, H, W) or (B, F, 3, H, W) uint8. RefusalError 422 with the reason."""
+    try:
+        query = Query.load(body, limits.samples)
+        if query.part not in worker.rewards:
+            raise WireError(f"{query.part!r} is not served here, but {', '.join(sorted(worker.rewards))}")
+        if getattr(worker.rewards[query.part], "groupwise", False) and any(s.group is None for s in query.samples):
+            raise WireError(f"{query.part!r} compares the members of a group: every sample needs its `group`")
+        media = decode([frame for sample in query.samples for frame in sample.frames], limits.pixels)
+    except ValueError as error:
+        raise RefusalError(422, str(error)) from error
+    media = media.unflatten(0, (len(query.samples), -1))
+    return query, media if query.video else media[:, 0]
+
+
+def _json(node: Any, status: int, headers: dict[str, str]) -> Response:
+    return Response(json.dumps(node), status, headers, media_type="application/json")
