@@ -373,7 +373,7 @@ class AlignModule(LightningModule):
         self.report.end("evaluate")
         self.evaluated_at = self.current_epoch
         for key, meter in self.meters.items():
-            if key.startswith(f"{stage}/") and not (key.endswith("/not_scored") and not meter.compute()):
+            if key.startswith(f"{stage}/") and not (key.endswith("/not_scored") and not self._meter(key).compute()):
                 self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")  # type: ignore
         if before := self.baseline.get(f"{stage}/velocity_rms"):
             self.log(f"{stage}/velocity_growth", self._meter(f"{stage}/velocity_rms").compute() / before)
