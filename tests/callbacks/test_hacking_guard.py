@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flowalign.callbacks.hacking_guard import HackingGuard
+from tests.conftest import ROOT
 
 BASELINE = (0.5, 0.6)
 
@@ -71,3 +75,22 @@ def test_a_measure_that_does_not_exist_is_refused_before_training(tiny: Any, tmp
     trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
     with pytest.raises(ConfigError, match="asks for val/qualty, and there are .*val/quality"):
         trainer.validate(AlignModule(recipe), verbose=False)
+
+
+@pytest.mark.slow
+def test_a_reward_that_is_easily_hacked_is_found_out(tmp_path: Path):
+    """The embedded model, paid for light pictures."""
+    words = (
+        "reward=brightness", "callbacks=[checkpoint,hacking_guard]", "batch.prompts=4", "batch.group_size=8",
+        "batch.micro=32", "optimizer.lr=1e-3", "rollout.num_steps=6", "evaluation.sampling.num_steps=6",
+        "evaluation.num_val=32", "trainer.max_epochs=20", "trainer.check_val_every_n_epoch=2", "test=false",
+        "logger=csv", "callbacks.hacking_guard.stop=true", f"hydra.run.dir={tmp_path}",
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (done.stdout + done.stderr).count("the reward is being hacked: val/reward rose from") == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["epochs"] < 20  # it stopped
+    assert summary["final"]["val/reward"] > summary["baseline"]["val/reward"]
+    assert summary["final"]["val/quality"] < summary["baseline"]["val/quality"] - 0.02
+    assert list((tmp_path / "checkpoints").glob("best_gold_epoch*.ckpt"))
