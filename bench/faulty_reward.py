@@ -56,7 +56,7 @@ def renamed(node: Node) -> Node:
 WRONG: dict[str, Callable[[Node], Node]] = {
     "wrong_id": renamed,
     "missing": lambda node: node | {"scores": node["scores"][1:]},
-    "twice": lambda node: node | {"scores": [*node["scores"][1:], node["scores"][-1]]},
+    "twice": lambda node: node | {"scores": [*(node["scores"][1:] or node["scores"]), node["scores"][-1]]},
     "too_many": lambda node: node | {"scores": [*node["scores"], {"id": "9-9", "score": 1.0}]},
     "other_request": lambda node: node | {"request": "0" * 32},
     "other_reward": lambda node: node | {"served": "something-else"},

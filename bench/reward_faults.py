@@ -36,7 +36,7 @@ TINY = (
 )
 REMOTE = (
     *("reward=remote", "reward.objective.batch_size=2", "reward.objective.in_flight=1"),
-    *("reward.objective.patience.connect=1", "reward.objective.patience.read=2", "reward.objective.patience.total=10"),
+    *("reward.objective.patience.connect=1", "reward.objective.patience.read=5", "reward.objective.patience.total=25"),
     *(
         "reward.objective.patience.retries=1",
         "reward.objective.patience.backoff=0.1",
@@ -161,7 +161,7 @@ def metrics(run: Path) -> tuple[str, int]:
 
 def words_of(said: str) -> tuple[str, str]:
     """The client's first reason, and the line that ended the run; empty if there is none."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m|127\.0\.0\.1:\d+", "", line).strip() for line in said.splitlines()]
+    lines = [re.sub(r"\x1b\[[0-9;]*m|http://127\.0\.0\.1:\d+", "", line).strip() for line in said.splitlines()]
     reasons = [line.partition("could not be scored: ")[2] for line in lines if "could not be scored: " in line]
     ends = [line for line in lines if re.match(r"(\w+\.)*\w*Error: |.*\[ERROR\]", line)]
     return (reasons or [""])[0], (ends or [""])[-1]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flowalign")
 TOKEN = "FLOWALIGN_REWARD_TOKEN"
+MEASURES = ("flowalign.scoring.Measure", "flowalign.scoring.measure.Measure")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -89,6 +90,8 @@ def _chosen(node: DictConfig, only: str) -> dict[str, DictConfig]:
     objective = node.objective
     nodes = {"reward": objective} if "_target_" in objective else {str(k): v for k, v in objective.items()}
     nodes |= {str(name): held for name, held in (node.get("held_out") or {}).items()}
+    # What only the run decides about a reward (its weight, its batches) stays with the run.
+    nodes = {name: node.reward if node.get("_target_") in MEASURES else node for name, node in nodes.items()}
     if not only:
         return nodes
     if unknown := sorted(set(only.split(",")) - nodes.keys()):

@@ -21,6 +21,10 @@ class BusyError(RefusedError):
         self.seconds = seconds
 
 
+class ForbiddenError(RefusedError):
+    """The replica does not know us."""
+
+
 class HopelessError(RefusedError):
     """What is wrong is the request: no replica would answer it, and so none else is asked."""
 

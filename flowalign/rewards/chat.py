@@ -14,7 +14,7 @@ from torch import Tensor
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.board import Errand, RefusedError
 from flowalign.rewards.png import encode
-from flowalign.rewards.transport import OnFailure, Patience, Replicas, report
+from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report
 from flowalign.rewards.wire import WireError, field, loaded
 
 T = TypeVar("T")
@@ -69,19 +69,10 @@ class Chat:
         return video[torch.linspace(0, len(video) - 1, keep).round().long()]
 
     def check(self) -> None:
-        """Raises RewardError unless a replica serves the model."""
-        reasons = []
-        for replica in self.replicas.replicas:
-            try:
-                listed = field(loaded(replica.request("GET", "/models", None, replica.patience.start)), "data", list)
-                names = [field(entry, "id", str) for entry in listed]
-            except (RefusedError, WireError) as error:
-                reasons.append(str(error))
-                continue
+        """Waits for a replica; raises RewardError if none is ready in time, or if one does not serve the model."""
+        for url, names in self.replicas.ready(_models).items():
             if self.model not in names:
-                raise RewardError(f"{replica.url} does not serve {self.model}, but {', '.join(names) or 'nothing'}.")
-            return
-        raise RewardError(f"the judge {self.model} cannot be reached: {'; '.join(reasons)}")
+                raise RewardError(f"{url} does not serve {self.model}, but {', '.join(names) or 'nothing'}.")
 
     def close(self) -> None:
         self.replicas.close()
@@ -97,6 +88,14 @@ class Chat:
             return json.dumps(self.fields | dict(fields) | {"messages": messages}).encode()
 
         return Errand("/chat/completions", body, lambda answer: read(_choice(answer)))
+
+
+def _models(replica: Replica) -> list[str]:
+    answer = replica.request("GET", "/models", None, 2 * replica.patience.connect)
+    try:
+        return [field(entry, "id", str) for entry in field(loaded(answer), "data", list)]
+    except WireError as error:
+        raise RewardError(f"{replica.url} is no chat endpoint: {error}") from error
 
 
 def _choice(answer: bytes) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -18,8 +17,6 @@ from flowalign.rewards.board import Errand, RefusedError
 from flowalign.rewards.png import encode
 from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report
 from flowalign.rewards.wire import Query, Sample, WireError, field, loaded, plain, scores_of
-
-HEALTH = "/health"
 
 
 class Remote:
@@ -50,7 +47,6 @@ class Remote:
         self.part, self.batch_size, self.groupwise = part, batch_size, groupwise
         self.on_failure: OnFailure = on_failure
         self._served: str | None = None
-        self._trouble = ""
         self._lock = threading.Lock()
 
     def __call__(
@@ -75,11 +71,7 @@ class Remote:
 
     def self_check(self) -> None:
         """Waits for a server to be ready. Raises RewardError if none is in time, or if they serve different things."""
-        until = time.monotonic() + self.patience.start
-        while not (well := self._ready()):
-            if time.monotonic() > until:
-                raise RewardError(f"no reward server was ready in {self.patience.start:g} s: {self._trouble}")
-            time.sleep(0.5)
+        well = self.replicas.ready(_health)
         for url, health in well.items():
             self._check_part(url, health)
         if len(served := {health["served"] for health in well.values()}) > 1:
@@ -126,29 +118,6 @@ class Remote:
                 raise RefusedError(f"a reward server now serves {served}, and no longer {self._served}")
         return scores
 
-    # ------------------------------------------------------------ health
-
-    def _ready(self) -> dict[str, dict[str, Any]]:
-        """What the servers that are ready say of themselves, by address."""
-        with ThreadPoolExecutor(len(self.replicas.replicas)) as threads:
-            found = list(threads.map(self._health, self.replicas.replicas))
-        return {replica.url: health for replica, health in zip(self.replicas.replicas, found, strict=True) if health}
-
-    def _health(self, replica: Replica) -> dict[str, Any] | None:
-        """None where it is not ready (yet); RewardError where waiting would not help."""
-        try:
-            health = loaded(replica.request("GET", HEALTH, None, 2 * self.patience.connect))
-            for key, kind in (("served", str), ("parts", dict)):
-                field(health, key, kind)
-        except WireError as error:
-            raise RewardError(f"{replica.url} is no reward server: {error}") from error
-        except RefusedError as refused:
-            self._trouble = str(refused)
-            if "answered 401" in self._trouble:
-                raise RewardError(f"{refused} (this token is that of {replica.token_env})") from refused
-            return None
-        return health
-
     def _check_part(self, url: str, health: dict[str, Any]) -> None:
         parts = health["parts"]
         if self.part not in parts:
@@ -157,3 +126,15 @@ class Remote:
         if groupwise != self.groupwise:
             word = str(groupwise).lower()
             raise RewardError(f"{url} serves {self.part!r} as groupwise={word}: say groupwise={word} here too.")
+
+
+def _health(replica: Replica) -> dict[str, Any]:
+    """What a server that is ready says of itself."""
+    answer = replica.request("GET", "/health", None, 2 * replica.patience.connect)
+    try:
+        health = loaded(answer)
+        for key, kind in (("served", str), ("parts", dict)):
+            field(health, key, kind)
+    except WireError as error:
+        raise RewardError(f"{replica.url} is no reward server: {error}") from error
+    return health

@@ -7,19 +7,21 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.board import Board, BusyError, Errand, HopelessError, RefusedError
+from flowalign.rewards.board import Board, BusyError, Errand, ForbiddenError, HopelessError, RefusedError
 
 log = logging.getLogger("flowalign")
+T = TypeVar("T")
 OnFailure = Literal["drop", "stop"]
 HOPELESS = {400, 413, 415, 422}  # the request's own fault
 BUSY = {429, 503}
+FORBIDDEN = {401, 403}
 LONGEST_ANSWER = 64 << 20  # bytes
 
 
@@ -99,6 +101,8 @@ class Replica:
         said = f"{self.url} answered {status}: {' '.join(body[:400].decode(errors='replace').split())}"
         if status in BUSY:
             return BusyError(said, float(retry_after) if retry_after.isdigit() else self.patience.backoff)
+        if status in FORBIDDEN:
+            return ForbiddenError(f"{said} (the token is that of the environment variable {self.token_env})")
         return HopelessError(said) if status in HOPELESS else RefusedError(said)
 
     def _opened(self) -> Any:
@@ -144,6 +148,28 @@ class Replicas:
             board.wait()
         finally:
             board.close()
+
+    def ready(self, look: Callable[[Replica], T]) -> dict[str, T]:
+        """What `look` finds at the replicas that answer, by address, as soon as one does.
+
+        A refusal means that a replica is not ready yet; RewardError if that is so for all until `patience.start`, or if
+        one does not know us, which waiting would not change.
+        """
+        until, trouble = time.monotonic() + self.patience.start, ""
+        while True:
+            found: dict[str, T] = {}
+            for replica in self.replicas:
+                try:
+                    found[replica.url] = look(replica)
+                except ForbiddenError as error:
+                    raise RewardError(str(error)) from error
+                except RefusedError as error:
+                    trouble = str(error)
+            if found:
+                return found
+            if time.monotonic() > until:
+                raise RewardError(f"nobody was ready in {self.patience.start:g} s: {trouble}")
+            time.sleep(0.5)
 
     def close(self) -> None:
         for replica in self.replicas:

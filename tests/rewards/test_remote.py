@@ -174,7 +174,7 @@ def test_the_check_waits_for_a_server_that_is_still_starting(nobody: str):
 
 def test_the_check_says_what_is_wrong(nobody: str, server: str):
     impatient = Patience(connect=0.2, start=0.1)
-    with pytest.raises(RewardError, match="no reward server was ready in 0.1 s: .*refused"):
+    with pytest.raises(RewardError, match="nobody was ready in 0.1 s: .*refused"):
         Remote([nobody], patience=impatient).self_check()
     with pytest.raises(RewardError, match="does not serve 'beauty', but reward"):
         Remote([f"{server}/none"], part="beauty", patience=SHORT).self_check()
