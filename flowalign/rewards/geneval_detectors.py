@@ -171,8 +171,9 @@ class BoxDetector(_Closed):
         height, width = pictures.shape[-2:]
         middle, half = output.pred_boxes[..., :2], output.pred_boxes[..., 2:] / 2  # in units of the picture
         boxes = torch.cat([middle - half, middle + half], dim=-1) * middle.new_tensor([width, height] * 2)
-        for *seen, wanted in zip(boxes, scores, labels, names, strict=True):
-            yield [thing for thing in _boxed(*seen, self.labels) if thing.score > _FLOOR and thing.name in wanted]
+        for box, score, label, wanted in zip(boxes, scores, labels, names, strict=True):
+            things = _boxed(box, score, label, self.labels)
+            yield [thing for thing in things if thing.score > _FLOOR and thing.name in wanted]
 
 
 class WordDetector:
