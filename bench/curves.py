@@ -18,10 +18,12 @@ METRICS = ("val/strict", "val/quality")
 
 
 def name(folder: Path) -> str:
-    """Algorithm and what is trained."""
+    """Algorithm, what is trained, and the height at which it is judged where that is not the one of training."""
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     tune = config.tune["_target_"].rsplit(".", 1)[-1].lower()
-    return f"{config.algo['_target_'].rsplit('.', 1)[-1]}, {tune}"
+    trained, judged = config.resolution.train.height, config.resolution.eval.height
+    at = "" if trained == judged else f", judged at {judged}"
+    return f"{config.algo['_target_'].rsplit('.', 1)[-1]}, {tune}{at}"
 
 
 def plot(target: Path, groups: dict[str, list[Path]]) -> None:

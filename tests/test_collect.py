@@ -93,6 +93,20 @@ def test_ranks_divide_what_one_process_would_make(collect: Callable[..., Phase],
     assert sorted(seen) == list(range(8))
 
 
+def test_mixgrpo_with_a_full_window_is_grpo(collect: Callable[..., Phase]):
+    window = collect("algo=mixgrpo", "steps.width=4", "steps.skip=0", epoch=3)
+    plain = collect("algo=grpo", "steps=all", "steps.trained=1.0", epoch=3)
+    assert len(plain.got.points.x) == 8 * 4
+    losses = []
+    for phase in (window, plain):
+        p, v = phase.got.points, torch.zeros_like(phase.got.points.x)
+        losses.append(phase.collector.algorithm.loss(p, v)[0])
+        for name in ("x", "x_next", "sigma", "advantage"):
+            assert torch.equal(given(getattr(p, name), name), given(getattr(plain.got.points, name), name)), name
+    assert torch.equal(*losses)
+    assert losses[0].unique().numel() > 1
+
+
 def test_points_know_their_group_their_sample_and_their_noise(collect: Callable[..., Phase]):
     p = collect("algo=grpo").got.points
     assert given(p.sample, "sample").tolist() == [s for s in range(8) for _ in range(3)]

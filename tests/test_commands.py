@@ -124,6 +124,14 @@ def test_sample_writes_a_picture_of_the_asked_size(trained: Path, tmp_path: Path
     assert Image.open(out.strip()).size == (64, 64)
 
 
+def test_guidance_of_zero_is_not_that_of_the_run(trained: Path):
+    from flowalign.commands.saved import opened
+
+    saved = opened(str(trained / "checkpoints" / "last.ckpt"), "live")
+    assert saved.sampling(guidance=0.0).guidance == 0.0  # off for families that are guided from 0 on
+    assert saved.sampling().guidance == saved.config.evaluation.sampling.guidance != 0
+
+
 def picture(pipe: Any, steps: int = 3) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)

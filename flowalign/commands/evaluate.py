@@ -44,7 +44,7 @@ def evaluate(
     images: int = 0,
     seed: int = -1,
     steps: int = 0,
-    guidance: float = 0.0,
+    guidance: float = -1.0,
     size: int = 0,
     batch: int = 0,
     weights: str = "live",

@@ -30,7 +30,7 @@ def sample(
     seed: int = 0,
     num: int = 1,
     steps: int = 0,
-    guidance: float = 0.0,
+    guidance: float = -1.0,
     size: int = 0,
     weights: str = "live",
     compare: bool = False,

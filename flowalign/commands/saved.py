@@ -34,10 +34,10 @@ class Saved:
         with self.policy.use(None if weights == "live" else weights):
             yield
 
-    def sampling(self, steps: int = 0, guidance: float = 0.0, batch: int = 0) -> Sampling:
+    def sampling(self, steps: int = 0, guidance: float = -1.0, batch: int = 0) -> Sampling:
         """That of the run's evaluation, where nothing else is asked for."""
         node = self.config.evaluation.sampling.copy()
-        node.num_steps, node.guidance = steps or node.num_steps, guidance or node.guidance
+        node.num_steps, node.guidance = steps or node.num_steps, node.guidance if guidance < 0 else guidance
         node.batch_size = batch or node.batch_size
         return instantiate(node)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.models import schedule
-from flowalign.models.loading import load_pipeline, text_fingerprint
+from flowalign.models.loading import READERS, VIEWERS, fingerprint, load_pipeline
 from flowalign.types import Conditioning
 
 NEGATIVE = "neg."
@@ -254,7 +254,8 @@ class FlowModel(ABC):
         """What the encoding of a prompt depends on beside its text; an encoding kept on disk belongs to one."""
         encoder = next((m for name, m in self.text_encoders().items()), None)
         kind = f"{type(self).__name__} {self.max_sequence_length} {getattr(encoder, 'dtype', None)} {self.absent}"
-        return f"{kind} {text_fingerprint(self.pretrained, self.revision)}"
+        folders = (*READERS, *VIEWERS) if self.sees_images else READERS
+        return f"{kind} {fingerprint(self.pretrained, self.revision, folders)}"
 
     def text_encoders(self) -> dict[str, nn.Module]:
         """The text encoders by their names in the pipeline."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,16 @@ def load_pipeline(
         ) from error
 
 
-def text_fingerprint(pretrained: str, revision: str | None) -> str:
-    """What tells the text encoders of two pipelines apart: the files of a folder, or the commit in the hub's cache."""
+READERS = ("text_encoder*", "tokenizer*")
+VIEWERS = ("vae", "image_*", "processor", "feature_extractor")
+"""Folders of a pipeline: what reads prompts, and what looks at the pictures beside them."""
+
+
+def fingerprint(pretrained: str, revision: str | None, folders: Sequence[str]) -> str:
+    """What tells these parts of two pipelines apart: the files of a local one, or the commit in the hub's cache."""
     where = Path(resolve(pretrained))
     if where.is_dir():
-        files = sorted(p for part in ("text_encoder*", "tokenizer*") for p in where.glob(f"{part}/*") if p.is_file())
+        files = sorted(p for part in folders for p in where.glob(f"{part}/*") if p.is_file())
         states = [(p.relative_to(where).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         return f"{where.resolve()} {states}"
     from huggingface_hub import try_to_load_from_cache

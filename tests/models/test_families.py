@@ -298,6 +298,27 @@ def test_adapters_have_somewhere_to_go_and_blocks_are_found(family: Family):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_is_as_exact_as_the_family_says(make: Callable[[str], Family], kind: str):
+    family = make(kind)
+    model, cond = family.model, family.encode()
+    x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
+
+    def trained() -> tuple[Tensor, Tensor]:
+        for denoiser in model.denoisers().values():
+            denoiser.requires_grad_().zero_grad()
+        v = model.velocity(x, torch.tensor([0.95, 0.2]), cond, 1.0)
+        v.square().mean().backward()
+        parts = [p.grad.flatten() for d in model.denoisers().values() for p in d.parameters() if p.grad is not None]
+        return v.detach(), torch.cat(parts)
+
+    plain = trained()
+    for denoiser in model.denoisers().values():
+        denoiser.enable_gradient_checkpointing()
+    off = [distance(a, b) / float(b.abs().max()) for a, b in zip(trained(), plain, strict=True)]
+    assert max(off) < 1e-5 if model.checkpointing_is_exact else max(off) > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_schedule_falls_from_one_to_zero(family: Family):
     sigmas = family.model.sigmas(STEPS, **family.size)
     assert sigmas.shape == (STEPS + 1,)

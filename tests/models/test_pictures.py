@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
 from flowalign.models.base import FlowModel
+from flowalign.models.flux1 import Flux1
 from flowalign.models.flux1_kontext import Flux1Kontext
 from flowalign.models.pictures import given_pictures
 from flowalign.models.qwen_edit import QwenImageEdit
@@ -55,6 +59,17 @@ def test_a_wrong_number_of_pictures_is_refused(model: FlowModel, images: list[to
 def test_a_picture_without_the_size_to_be_made_is_refused(model: FlowModel):
     with pytest.raises(ValueError, match="give size="):
         model.encode(["a"], None, SEEN)
+
+
+def test_another_vae_is_another_encoding(tmp_path: Path):
+    flux1_kontext.build().save_pretrained(tmp_path)
+    sees, reads = Flux1Kontext(str(tmp_path), max_sequence_length=16), Flux1.__new__(Flux1)
+    before = sees.text_fingerprint()
+    reads.__dict__ |= sees.__dict__
+    weights, unread = tmp_path / "vae" / "diffusion_pytorch_model.safetensors", reads.text_fingerprint()
+    os.utime(weights, ns=(0, 0))
+    assert sees.text_fingerprint() != before
+    assert reads.text_fingerprint() == unread  # a family that reads only text keeps its encodings
 
 
 def test_pictures_reach_the_pipeline_to_the_bit(kontext: Flux1Kontext):
