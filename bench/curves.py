@@ -26,10 +26,10 @@ def name(folder: Path) -> str:
     return f"{config.algo['_target_'].rsplit('.', 1)[-1]}, {tune}{at}"
 
 
-def plot(target: Path, groups: dict[str, list[Path]]) -> None:
+def plot(target: Path, groups: dict[str, list[Path]], metrics: tuple[str, ...] = METRICS) -> None:
     """A panel a metric; a line a group of runs, with a band over its seeds."""
-    figure, axes = plt.subplots(1, len(METRICS), figsize=(10, 4), layout="constrained")
-    for axis, metric in zip(axes, METRICS, strict=True):
+    figure, axes = plt.subplots(1, len(metrics), figsize=(10, 4), layout="constrained")
+    for axis, metric in zip(axes, metrics, strict=True):
         colours = matplotlib.color_sequences["tab20" if len(groups) > 10 else "tab10"]
         axis.set_prop_cycle(color=colours)
         for label, members in sorted(groups.items()):

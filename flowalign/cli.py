@@ -11,7 +11,8 @@ from typing import Any
 from flowalign.commands.evaluate import evaluate
 from flowalign.commands.export import export
 from flowalign.commands.sample import sample
-from flowalign.run import quieten
+from flowalign.rewards.base import RewardError
+from flowalign.run import find_own_modules, quieten
 
 COMMANDS: dict[str, Callable[..., None]] = {"sample": sample, "evaluate": evaluate, "export": export}
 BOOLEANS = {"true": True, "false": False}
@@ -57,11 +58,12 @@ def main() -> None:
         _help()
         return
     quieten()
+    find_own_modules()
     try:
         if name not in COMMANDS:
             raise ValueError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}.")
         COMMANDS[name](**parse(name, words))
-    except ValueError as error:
+    except (ValueError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -20,7 +20,7 @@ from flowalign.models.base import FlowModel
 from flowalign.points import noised, transitions
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
-from flowalign.scoring import Latents, Scorer
+from flowalign.scoring import Latents, Scorer, Seen, Turns
 from flowalign.scoring.stats import statistics
 from flowalign.steps.base import StepPlan, Steps
 from flowalign.steps.tail import shorten
@@ -186,30 +186,37 @@ class Collector:
         plan = self.plan(share.epoch)
         sigmas, shape = self._schedule(plan), self._latent_shape()
         batch, alike = self._batch(plan)
-        parts, images, rewards, calls = [], [], [], 0
+        parts, images, scored, calls = [], [], [], 0
         unscored: list[tuple[Tensor, Tensor | None]] = []
-        for start in range(0, len(share.samples), batch):
-            samples = share.samples[start : start + batch]
-            cond = share.cond.index(slice(start, start + len(samples)))
+        with Turns(self.scorer.ahead) as turns:
+            for start in range(0, len(share.samples), batch):
+                samples = share.samples[start : start + batch]
+                end = start + len(samples)
+                cond = share.cond.index(slice(start, end))
 
-            def velocity(x: Tensor, sigma: Tensor, rows: Rows, cond: Conditioning = cond) -> Tensor:
-                nonlocal calls
-                calls += len(x)
-                return self.model.velocity(x, sigma, cond.index(rows), self.sampling.guidance)
+                def velocity(x: Tensor, sigma: Tensor, rows: Rows, cond: Conditioning = cond) -> Tensor:
+                    nonlocal calls
+                    calls += len(x)
+                    return self.model.velocity(x, sigma, cond.index(rows), self.sampling.guidance)
 
-            noise = Noise(self.seed, share.epoch, samples, shape, share.device, alike)
-            part = walk(velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean)
-            media, shown = self._decoded(part.x0, self._first_of_groups(samples), SHOWN - len(images))
-            parts.append(part)
-            images += shown
-            unscored.append((part.x0, media))
-            end = start + len(samples)
-            if self._complete(share.samples, end):
-                rewards.append(self._scores(share, unscored, end, plan))
-                unscored = []
-            done = torch.cat(rewards) if rewards else torch.empty(0, 1)
-            report(end, float(self.scorer.combined(done, share.epoch).nanmean()) if rewards else None)
-        return Pictures(join(parts), _stacked(images), torch.cat(rewards), calls)
+                noise = Noise(self.seed, share.epoch, samples, shape, share.device, alike)
+                part = walk(
+                    velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean
+                )
+                media, shown = self._decoded(part.x0, self._first_of_groups(samples), SHOWN - len(images))
+                parts.append(part)
+                images += shown
+                unscored.append((part.x0, media))
+                if self._complete(share.samples, end):
+                    seen, unscored = self._seen(share, unscored, end, plan), []
+                    turns.add(self.scorer.start(seen), lambda scores: scored.append(self.scorer.stacked(scores)))
+                report(end, self._mean(scored, share.epoch))
+        report(len(share.samples), self._mean(scored, share.epoch))
+        return Pictures(join(parts), _stacked(images), torch.cat(scored), calls)
+
+    def _mean(self, scored: list[Tensor], epoch: int) -> float | None:
+        """Of the rewards so far."""
+        return float(self.scorer.combined(torch.cat(scored), epoch).nanmean()) if scored else None
 
     def _batch(self, plan: StepPlan) -> tuple[int, int]:
         """Samples walked together, and how many neighbours start alike: whole groups of what belongs together, if they
@@ -236,14 +243,14 @@ class Collector:
         following = samples[end] if end < len(samples) else 0
         return not self.scorer.groupwise or following % self.geometry.batch.group_size == 0
 
-    def _scores(self, share: Share, unscored: list[tuple[Tensor, Tensor | None]], end: int, plan: StepPlan) -> Tensor:
-        """(B, R) of the samples before `end` that are not scored yet: x0 and media by batch."""
+    def _seen(self, share: Share, unscored: list[tuple[Tensor, Tensor | None]], end: int, plan: StepPlan) -> Seen:
+        """The samples before `end` that are not scored yet: x0 and media by batch."""
         x0 = torch.cat([x0 for x0, _ in unscored])
         decoded = [media for _, media in unscored if media is not None]
         rows = slice(end - len(x0), end)
         groups = torch.tensor(share.samples[rows]) // self._compared(plan)
-        latents = Latents(x0, share.cond.index(rows))
-        return self.scorer.rewards(torch.cat(decoded) if decoded else None, share.prompts[rows], latents, groups)
+        media = torch.cat(decoded) if decoded else None
+        return Seen(share.prompts[rows], media, Latents(x0, share.cond.index(rows)), groups)
 
     def _given(self, share: Share, which: list[int], report: Progress) -> Pictures:
         """Real pictures of the prompts instead, encoded; the network is not asked."""

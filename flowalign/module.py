@@ -27,7 +27,7 @@ from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
-from flowalign.scoring import Latents
+from flowalign.scoring import Latents, Scores, Seen, Turns
 from flowalign.types import given
 
 
@@ -46,6 +46,7 @@ class AlignModule(LightningModule):
         self.rollout_shown: Tensor | None = None
         self.stats: dict[str, float] = {}
         self.evaluated_at = -1
+        self.turns = Turns(recipe.scorer.ahead)
         self.meters = nn.ModuleDict()
         guided = (
             max(recipe.rollout.guidance, recipe.evaluation.sampling.guidance, recipe.optimisation.guidance)
@@ -298,9 +299,10 @@ class AlignModule(LightningModule):
         self.recipe.model.to(self.device)
         self.report.begin("evaluate", len(self._positions(stage).mine))
         self.shown.pop(stage, None)
+        self.turns.cancel()  # what an evaluation has left that was interrupted
         tags = sorted({str(p.metadata["tag"]) for p in self.eval_prompts[stage] if "tag" in p.metadata})
         for name in (*self.recipe.scorer.measures, "velocity_rms"):
-            for key in (name, *(f"{name}/{tag}" for tag in tags if name != "velocity_rms")):
+            for key in (name, *(f"{name}/{tag}" for tag in (*tags, "not_scored") if name != "velocity_rms")):
                 self._meter(f"{stage}/{key}").reset()
 
     def _meter(self, key: str) -> MeanMetric:
@@ -319,31 +321,34 @@ class AlignModule(LightningModule):
             made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
         self._meter(f"{stage}/velocity_rms").update(made.rms)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size
-        scores = r.scorer.all(made.media, prompts, Latents(made.x0, cond))
+        wanted = set(r.evaluation.shows(len(self.eval_prompts[stage])))
+        rows = [row for row, i in enumerate(ids) if i in wanted]
+        shown = stills(made.media[rows]).cpu()
+        scoring = r.scorer.start(Seen(prompts, made.media, Latents(made.x0, cond)), evaluation=True)
+        self.turns.add(scoring, partial(self._scored, stage, ids, rows, shown))
+
+    def _scored(self, stage: str, ids: list[int], rows: list[int], images: Tensor, scores: Scores) -> None:
+        """Counts the scores of the samples `ids`, of which `rows` are shown."""
+        prompts, scores = [self.eval_prompts[stage][i] for i in ids], self.recipe.scorer.summed(scores)
         for name, values in scores.items():
             self._meter(f"{stage}/{name}").update(values)
+            self._meter(f"{stage}/{name}/not_scored").update(values.isnan().float())
             for tag in {p.metadata.get("tag") for p in prompts} - {None}:
                 mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
-        self._show(stage, ids, made.media, scores)
-        self.report.advance(
-            "evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean())
-        )
-
-    def _show(self, stage: str, ids: list[int], media: Tensor, scores: dict[str, Tensor]) -> None:
-        wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))
-        rows = [row for row, i in enumerate(ids) if i in wanted]
-        if not rows:
-            return
-        texts = [self.eval_prompts[stage][ids[row]].text for row in rows]
-        new = Shown(stills(media[rows]).cpu(), texts, {k: v[rows].cpu() for k, v in scores.items()})
-        self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
+        if rows:
+            chosen = {name: values[rows].cpu() for name, values in scores.items()}
+            new = Shown(images, [prompts[row].text for row in rows], chosen)
+            self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
+        done = ids[-1] // self.trainer.world_size + 1
+        self.report.advance("evaluate", done, reward=float(scores["reward"].nanmean()))
 
     def _end_evaluation(self, stage: str) -> None:
+        self.turns.finish()
         self.report.end("evaluate")
         self.evaluated_at = self.current_epoch
         for key, meter in self.meters.items():
-            if key.startswith(f"{stage}/"):
+            if key.startswith(f"{stage}/") and not (key.endswith("/not_scored") and not meter.compute()):
                 self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")  # type: ignore
         if before := self.baseline.get(f"{stage}/velocity_rms"):
             self.log(f"{stage}/velocity_growth", self._meter(f"{stage}/velocity_rms").compute() / before)

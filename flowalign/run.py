@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from flowalign.checks import ConfigError, check_signatures, refusals
 from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
+from flowalign.rewards.base import RewardError
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from flowalign.collect import Size
     from flowalign.module import AlignModule
     from flowalign.recipe import Recipe
+    from flowalign.scoring import Scorer
 
 log = logging.getLogger("flowalign")
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
@@ -41,7 +44,7 @@ def instantiate(node: Any, **arguments: Any) -> Any:
             cause = cause.__cause__
         from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-        if isinstance(cause, (ValueError, TypeError, MisconfigurationException)):
+        if isinstance(cause, (ValueError, TypeError, RewardError, MisconfigurationException)):
             where = node._get_full_key(None) or str(node.get("_target_"))
             raise ConfigError(f"{where}: {one_line(cause)}") from error
         raise
@@ -54,8 +57,8 @@ def composed(*words: str) -> DictConfig:
         return hydra.compose("train", list(words))
 
 
-def build_recipe(cfg: DictConfig) -> Recipe:
-    """Every part of a run, instantiated from its group."""
+def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
+    """Every part of a run, instantiated from its group, but for a scorer that is there already."""
     from flowalign.recipe import Recipe
 
     make = instantiate
@@ -68,7 +71,7 @@ def build_recipe(cfg: DictConfig) -> Recipe:
         steps=make(cfg.steps),
         times=make(cfg.times),
         credit=make(cfg.credit),
-        scorer=make(cfg.reward),
+        scorer=scorer or make(cfg.reward),
         tune=make(cfg.tune),
         data={stage: make(cfg.data[stage]) for stage in ("train", "val", "test")},
         batch=make(cfg.batch),
@@ -117,6 +120,11 @@ def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
 
 def run(cfg: DictConfig) -> float | None:
     """One run; returns the optimised metric of the final evaluation (None if it was not measured)."""
+    with ExitStack() as cleanup:
+        return _run(cfg, cleanup)
+
+
+def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     check_groups(cfg)
     check_signatures(cfg)
     import lightning
@@ -133,7 +141,10 @@ def run(cfg: DictConfig) -> float | None:
     folder.mkdir(parents=True, exist_ok=True)
     show_config(cfg, folder)
     with refusals():
-        recipe = build_recipe(cfg)
+        scorer = instantiate(cfg.reward)
+        cleanup.callback(scorer.close)
+        scorer.check()  # before the model is loaded: a broken reward is said at once
+        recipe = build_recipe(cfg, scorer)
         module = AlignModule(recipe)
         trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
     if trainer.fast_dev_run:  # type: ignore
@@ -171,6 +182,12 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.callbacks.model_checkpoint"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def find_own_modules() -> None:
+    """Configs may name rewards and other classes of modules in the current folder, whichever way we were started."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
 
 
 def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
@@ -256,7 +273,7 @@ def _main(cfg: DictConfig) -> float | None:
     folder = HydraConfig.get().runtime.output_dir
     try:
         return run(cfg)
-    except ConfigError as error:  # what a user can set right is one sentence; everything else keeps its trace
+    except (ConfigError, RewardError) as error:  # what a user can set right is one sentence; the rest keeps its trace
         log.debug("details", exc_info=True)
         log.error("%s", error)
         raise SystemExit(2) from None
@@ -267,5 +284,6 @@ def _main(cfg: DictConfig) -> float | None:
 def main() -> None:
     """The entry point of `train.py` and `flowalign-train`."""
     quieten()
+    find_own_modules()
     sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "train", also=check_groups)
     _main()

@@ -33,7 +33,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 AWR = ("algo=awr", "algo.temperature=0.5", "algo.kl_beta=0.1")
-OTHERS = ("algo=grpo", "dynamics=fading_noise", "reward=brightness")
+OTHERS = ("algo=grpo", "dynamics=fading_noise", "reward=redness")
 
 
 @pytest.mark.parametrize("words", [AWR, OTHERS])

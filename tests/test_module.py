@@ -252,7 +252,37 @@ def test_a_picture_size_that_the_model_cannot_make_is_refused_before_training(pr
         run.build()
 
 
+# ------------------------------------------------------------ scoring beside sampling
+
+
+def test_scoring_beside_sampling_changes_nothing(prepared: Callable[..., Run]):
+    """Four batches of a picture each in rollouts and evaluations."""
+    found = []
+    for ahead in (0, 2):
+        run = prepared("algo=nft", "rollout.batch_size=1", "evaluation.sampling.batch_size=1", f"reward.ahead={ahead}")
+        module = run.fit()
+        metrics = run.trainer.validate(module, verbose=False)[0]
+        found.append(({n: p.detach().clone() for n, p in module.live.trained().items()}, metrics, module.shown["val"]))
+        run.recipe.scorer.close()
+    (weights, metrics, shown), (others, same, also) = found
+    assert all(torch.equal(p, others[name]) for name, p in weights.items())
+    assert metrics == same
+    assert torch.equal(shown.images, also.images)
+    assert shown.prompts == also.prompts
+    assert all(torch.equal(values, also.scores[name]) for name, values in shown.scores.items())
+
+
 # ------------------------------------------------------------ evaluation
+
+
+def test_an_evaluation_says_what_it_could_not_score(prepared: Callable[..., Run]):
+    run = prepared("evaluation.num_val=8")
+    run.recipe.scorer = Scorer(Reward(lambda seen: seen == 1), held_out={"whole": Reward(lambda seen: False)})
+    module, trainer = run.build()
+    metrics = trainer.validate(module, verbose=False)[0]
+    assert metrics["val/reward/not_scored"] == 1 / 8
+    assert metrics["val/reward"] == pytest.approx(metrics["val/whole"], rel=0.2)
+    assert "val/whole/not_scored" not in metrics
 
 
 def test_an_evaluation_reports_every_measure_and_every_category(prepared: Callable[..., Run]):

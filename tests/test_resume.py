@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,9 @@ import lightning
 import pytest
 import torch
 
+from flowalign.rewards.base import RewardError
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
+from flowalign.scoring import Scorer
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -37,12 +40,19 @@ class Kill(lightning.Callback):
 def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Fit]:
     """A new process in all but name: other global random numbers, a fresh module."""
 
-    def run(folder: str, *overrides: str, seed: int, resume: Path | None = None, kill: bool = False) -> Fit:
+    def run(
+        folder: str,
+        *overrides: str,
+        seed: int,
+        resume: Path | None = None,
+        kill: bool = False,
+        scorer: Scorer | None = None,
+    ) -> Fit:
         from flowalign.module import AlignModule
 
         torch.manual_seed(seed)
         cfg = tiny("callbacks=checkpoint", f"paths.output_dir={tmp_path / folder}", "trainer.max_epochs=2", *overrides)
-        recipe = build_recipe(cfg)
+        recipe = build_recipe(cfg, scorer)
         module = AlignModule(recipe)
         trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
         trainer.callbacks.extend([Kill()] if kill else [])
@@ -101,6 +111,28 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(fit: Callable[..., Fit]
     assert set(straight.live.copies) == copies
     changed = differing(straight.state_dict(), halfway)  # the second epoch did something, to the copies as well
     assert {name.split(".")[2] for name in changed if ".copies." in name} == copies - {"reference"}
+
+
+class Light:
+    """Mean of a picture, until so many have been scored."""
+
+    def __init__(self, works_for: float = math.inf) -> None:
+        self.left = works_for
+
+    def __call__(self, media: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
+        self.left -= len(media)
+        return media.flatten(1).mean(1) if self.left >= 0 else torch.full((len(media),), torch.nan)
+
+
+def test_a_run_that_stops_for_want_of_scores_goes_on_from_its_checkpoint(fit: Callable[..., Fit], tmp_path: Path):
+    """Four pictures in rollout and evaluation of the first epoch, then a batch of two of the second one."""
+    words = (*RECIPES["nft"], "rollout.batch_size=2", "evaluation.sampling.batch_size=2")
+    straight, _, _ = fit("straight", *words, seed=1, scorer=Scorer(Light()))
+    with pytest.raises(RewardError, match=r"2 of the 4 pictures .* \(reward: 2\), more than max_missing=0.4"):
+        fit("stopped", *words, seed=2, scorer=Scorer(Light(10), max_missing=0.4))
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    resumed, _, _ = fit("stopped", *words, seed=3, resume=last, scorer=Scorer(Light()))
+    assert differing(straight.state_dict(), resumed.state_dict()) == []
 
 
 def test_a_checkpoint_holds_what_is_trained_and_not_the_base(fit: Callable[..., Fit], tmp_path: Path):

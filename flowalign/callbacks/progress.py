@@ -62,6 +62,8 @@ class PhaseProgress(Callback):
         metrics = trainer.callback_metrics
         # Given pictures have no reward.
         shown = [f"reward {pl_module.stats['reward_mean']:.3f}"] if "reward_mean" in pl_module.stats else []
+        if pl_module.stats.get("reward_nan_fraction"):
+            shown.append(f"not scored {pl_module.stats['reward_nan_fraction']:.1%}")
         for key, name in (
             ("train/loss", "loss"),
             ("train/ratio", "ratio"),

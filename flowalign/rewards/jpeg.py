@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowalign.rewards.base import FrameReward
+from flowalign.rewards.base import FrameReward, RewardError
 
 
 class Jpeg(FrameReward):
@@ -24,6 +24,14 @@ class Jpeg(FrameReward):
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts, metadata
         return torch.tensor([self.sign * self._kilobytes(picture) for picture in pictures], dtype=torch.float32)
+
+    def self_check(self) -> None:
+        """Raises RewardError unless noise takes more kilobytes than grey."""
+        grey = torch.full((1, 3, 64, 64), 0.5)
+        noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        small, large = (self.sign * self(picture, [""], [{}]) for picture in (grey, noise))
+        if not small < large:
+            raise RewardError(f"noise takes {float(large):.3f} kilobytes and grey {float(small):.3f}.")
 
     def _kilobytes(self, picture: Tensor) -> float:
         file = BytesIO()

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import FrameReward
+from flowalign.rewards.base import FrameReward, RewardError
 from flowalign.shapes.quality import quality
+from flowalign.shapes.render import picture
 from flowalign.shapes.verify import verify
-from flowalign.shapes.world import Spec
+from flowalign.shapes.world import Spec, specs
 
 
 class _OfScene(FrameReward):
@@ -21,6 +22,14 @@ class _OfScene(FrameReward):
     @abstractmethod
     def judge(self, image: np.ndarray, spec: Spec) -> float:
         """image (H, W, 3) in [0, 1]."""
+
+    def self_check(self) -> None:
+        """Raises RewardError unless a picture of two things in their places scores above noise and above nothing."""
+        spec, noise = specs("position")[0], np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
+        right = self.judge(picture(spec, seed=0), spec)
+        for name, wrong in (("noise", noise), ("an empty picture", np.full_like(noise, 0.95))):
+            if not right > self.judge(wrong, spec):
+                raise RewardError(f"{name} scores no less than a picture of {spec.captions()[0]} ({right:.3f}).")
 
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts

@@ -5,5 +5,6 @@ from flowalign.scoring.missing import Missing
 from flowalign.scoring.ramp import Ramp
 from flowalign.scoring.scorer import Scorer
 from flowalign.scoring.seen import Latents, Seen
+from flowalign.scoring.turns import Scores, Turns
 
-__all__ = ["Latents", "Measure", "Missing", "Ramp", "Scorer", "Seen"]
+__all__ = ["Latents", "Measure", "Missing", "Ramp", "Scorer", "Scores", "Seen", "Turns"]

@@ -58,6 +58,11 @@ class Measure:
         return getattr(self.reward, "sees", "media") == "latents"
 
     @property
+    def beside(self) -> bool:
+        """Whether it may score while the policy samples: not with parts of the policy, whose weights are exchanged."""
+        return not hasattr(self.reward, "bind")
+
+    @property
     def described(self) -> str:
         """Name and class, or plain function: `strict` (Strict)."""
         function = getattr(self.reward, "func", self.reward)  # of functools.partial

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from flowalign.scoring.measure import Measure, OnError
 from flowalign.scoring.missing import Missing, Policy
 from flowalign.scoring.ramp import Ramp
 from flowalign.scoring.seen import Latents, Seen
+from flowalign.scoring.turns import Scores, Scoring
 
 
 class Scorer:
@@ -33,16 +35,22 @@ class Scorer:
         max_missing: float = 0.5,
         on_error: OnError = "stop",
         self_check: bool = True,
+        ahead: int = 1,
     ) -> None:
         """missing: what is left out of training where a picture has no score, or "stop". max_missing: the share of an
         epoch's pictures above which the run stops. on_error: whether a reward that raises ends the run, or leaves its
-        samples without a score. self_check: whether rewards are checked before training.
+        samples without a score. self_check: whether rewards are checked before training. ahead: batches that may be
+        sampled while earlier ones are scored, each reward by a thread of its own; 0: everything in turn.
         """
+        if ahead < 0:
+            raise ValueError(f"ahead counts the batches that wait for their scores and is 0 or more (got {ahead}).")
         named = objective if isinstance(objective, Mapping) else {"reward": objective}
         self.objective = {name: _measure(reward) for name, reward in named.items()}
         self.held_out = {name: _measure(reward) for name, reward in (held_out or {}).items()}
         self.missing = Missing(missing, max_missing)
         self.self_check = self_check
+        self.ahead = ahead
+        self._threads: dict[str, ThreadPoolExecutor] = {}
         self._check_names(weights or {})
         for name, measure in self.every.items():
             measure.name, measure.on_error = name, on_error
@@ -112,10 +120,32 @@ class Scorer:
 
     def close(self) -> None:
         """Lets rewards end what they have started."""
+        for thread in self._threads.values():
+            thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.clear()
         for measure in self.every.values():
             measure.close()
 
     # ------------------------------------------------------------ scores
+
+    def start(self, seen: Seen, evaluation: bool = False) -> Scoring:
+        """Begins to score by the rewards of the objective, or by all that an evaluation measures."""
+        measures = self._evaluated if evaluation else self.objective
+        return Scoring({name: self._started(name, measure, seen) for name, measure in measures.items()})
+
+    def _started(self, name: str, measure: Measure, seen: Seen) -> Future[Tensor]:
+        if self.ahead and measure.beside:
+            # One thread a reward: none is called twice at a time, and its calls are in order.
+            if name not in self._threads:
+                self._threads[name] = ThreadPoolExecutor(1, f"reward-{name}")
+            return self._threads[name].submit(measure, seen)
+        future: Future[Tensor] = Future()
+        future.set_result(measure(seen))
+        return future
+
+    def stacked(self, scores: Scores) -> Tensor:
+        """(B, R) of the rewards of the objective by name."""
+        return torch.stack([scores[name] for name in self.objective], dim=1)
 
     def rewards(
         self,
@@ -128,26 +158,26 @@ class Scorer:
 
         media may be None where `sees_media` says so; groups (B,) are the numbers of what is compared.
         """
-        seen = Seen(prompts, media, latents, groups)
-        return torch.stack([measure(seen) for measure in self.objective.values()], dim=1)
+        return self.stacked(self.start(Seen(prompts, media, latents, groups)).result())
 
     def combined(self, rewards: Tensor, epoch: float = math.inf) -> Tensor:
         """(B, R) to their weighted sum (B,); NaN if a reward that counts is missing."""
         return _total(rewards, self.weights(epoch))
 
     def all(self, media: Tensor | None, prompts: Sequence[Prompt], latents: Latents | None = None) -> dict[str, Tensor]:
-        """What an evaluation measures, by name, and the weighted sum of the objective under "reward"; (B,) each.
+        """What an evaluation measures, by name, and the weighted sum of the objective under "reward"; (B,) each."""
+        return self.summed(self.start(Seen(prompts, media, latents), evaluation=True).result())
 
-        The sum is over what is evaluated, by the last weights, so that evaluations can be compared; without any it is
-        NaN.
+    def summed(self, scores: Scores) -> Scores:
+        """With the weighted sum of the objective.
+
+        It is over what is evaluated, by the last weights, so that evaluations can be compared; NaN without any.
         """
-        seen = Seen(prompts, media, latents)
-        found = {name: measure(seen) for name, measure in self._evaluated.items()}
-        counted = [name for name in self.objective if name in found]
+        counted = [name for name in self.objective if name in scores]
         if not counted:
-            return found | {"reward": torch.full((len(prompts),), torch.nan, device=seen.device)}
-        weights = self.weights()[[name in found for name in self.objective]]
-        return found | {"reward": _total(torch.stack([found[name] for name in counted], dim=1), weights)}
+            return scores | {"reward": torch.full_like(next(iter(scores.values()), torch.empty(0)), torch.nan)}
+        weights = self.weights()[[name in scores for name in self.objective]]
+        return scores | {"reward": _total(torch.stack([scores[name] for name in counted], dim=1), weights)}
 
 
 def _total(rewards: Tensor, weights: Tensor) -> Tensor:

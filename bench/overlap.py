@@ -1,0 +1,98 @@
+"""What scoring beside sampling saves: `python bench/overlap.py`.
+
+A reward that sleeps is given the time that sampling takes. Three rollout phases are then timed alternately, in one
+process: sampling with a reward that takes no time, scoring in turn, and scoring beside sampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+class Sleeper:
+    """Scores nothing, for so many seconds a picture."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, media: Any, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        import torch
+
+        time.sleep(self.seconds * len(media))
+        return torch.zeros(len(media))
+
+
+def collector(overrides: list[str]) -> Any:
+    """The rollout phase of a run, outside of a trainer."""
+    from hydra import compose, initialize_config_dir
+
+    from flowalign.collect import Collector
+    from flowalign.conditioner import Conditioner
+    from flowalign.recipe import batch_plan
+    from flowalign.run import CONF, build_recipe, quieten
+
+    quieten()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", ["paths.output_dir=outputs/bench", *overrides])
+    r = build_recipe(cfg)
+    return Collector(
+        r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
+        Conditioner(r.model, guided=False), batch_plan(r), r.train_size, r.seed,
+    )  # fmt: skip
+
+
+def measure(collect: Any, repeats: int) -> dict[str, float]:
+    """Medians of seconds, and the ratio of the overlapped phase to the longer of sampling and scoring."""
+    import torch
+
+    from flowalign.scoring import Scorer
+
+    reward, samples = Sleeper(), collect.geometry.samples
+
+    def timed(seconds: float, ahead: int) -> float:
+        reward.seconds, collect.scorer = seconds, Scorer(reward, ahead=ahead)
+        began = time.perf_counter()
+        with torch.no_grad():
+            collect(0, 0, torch.device("cpu"), lambda rewards: rewards, lambda done, mean: None)
+        collect.scorer.close()
+        return time.perf_counter() - began
+
+    timed(0.0, 0)  # warm
+    found: dict[str, list[float]] = {"sampling": [], "scoring": [], "in_turn": [], "beside": []}
+    for _ in range(repeats):
+        sampling = timed(0.0, 0)
+        found["sampling"].append(sampling)
+        found["scoring"].append(sampling)  # by construction
+        found["in_turn"].append(timed(sampling / samples, 0))
+        found["beside"].append(timed(sampling / samples, 1))
+    middle = {name: round(median(values), 3) for name, values in found.items()}
+    longer = [max(pair) for pair in zip(found["sampling"], found["scoring"], strict=True)]
+    ratios = [beside / other for beside, other in zip(found["beside"], longer, strict=True)]
+    batches = -(-samples // collect.sampling.batch_size)
+    return middle | {"batches": batches, "ratio": round(median(ratios), 3), "floor": round((batches + 1) / batches, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--to", type=Path, default=ROOT / "outputs" / "bench" / "overlap.json")
+    given = parser.parse_intermixed_args()
+    row = measure(collector(["rollout.batch_size=9", *given.overrides]), given.repeats)
+    for name, value in row.items():
+        print(f"{name:9} {value}")
+    given.to.parent.mkdir(parents=True, exist_ok=True)
+    given.to.write_text(json.dumps(row, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
