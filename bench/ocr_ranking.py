@@ -1,17 +1,20 @@
-"""Does the OCR reward rank a written word above the same word with damaged letters, and that above another word?
+"""Does the OCR reward rank a written word above the same word damaged, and that above another word?
 
     python bench/ocr_ranking.py --engine rapidocr --words 200
-    python bench/ocr_ranking.py --engine tesseract
+    python bench/ocr_ranking.py --engine tesseract --damage covered
 
-Each word is drawn in a colour, size and place of its own on a plain background. Damaged: noise covers two letters of
-it, and weak noise everything. Prints one JSON object: `ranked`, the share of words with clean > damaged > wrong, the
-shares of both halves of that, and the mean score of each kind.
+Each word is drawn in a colour, size and place of its own on a plain background. Damage is "garbled": two inner letters
+are other ones, and noise of deviation 0.1 lies over everything; or "covered": weak noise over everything, and nothing
+but noise where two inner letters were. Prints one JSON object: `ranked`, the share of words with clean > damaged >
+other, the shares of both halves of that, and the mean score of each kind.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from flowalign.rewards.drawings import tensor
 from flowalign.rewards.ocr import OCR, edit_distance
 
-WORDS = """
+TEXT = """
 airport almond anchor animal apricot arcade archive arrival autumn avenue balance bakery balloon bamboo banana barber
 basket battery beacon bedroom bicycle biscuit blanket blossom bottle bridge broken bronze brother bucket budget buffalo
 builder burger butter button cabinet camera candle canyon carbon carpet castle ceiling central century ceramic chamber
@@ -36,34 +40,70 @@ january jasmine journal journey jungle justice kettle kingdom kitchen ladder lan
 liberty library lighthouse limited liquid lobster london lumber magnet mailbox mango marble market meadow medicine
 member memory message midnight mineral mirror monday monster morning mountain museum mustard needle
 nickel notebook number ocean office olive
-""".split()
+"""
+WORDS = TEXT.split()
 SIDE = 256
 
 
-def drawn(word: str, rng: np.random.Generator) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
-    """The picture (3, SIDE, SIDE) in [0, 1] and the boxes (left, top, right, bottom) of the letters."""
-    ground = int(rng.integers(200, 256))
-    ink = tuple(int(value) for value in rng.integers(0, 90, 3))
-    image = Image.new("RGB", (SIDE, SIDE), (ground, ground, int(rng.integers(200, 256))))
-    draw = ImageDraw.Draw(image)
-    size = SIDE / len(word) * rng.uniform(1.1, 1.5)
-    font = ImageFont.load_default(size=size)
-    left = rng.uniform(8, max(9, SIDE - 8 - draw.textlength(word, font)))
-    top = rng.uniform(20, SIDE - 20 - size)
-    draw.text((left, top), word, ink, font=font)
-    ends = [left + draw.textlength(word[:i], font) for i in range(len(word) + 1)]
-    boxes = [(int(a), int(top), round(b), int(top + 1.2 * size)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255, boxes
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom."""
 
 
-def damaged(picture: Tensor, boxes: list[tuple[int, int, int, int]], rng: np.random.Generator) -> Tensor:
-    """Noise over two inner letters, and weak noise over everything."""
-    picture = picture + 0.03 * torch.from_numpy(rng.standard_normal(picture.shape)).float()
-    for number in rng.choice(np.arange(1, len(boxes) - 1), size=2, replace=False):
+class Canvas:
+    """Where and how a word is drawn."""
+
+    def __init__(self, word: str, rng: np.random.Generator) -> None:
+        self.word, ground = word, int(rng.integers(200, 256))
+        self.ink = tuple(int(value) for value in rng.integers(0, 90, 3))
+        self.ground = (ground, ground, int(rng.integers(200, 256)))
+        self.size = SIDE / len(word) * rng.uniform(1.1, 1.5)
+        self.font = ImageFont.load_default(size=self.size)
+        self.left = rng.uniform(8, max(9, SIDE - 8 - self.font.getlength(word)))
+        self.top = rng.uniform(20, SIDE - 20 - self.size)
+
+    def drawn(self, word: str) -> Tensor:
+        """(3, SIDE, SIDE) in [0, 1]."""
+        image = Image.new("RGB", (SIDE, SIDE), self.ground)
+        ImageDraw.Draw(image).text((self.left, self.top), word, self.ink, font=self.font)
+        return tensor(image)
+
+    def boxes(self) -> list[Box]:
+        """Of the word's letters."""
+        ends = [self.left + self.font.getlength(self.word[:i]) for i in range(len(self.word) + 1)]
+        top, bottom = int(self.top), int(self.top + 1.2 * self.size)
+        return [(int(first), top, round(last), bottom) for first, last in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def covered(canvas: Canvas, rng: np.random.Generator) -> Tensor:
+    """Weak noise, and nothing else in place of two inner letters."""
+    picture = noisy(canvas.drawn(canvas.word), 0.03, rng)
+    boxes = canvas.boxes()
+    for number in inner(canvas.word, rng):
         left, top, right, bottom = boxes[number]
         patch = picture[:, top:bottom, left:right]
         picture[:, top:bottom, left:right] = torch.from_numpy(rng.random(tuple(patch.shape))).float()
     return picture.clamp(0, 1)
+
+
+def garbled(canvas: Canvas, rng: np.random.Generator) -> Tensor:
+    """Noise, and two inner letters that are other ones."""
+    letters = list(canvas.word)
+    for number in inner(canvas.word, rng):
+        letters[number] = str(rng.choice([letter for letter in ascii_lowercase if letter not in canvas.word]))
+    return noisy(canvas.drawn("".join(letters)), 0.1, rng).clamp(0, 1)
+
+
+DAMAGES = {"garbled": garbled, "covered": covered}
+
+
+def inner(word: str, rng: np.random.Generator) -> list[int]:
+    """Two of a word's letters, neither the first nor the last."""
+    return rng.choice(np.arange(1, len(word) - 1), size=2, replace=False).tolist()
+
+
+def noisy(picture: Tensor, deviation: float, rng: np.random.Generator) -> Tensor:
+    """With normal noise."""
+    return picture + deviation * torch.from_numpy(rng.standard_normal(tuple(picture.shape))).float()
 
 
 def unlike(word: str, rng: np.random.Generator) -> str:
@@ -72,24 +112,26 @@ def unlike(word: str, rng: np.random.Generator) -> str:
     return str(rng.choice(others))
 
 
-def measure(engine: str, words: list[str], seed: int = 0) -> dict[str, Any]:
+def measure(engine: str, words: Sequence[str], damage: str = "garbled", seed: int = 0) -> dict[str, Any]:
     """Figures of one engine; see the module."""
     reward = OCR(engine)  # type: ignore[arg-type]
     rows = []
     for number, word in enumerate(words):
         rng = np.random.default_rng((seed, number))
-        clean, boxes = drawn(word, rng)
-        pictures = torch.stack([clean, damaged(clean, boxes, rng), drawn(unlike(word, rng), rng)[0]])
+        canvas = Canvas(word, rng)
+        bad, other = DAMAGES[damage](canvas, rng), unlike(word, rng)
+        pictures = torch.stack([canvas.drawn(word), bad, Canvas(other, rng).drawn(other)])
         rows.append(reward(pictures, [f'a sign that says "{word}"'] * 3, [{}] * 3))
-    clean, noisy, wrong = torch.stack(rows).T
+    clean, bad, other = torch.stack(rows).T
     return {
         "engine": engine,
+        "damage": damage,
         "words": len(words),
-        "ranked": round(float(((clean > noisy) & (noisy > wrong)).float().mean()), 4),
-        "clean_over_damaged": round(float((clean > noisy).float().mean()), 4),
-        "damaged_over_wrong": round(float((noisy > wrong).float().mean()), 4),
-        "mean_scores": [round(float(kind.mean()), 3) for kind in (clean, noisy, wrong)],
-        "not_in_order": [word for word, c, n, w in zip(words, clean, noisy, wrong, strict=True) if not c > n > w],
+        "ranked": round(float(((clean > bad) & (bad > other)).float().mean()), 4),
+        "clean_over_damaged": round(float((clean > bad).float().mean()), 4),
+        "damaged_over_other": round(float((bad > other).float().mean()), 4),
+        "mean_scores": [round(float(kind.mean()), 3) for kind in (clean, bad, other)],
+        "not_in_order": [word for word, c, b, o in zip(words, clean, bad, other, strict=True) if not c > b > o],
     }
 
 
@@ -97,10 +139,11 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="rapidocr", choices=["rapidocr", "tesseract"])
+    parser.add_argument("--damage", default="garbled", choices=list(DAMAGES))
     parser.add_argument("--words", type=int, default=len(WORDS))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.engine, WORDS[: arguments.words], arguments.seed), indent=2))
+    print(json.dumps(measure(arguments.engine, WORDS[: arguments.words], arguments.damage, arguments.seed), indent=2))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,7 @@ class DinoSimilarity(ModelReward):
                     picture = tensor(image)
             except OSError as error:
                 raise ValueError(f"{self.name}: the picture {path} cannot be read (set `folder`?).") from error
-            device = next(self.model.parameters()).device
-            self._known[path] = self.embed(picture[None].to(device))[0].cpu()
+            self._known[path] = self.embed(picture[None].to(self.where))[0].cpu()
         return self._known[path]
 
     @torch.no_grad()
@@ -64,7 +63,7 @@ class DinoSimilarity(ModelReward):
 
         Random networks find the opposite: they see which colours there are, and not how they make a shape.
         """
-        plain = drawings()
+        plain = drawings().to(self.where)
         first, darker, pieces = (self.embed(pictures) for pictures in (plain, 0.8 * plain, shuffled(plain)))
         right = int(((first * darker).sum(dim=-1) > (first * pieces).sum(dim=-1)).sum())
         if right < len(plain) - 1:

@@ -58,12 +58,12 @@ def written(text: str, side: int = SIDE) -> Tensor:
     return tensor(image)
 
 
-def check_matching(reward: Reward, name: str) -> None:
+def check_matching(reward: Reward, name: str, device: torch.device | str = "cpu") -> None:
     """RewardError unless drawings fit their captions better than other drawings and noise do, in 3 captions of 4.
 
     Random weights pass in less than 3 of 100 cases.
     """
-    pictures = torch.cat([drawings(), noise()[None]])
+    pictures = torch.cat([drawings(), noise()[None]]).to(device)
     captions = [caption for caption in SCENES for _ in pictures]
     scores = reward(pictures.repeat(len(SCENES), 1, 1, 1), captions, [{} for _ in captions]).view(len(SCENES), -1)
     if not scores.isfinite().all():

@@ -73,8 +73,12 @@ class ModelReward(FrameReward):
 
     def self_check(self) -> None:
         """RewardError if weights cannot be loaded, or do not prefer a drawing of the caption (see `check_matching`)."""
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else None)
-        check_matching(self, self.name)
+        check_matching(self, self.name, self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @property
+    def where(self) -> torch.device:
+        """Of the network, which follows the pictures."""
+        return next(self.model.parameters()).device
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -103,8 +107,7 @@ class ModelReward(FrameReward):
         encoded = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt", verbose=False
         )
-        device = next(self.model.parameters()).device
-        return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask") if name in encoded}
+        return {name: encoded[name].to(self.where) for name in ("input_ids", "attention_mask") if name in encoded}
 
     def say_if_cut(self, length: int, limit: int) -> None:
         """A warning, once, if a text of so many tokens is too long."""

@@ -66,6 +66,7 @@ class HPSv3(ModelReward):
         rows = [self._ids(prompt, int(number)) for prompt, number in zip(prompts, merged, strict=True)]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        asked = (ids == self._reward_id).int().argmax(dim=1)
         vlm = self.model["vlm"]
         inputs = {
             "input_ids": ids,
@@ -75,8 +76,7 @@ class HPSv3(ModelReward):
             "image_grid_thw": seen["image_grid_thw"],
         }
         hidden = vlm(**{name: value.to(pictures.device) for name, value in inputs.items()}).last_hidden_state
-        asked = (ids == self._reward_id).int().argmax(dim=1).to(hidden.device)
-        return self.model["head"](hidden[torch.arange(len(ids), device=hidden.device), asked].float())[:, 0]
+        return self.model["head"](hidden[torch.arange(len(ids)), asked].float())[:, 0]
 
     @cached_property
     def _patches(self) -> Any:

@@ -32,6 +32,9 @@ class RapidOCR:
                 "Global.log_level": "critical",
                 "Global.use_cls": False,  # which turns upside-down lines, as Flow-GRPO does not either
                 "Global.text_score": 0.0,  # confidence is ours to judge
+                # PaddleOCR's own limits, by which small pictures are not enlarged: seven times as quick at 256 pixels
+                "Det.limit_type": "max",
+                "Det.limit_side_len": 960,
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
             }

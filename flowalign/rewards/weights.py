@@ -19,15 +19,14 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 def fetched(pretrained: str, file: str, revision: str | None = None) -> Path:
     """A file of a local folder, or of a hub repository by way of the local cache (HF_HOME, HF_HUB_OFFLINE)."""
-    folder = Path(pretrained).expanduser()
-    if folder.is_dir():
-        if not (folder / file).is_file():
-            raise RewardError(f"the folder {pretrained} has no {file}.")
-        return folder / file
-    with _explained(pretrained):
-        from huggingface_hub import hf_hub_download
+    with _explained(pretrained) as (where, local):
+        if not local:
+            from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(pretrained, file, revision=revision))
+            return Path(hf_hub_download(where, file, revision=revision))
+    if not (Path(where) / file).is_file():
+        raise RewardError(f"the folder {pretrained} has no {file}.")
+    return Path(where) / file
 
 
 def settings_of(pretrained: str, file: str, revision: str | None = None) -> dict[str, Any]:
@@ -45,6 +44,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise RewardError(f"{path} cannot be read as weights ({str(error).splitlines()[0]}).") from error
+    if not isinstance(found, Mapping):
+        raise RewardError(f"{path} cannot be read as weights (it holds a {type(found).__name__}).")
     for wrapper in ("state_dict", "model"):
         if isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
@@ -53,35 +54,35 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 def tokenizer_of(pretrained: str, revision: str | None = None) -> Any:
     """The tokenizer of a repository or folder."""
-    with _explained(pretrained):
+    with _explained(pretrained) as (where, _):
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(pretrained, revision=revision)
+        return AutoTokenizer.from_pretrained(where, revision=revision)
 
 
 def config_of(kind: str, pretrained: str, revision: str | None = None) -> Any:
     """The configuration of a repository or folder, of this class of transformers."""
-    with _explained(pretrained):
+    with _explained(pretrained) as (where, _):
         import transformers
 
-        return getattr(transformers, kind).from_pretrained(pretrained, revision=revision)
+        return getattr(transformers, kind).from_pretrained(where, revision=revision)
 
 
 def processor_of(pretrained: str, revision: str | None = None) -> Any:
     """What prepares pictures and words together for the model of a repository or folder."""
-    with _explained(pretrained):
+    with _explained(pretrained) as (where, _):
         import transformers
 
-        return transformers.AutoProcessor.from_pretrained(pretrained, revision=revision)
+        return transformers.AutoProcessor.from_pretrained(where, revision=revision)
 
 
 def model_of(kind: str, pretrained: str, revision: str | None, dtype: torch.dtype) -> Any:
     """A model of this class of transformers, frozen. RewardError if a weight of it is missing there."""
-    with _explained(pretrained):
+    with _explained(pretrained) as (where, _):
         import transformers
 
         network = getattr(transformers, kind)
-        model, report = network.from_pretrained(pretrained, revision=revision, dtype=dtype, output_loading_info=True)
+        model, report = network.from_pretrained(where, revision=revision, dtype=dtype, output_loading_info=True)
     # transformers fills what is missing with random numbers and goes on.
     if absent := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
         raise RewardError(f"{pretrained} is no {kind}: it lacks {len(absent)} weights, such as {absent[0]}.")
@@ -117,9 +118,9 @@ def mlp_of(state: Mapping[str, Tensor], source: str, between: type[nn.Module] = 
     return frozen(nn.Sequential(*layers[:-1]))
 
 
-def under(state: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
-    """What begins with one of the prefixes, without it."""
-    return {name.removeprefix(p): tensor for p in prefixes for name, tensor in state.items() if name.startswith(p)}
+def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What begins with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def frozen(model: nn.Module) -> Any:
@@ -128,19 +129,23 @@ def frozen(model: nn.Module) -> Any:
 
 
 @contextmanager
-def _explained(pretrained: str) -> Iterator[None]:
-    """Without the library's bar over the weights and its table of those it did not need; its errors in our words."""
+def _explained(pretrained: str) -> Iterator[tuple[str, bool]]:
+    """The folder or hub id, and whether it is a folder.
+
+    Without the library's bar over the weights and its table of those it did not need; its errors in our words.
+    """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     from transformers.utils import logging as library
 
-    local = Path(pretrained).expanduser().is_dir()
+    folder = Path(pretrained).expanduser()
+    local = folder.is_dir()
     if not local and not HUB_ID.fullmatch(pretrained):
         raise RewardError(f"{pretrained} is neither a folder nor a hub id like org/name.")
     shown, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
     library.disable_progress_bar()
     library.set_verbosity_error()
     try:
-        yield
+        yield (str(folder) if local else pretrained), local
     except GatedRepoError as error:
         raise RewardError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
