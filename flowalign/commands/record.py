@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import shutil
@@ -72,11 +73,10 @@ class Record:
         path = self.folder / "scores.csv"
         if not path.is_file():
             return
-        *lines, last = path.read_text().splitlines(keepends=True) or [""]
-        if last.endswith("\n"):  # a killed run may have left half a line
-            lines.append(last)
-        path.write_text("".join(lines))
-        for row in csv.DictReader(lines):
+        written = path.read_bytes()
+        whole = written[: written.rfind(b"\n") + 1]  # a killed run may have left half a line
+        path.write_bytes(whole)
+        for row in csv.DictReader(io.StringIO(whole.decode(), newline="")):
             self.rows[int(row["sample"])] = [float(row[name]) for name in self.measures]
 
     def missing(self, wanted: Sequence[Asked]) -> list[Asked]:
@@ -88,13 +88,13 @@ class Record:
         for i, one in enumerate(batch):
             self.rows[one.number] = [float(scores[name][i]) for name in self.measures]
         path = self.folder / "scores.csv"
-        new = not path.is_file()
-        with path.open("a", newline="") as file:
+        new = not path.is_file() or not path.stat().st_size
+        with path.open("a", newline="", encoding="utf-8") as file:
             self._write(file, batch, header=new)
 
     def finish(self, wanted: Sequence[Asked]) -> dict[str, Tensor]:
         """The table once more, in order and without what was tried twice; its columns, (N,) each."""
-        with (self.folder / "scores.csv").open("w", newline="") as file:
+        with (self.folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
             self._write(file, wanted, header=True)
         columns = torch.tensor([self.rows[one.number] for one in wanted], dtype=torch.float32)
         return dict(zip(self.measures, columns.T, strict=True))
@@ -104,7 +104,8 @@ class Record:
         if header:
             writer.writerow([*_FIXED, *self.measures])
         for one in batch:
-            about = [one.number, one.picture, one.prompt.text, one.prompt.metadata.get("tag", "")]
+            text = " ".join(one.prompt.text.split())  # a row is a line
+            about = [one.number, one.picture, text, one.prompt.metadata.get("tag", "")]
             writer.writerow([*about, *(f"{value:.9g}" for value in self.rows[one.number])])
 
     # ------------------------------------------------------------ pictures

@@ -60,7 +60,7 @@ class Geneval(FrameReward):
         """Raises RewardError unless nothing is found on an empty picture and plain colours have their names."""
         empty = torch.full((1, 3, 256, 256), 0.5, device="cuda" if torch.cuda.is_available() else "cpu")
         try:
-            found = self.detector.detect(empty, [["dog"]])[0]
+            found = self.detector.detect(empty, [sorted(self.detector.vocabulary or ["dog"])])[0]
         except RewardError:
             raise
         except Exception as error:  # whatever a library may say

@@ -72,11 +72,14 @@ class _Closed:
     @torch.no_grad()
     def detect(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> list[list[Thing]]:
         """See `Detector`."""
-        del names  # it says all that it knows
         self.model.to(pictures.device)
-        return [found for part in pictures.split(self.batch_size) for found in self._look(part)]
+        found: list[list[Thing]] = []
+        for start in range(0, len(pictures), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            found += self._look(pictures[part], names[part])
+        return found
 
-    def _look(self, pictures: Tensor) -> Iterator[list[Thing]]:
+    def _look(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Iterator[list[Thing]]:
         raise NotImplementedError
 
     def _prepared(self, pictures: Tensor) -> Tensor:
@@ -117,19 +120,24 @@ class Segmenter(_Closed):
         super().__init__(pretrained, revision, side, batch_size)
         self.most = most
 
-    def _look(self, pictures: Tensor) -> Iterator[list[Thing]]:
+    def _look(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Iterator[list[Thing]]:
         output = self.model(pixel_values=self._prepared(pictures))
         shares = output.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last one is "nothing"
-        for logits, share in zip(output.masks_queries_logits, shares, strict=True):
-            yield self._things(logits, share, pictures.shape[-2:])
+        for logits, share, wanted in zip(output.masks_queries_logits, shares, names, strict=True):
+            yield self._things(logits, share, pictures.shape[-2:], wanted)
 
-    def _things(self, logits: Tensor, share: Tensor, size: Sequence[int]) -> list[Thing]:
-        """logits (Q, h, w) of masks, share (Q, classes): a query may be of several classes, as in the original."""
+    def _things(self, logits: Tensor, share: Tensor, size: Sequence[int], wanted: Sequence[str]) -> list[Thing]:
+        """logits (Q, h, w) of masks, share (Q, classes): a query may be of several classes, as in the original.
+
+        Masks are as large as pictures, hence of wanted classes only.
+        """
         best, which = share.flatten().topk(min(self.most, share.numel()))
         best, which = best[best > _FLOOR], which[best > _FLOOR]
         things = []
         for confidence, index in zip(best.tolist(), which.tolist(), strict=True):
             query, label = divmod(index, share.shape[1])
+            if self.labels[label] not in wanted:
+                continue
             upright = interpolate(logits[query][None, None], tuple(size), mode="bilinear")[0, 0]
             mask = upright > 0
             if mask.any():
@@ -157,14 +165,15 @@ class BoxDetector(_Closed):
     ) -> None:
         super().__init__(pretrained, revision, side, batch_size)
 
-    def _look(self, pictures: Tensor) -> Iterator[list[Thing]]:
+    def _look(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Iterator[list[Thing]]:
         output = self.model(pixel_values=self._prepared(pictures))
         scores, labels = output.logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # the last one is "nothing"
         height, width = pictures.shape[-2:]
         middle, half = output.pred_boxes[..., :2], output.pred_boxes[..., 2:] / 2  # in units of the picture
         boxes = torch.cat([middle - half, middle + half], dim=-1) * middle.new_tensor([width, height] * 2)
-        for seen in zip(boxes, scores, labels, strict=True):
-            yield [thing for thing in _boxed(*seen, self.labels) if thing.score > _FLOOR]
+        for box, score, label, wanted in zip(boxes, scores, labels, names, strict=True):
+            things = _boxed(box, score, label, self.labels)
+            yield [thing for thing in things if thing.score > _FLOOR and thing.name in wanted]
 
 
 class WordDetector:

@@ -200,9 +200,13 @@ def test_a_closed_network_is_opened_and_gives_boxes_in_pixels_of_its_own_words(
     torch.manual_seed(0)
     made = detector(str(closed(tmp_path, kind)), side=64, batch_size=2)
     assert made.vocabulary == {"dog", "computer mouse", "tv"}
-    found = made.detect(torch.rand(3, 3, 48, 80), [["dog"]] * 3)
+    media = torch.rand(3, 3, 48, 80)
+    found = made.detect(media, [["dog", "computer mouse", "tv"]] * 3)
     assert len(found) == 3
     assert any(found)
+    named = {thing.name for things in found for thing in things}
+    assert made.detect(media, [[]] * 3) == [[], [], []]
+    assert {t.name for things in made.detect(media, [[min(named)]] * 3) for t in things} == {min(named)}
     for thing in (thing for things in found for thing in things):
         left, top, right, bottom = thing.box
         assert -80 <= left < right <= 160
@@ -220,7 +224,7 @@ def test_a_mask_from_the_network_becomes_a_thing_with_its_confidence(tmp_path: P
     logits = torch.full((2, 4, 4), -20.0)
     logits[1, :2, 2:] = 20.0  # the upper right quarter
     share = torch.tensor([[0.01, 0.01, 0.01], [0.01, 0.9, 0.03]])
-    things = made._things(logits, share, (64, 64))
+    things = made._things(logits, share, (64, 64), ["computer mouse", "tv"])
     assert [(t.name, t.score) for t in things] == [("computer mouse", pytest.approx(0.9, abs=0.02))]  # soft edges
     left, top, right, bottom = things[0].box
     assert (left, top, right, bottom) == pytest.approx((32, 0, 64, 32), abs=1)
