@@ -15,7 +15,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -105,16 +106,13 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--to", type=Path, default=None, help="folder; outputs/bench/<time> unless given")
     given = parser.parse_args()
-    with serving(given.replicas, given.seconds) as urls:
-        rows = [
-            measure(urls, given.pictures, size, given.seconds, given.batch_size, in_flight)
-            for size in given.sizes
-            for in_flight in given.in_flight
-        ]
-    names = list(asdict(rows[0]))
+    names = [field.name for field in fields(Row)]
     print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
-    for row in rows:
-        print(f"| {' | '.join(map(str, asdict(row).values()))} |")
+    rows = []
+    with serving(given.replicas, given.seconds) as urls:
+        for size, in_flight in product(given.sizes, given.in_flight):
+            rows.append(measure(urls, given.pictures, size, given.seconds, given.batch_size, in_flight))
+            print(f"| {' | '.join(map(str, asdict(rows[-1]).values()))} |", flush=True)
     folder = given.to or ROOT / "outputs" / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "reward_load.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
