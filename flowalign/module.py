@@ -22,6 +22,7 @@ from flowalign.collect import Collector
 from flowalign.conditioner import Conditioner
 from flowalign.evaluation import Positions, Shown, stills
 from flowalign.generate import generate
+from flowalign.guards import check_finite, check_ratio
 from flowalign.memory import GIB, Share, plan
 from flowalign.policy import Policy
 from flowalign.prompts import Prompt
@@ -252,29 +253,12 @@ class AlignModule(LightningModule):
         )
 
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> None:
-        finite = losses.isfinite()
-        if not finite.all():
-            row = int((~finite).nonzero()[0])
-            sigma = float(self.buffer.points.sigma[idx[row].to(self.device)])
-            raise FloatingPointError(
-                f"the loss of {int((~finite).sum())} of {len(losses)} points is not finite (first: sigma "
-                f"{sigma:.3f}, epoch {self.current_epoch}, "
-                f"step {self.global_step}); a lower learning rate or fp32 helps, and algo.adv_clip bounds the credit."
-            )
-        first_update = batch_idx < self.geometry.accumulate
-        if first_update and "ratio" in metrics:
-            gap = float((metrics["ratio"] - 1).abs().max())
+        sigma = self.buffer.points.sigma[idx.to(self.device)]
+        check_finite(losses, sigma, self.current_epoch, self.global_step)
+        if batch_idx < self.geometry.accumulate and "ratio" in metrics:
+            tolerance = self.recipe.optimisation.on_policy_tolerance
+            gap = check_ratio(metrics["ratio"], tolerance, str(self.trainer.precision))
             self.log("train/on_policy_gap", gap, on_step=False, on_epoch=True, reduce_fx="max")
-            if gap > self._on_policy_tolerance():
-                raise RuntimeError(
-                    f"before the first update the importance ratio must be 1, but it is off by {gap:.2e}: rollout "
-                    "and training disagree "
-                    "(guidance, precision, dropout or resolution). optimisation.on_policy_tolerance sets the limit."
-                )
-
-    def _on_policy_tolerance(self) -> float:
-        given = self.recipe.optimisation.on_policy_tolerance
-        return given if given is not None else 1e-5 if str(self.trainer.precision).startswith("32") else 1e-3
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         del optimizer  # its gradients are unscaled here and not clipped yet

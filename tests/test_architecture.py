@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "conditioner",
         "scoring",
     )
-    + ("report", "collect", "generate", "media"),
+    + ("report", "collect", "generate", "media", "guards"),
     ("recipe", "memory", "module", "callbacks"),
     ("compatibility", "summary", "curves", "run", "serving", "commands", "cli", "programs"),
 )
