@@ -36,8 +36,6 @@ def test_the_example_of_the_page_trains(folder: Path, sd3_folder: Path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     final = json.loads((folder / "run" / "summary.json").read_text())["final"]
     assert {"val/reward", "val/asked", "val/quality"} <= final.keys()
-    assert 0 < final["val/asked/not_scored"] < 1
-    assert "val/reward/not_scored" not in final
 
 
 def test_a_failing_check_ends_the_command_before_anything_is_loaded(folder: Path):
