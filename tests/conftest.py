@@ -143,7 +143,9 @@ def untaught() -> Callable[[Any, Path], Path]:
 
 
 @pytest.fixture(scope="session")
-def sd3_reward(sd3_folder: Path, untaught: Callable[[Any, Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd3_reward(
+    sd3_folder: Path, untaught: Callable[[Any, Path], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A latent reward for the random SD3."""
     from flowalign.models.sd3 import SD3
 

@@ -240,7 +240,14 @@ def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
 
 @pytest.mark.slow
 def test_it_learns_what_it_is_shown(program: Callable[..., Path], sd3: SD3):
-    words = ("train.prompts=6", "fit.steps=150", "fit.batch=8", "fit.lr=3e-3", "fit.lr_blocks=3e-3", "train.strangers=0")
+    words = (
+        "train.prompts=6",
+        "fit.steps=150",
+        "fit.batch=8",
+        "fit.lr=3e-3",
+        "fit.lr_blocks=3e-3",
+        "train.strangers=0",
+    )
     same = ("data.val=${data.train}", "val.prompts=6", "val.seed=0")
     folder = program("run", "fit.loss=bradley_terry", *words, *same)
     facts = json.loads((folder / "reward.json").read_text())
@@ -252,11 +259,10 @@ def test_labels_that_do_not_differ_and_labels_of_another_range_are_refused(progr
     with pytest.raises(ValueError, match="loss=bce takes labels in"):
         program("a", "fit.loss=bce")
     with pytest.raises(ConfigError, match="no two latents of a prompt differ"):
-        program("b", "reward={_target_: flowalign.scoring.Scorer, "
-                "objective: {_target_: tests.rewards.test_latent.one, _partial_: true}}")
+        program("b", "reward.objective._target_=tests.rewards.test_latent.equal", "+reward.objective._partial_=true")
 
 
-def one(media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+def equal(media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], **settings: Any) -> Tensor:
     return torch.ones(len(media))
 
 
