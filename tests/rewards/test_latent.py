@@ -259,14 +259,10 @@ def test_labels_that_do_not_differ_and_labels_of_another_range_are_refused(progr
     with pytest.raises(ValueError, match="loss=bce takes labels in"):
         program("a", "fit.loss=bce")
     with pytest.raises(ConfigError, match="no two latents of a prompt differ"):
-        program(
-            "b",
-            "reward={_target_: flowalign.scoring.Scorer, "
-            "objective: {_target_: tests.rewards.test_latent.one, _partial_: true}}",
-        )
+        program("b", "reward.objective._target_=tests.rewards.test_latent.equal", "+reward.objective._partial_=true")
 
 
-def one(media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+def equal(media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], **settings: Any) -> Tensor:
     return torch.ones(len(media))
 
 
