@@ -87,7 +87,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def body(media: torch.Tensor, video: bool = False, **changes: Any) -> dict[str, Any]:
-    samples = [Sample(encode(frames if video else frames[None]), "", {}) for frames in eight_bits(media)]
+    samples = [Sample(encode(frames if frames.ndim == 4 else frames[None]), "", {}) for frames in eight_bits(media)]
     return json.loads(Query("request", "reward", video, samples, 30).dump()) | changes
 
 
