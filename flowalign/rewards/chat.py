@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """Pictures (F, 3, H, W) in [0, 1], in the order in which they are shown, and the text below them."""
+    """Pictures (F, 3, H, W) uint8, in the order in which they are shown, and the text below them."""
 
     pictures: Tensor
     text: str

@@ -15,6 +15,7 @@ from torch import Tensor
 from flowalign.rewards.base import RewardError, checked
 from flowalign.rewards.board import RefusedError
 from flowalign.rewards.chat import Chat, Question, text_of
+from flowalign.rewards.png import eight_bits
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
@@ -36,7 +37,7 @@ class Judge(ABC):
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """See `Reward`. NaN where the judge could not be asked, or said nothing that counts."""
         videos, finite = checked(media, prompts, metadata)
-        rows, videos = finite.nonzero().flatten().tolist(), videos.cpu()
+        rows, videos = finite.nonzero().flatten().tolist(), eight_bits(videos)
         questions = [Question(self.chat.stills(videos[i]), filled(self.template, prompts[i]), (i,)) for i in rows]
         scores = torch.full((len(videos),), torch.nan)
         for i, score in zip(rows, self.chat.ask(questions, self.read, **self.fields), strict=True):

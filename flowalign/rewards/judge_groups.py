@@ -16,6 +16,7 @@ from flowalign.rewards.base import RewardError, checked
 from flowalign.rewards.chat import Chat, Question, text_of
 from flowalign.rewards.groupwise import win_rate
 from flowalign.rewards.judge import filled, plain_squares
+from flowalign.rewards.png import eight_bits
 
 
 class GroupJudge(ABC):
@@ -34,7 +35,7 @@ class GroupJudge(ABC):
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor) -> Tensor:
         """`groups` (B,): samples with the same id are compared. NaN where nothing was learnt of a sample."""
         videos, finite = checked(media, prompts, metadata)
-        rows, videos = finite.nonzero().flatten().cpu(), videos.cpu()
+        rows, videos = finite.nonzero().flatten().cpu(), eight_bits(videos)
         scores = torch.full((len(videos),), torch.nan)
         stills = [self.chat.stills(videos[i]) for i in rows]
         scores[rows] = self.compare(stills, [prompts[i] for i in rows], groups.cpu()[rows])

