@@ -53,8 +53,8 @@ class HackingGuard(Callback):
         """Looks at the baseline and at the evaluations of the training; not at the last one, which repeats one."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting or (self.best is None and trainer.global_step == 0):
-            numbers = [self._read(trainer, name) for name in (self.objective, self.gold)]
-            hacked = self.judge(*numbers, trainer.current_epoch if fitting else -1)
+            objective, gold = self._read(trainer, self.objective), self._read(trainer, self.gold)
+            hacked = self.judge(objective, gold, trainer.current_epoch if fitting else -1)
             for logger in trainer.loggers:
                 logger.log_metrics({"val/hacked": float(hacked)}, step=trainer.global_step)
             if hacked and self.stop:

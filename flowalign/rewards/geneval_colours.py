@@ -61,7 +61,7 @@ class ClipColours:
         pixels = torch.cat([clip.pixels(crop(picture, thing)[None]) for thing in things])
         pictures = normalize(clip.of_pictures(pixels), dim=-1)
         texts = torch.stack([self._of(clip, thing.name).to(pictures) for thing in things])
-        best = torch.einsum("nd,ncd->nc", pictures, texts).argmax(dim=1)
+        best = torch.einsum("bd,bcd->bc", pictures, texts).argmax(dim=1)
         return [COLOURS[i] for i in best.tolist()]
 
     def _of(self, clip: ClipScore, name: str) -> Tensor:
