@@ -27,6 +27,8 @@ from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
+from flowalign.strategies.sharded import Sharded
+from flowalign.tensors import whole
 
 
 class AlignModule(LightningModule):
@@ -73,8 +75,10 @@ class AlignModule(LightningModule):
                 f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
             )
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
+        strategy = self.trainer.strategy
+        shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with refusals():
-            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen)
+            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard)
             r.running.apply(r.model)
 
     @property
@@ -83,10 +87,24 @@ class AlignModule(LightningModule):
             raise RuntimeError("the policy is built by configure_model, which the Trainer calls.")
         return self.policy
 
+    @property
+    def alike(self) -> int:
+        """Neighbouring ranks that work on the same samples, each on a part of every sequence."""
+        return self.trainer.strategy.context if isinstance(self.trainer.strategy, Sharded) else 1
+
+    @property
+    def replica(self) -> int:
+        """Whose samples this rank works on, out of `replicas`."""
+        return self.global_rank // self.alike
+
+    @property
+    def replicas(self) -> int:
+        return self.trainer.world_size // self.alike
+
     def setup(self, stage: str) -> None:
         del stage
         r = self.recipe
-        self.geometry = batch_plan(r, self.trainer.world_size)
+        self.geometry = batch_plan(r, self.replicas)
         self.collect = Collector(
             r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
             self.conditioner, self.geometry, r.train_size, r.seed,
@@ -120,7 +138,8 @@ class AlignModule(LightningModule):
     def memory_plan(self) -> list[Share]:
         """What the run will take of this rank's device."""
         cond = self.conditioner(self.recipe.data["train"].prompts[:1], self.device, self.recipe.train_size.area)
-        return plan(self.recipe, self.live, self.geometry, cond)
+        with self._precision():
+            return plan(self.recipe, self.live, self.geometry, cond)
 
     def configure_optimizers(self) -> Any:
         r = self.recipe
@@ -132,7 +151,7 @@ class AlignModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def train_dataloader(self) -> IndexLoader:
-        return IndexLoader(self.geometry, self.recipe.seed, self.global_rank)
+        return IndexLoader(self.geometry, self.recipe.seed, self.replica)
 
     def val_dataloader(self) -> Positions:
         return self._positions("val")
@@ -142,7 +161,7 @@ class AlignModule(LightningModule):
 
     def _positions(self, stage: str) -> Positions:
         batch = self.recipe.evaluation.sampling.batch_size
-        return Positions(len(self.eval_prompts[stage]), batch, self.global_rank, self.trainer.world_size)
+        return Positions(len(self.eval_prompts[stage]), batch, self.replica, self.replicas)
 
     # ------------------------------------------------------------ rollout phase
 
@@ -162,7 +181,7 @@ class AlignModule(LightningModule):
         self.report.begin("rollout", g.samples_local)
         with self._precision():
             with self.live.use(self.recipe.algorithm.samples_with):
-                got = self.collect(self.current_epoch, self.global_rank, self.device, self._gather, self._rolled)
+                got = self.collect(self.current_epoch, self.replica, self.device, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self.report.end("rollout")
             self._consult_frozen()
@@ -184,8 +203,8 @@ class AlignModule(LightningModule):
         return self.geometry.in_order(self._everyones(local))
 
     def _everyones(self, local: Tensor) -> Tensor:
-        """(ranks, …)"""
-        return local[None] if self.trainer.world_size == 1 else self.all_gather(local)  # type: ignore
+        """(replicas, …)"""
+        return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.alike]  # type: ignore
 
     def _precision(self) -> Any:
         # Hooks run without the precision context; without it, log-probabilities would differ from training_step's.
@@ -199,7 +218,7 @@ class AlignModule(LightningModule):
                     self._velocity(p.x, p.sigma, cond) for p, cond in self.buffer.split(self.recipe.rollout.batch_size)
                 ]
             self.buffer.points.frozen[name] = torch.cat(parts)
-            self.counts["frozen"] += len(self.buffer.points.x) * self.trainer.world_size
+            self.counts["frozen"] += len(self.buffer.points.x) * self.replicas
 
     # ------------------------------------------------------------ optimisation phase
 
@@ -210,7 +229,7 @@ class AlignModule(LightningModule):
         point, cond = self.buffer.gather(idx)
         losses, metrics = self.recipe.algorithm.loss(point, self._velocity(point.x, point.sigma, cond))
         self._guard(losses, metrics, idx, batch_idx)
-        self.counts["train"] += len(idx) * self.trainer.world_size
+        self.counts["train"] += len(idx) * self.replicas
         means = {f"train/{name}": value.mean() for name, value in metrics.items()}
         means["train/loss"] = losses.detach().mean()
         if "ratio" in metrics:
@@ -247,7 +266,7 @@ class AlignModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         del optimizer  # its gradients are unscaled here and not clipped yet
         gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(gradients), on_step=False, on_epoch=True)
+        self.log("train/grad_norm", whole(nn.utils.get_total_norm(gradients)), on_step=False, on_epoch=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -312,7 +331,7 @@ class AlignModule(LightningModule):
             cond = self.conditioner(prompts, self.device, r.eval_size.area)
             media, rms = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
         self._meter(f"{stage}/velocity_rms").update(rms)
-        self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size
+        self.counts["evaluation"] += len(ids) * sampling.num_steps * self.replicas
         scores = r.scorer.all(media, prompts)
         for name, values in scores.items():
             self._meter(f"{stage}/{name}").update(values)
@@ -321,7 +340,7 @@ class AlignModule(LightningModule):
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
         self._show(stage, ids, media, scores)
         self.report.advance(
-            "evaluate", ids[-1] // self.trainer.world_size + 1, reward=float(scores["reward"].nanmean())
+            "evaluate", ids[-1] // self.replicas + 1, reward=float(scores["reward"].nanmean())
         )
 
     def _show(self, stage: str, ids: list[int], media: Tensor, scores: dict[str, Tensor]) -> None:

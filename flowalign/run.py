@@ -171,7 +171,9 @@ def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
     from flowalign.recipe import batch_plan
 
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(int(cfg.trainer.num_nodes), 1) * devices(cfg)
-    return batch_plan(recipe, ranks).accumulate
+    strategy = cfg.trainer.strategy
+    alike = 1 if isinstance(strategy, str) else strategy.get("context", 1)  # ranks that share their samples
+    return batch_plan(recipe, max(ranks // alike, 1)).accumulate
 
 
 def devices(cfg: DictConfig) -> int:
@@ -201,6 +203,8 @@ def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str |
 
 def find_checkpoint(given: str | None) -> str | None:
     """The file to resume from, or a sentence; `last` is the newest last.ckpt under outputs/."""
+    from flowalign.strategies.folders import is_folder
+
     if given is None:
         return None
     if given == "last":
@@ -208,7 +212,7 @@ def find_checkpoint(given: str | None) -> str | None:
         if not found:
             raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")
         return str(found[-1])
-    if not Path(given).is_file():
+    if not Path(given).is_file() and not is_folder(given):
         nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
         raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
     return given

@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "models"),
     (
         "checks",
+        "tensors",
         "policy",
         "running",
         "schedule",
@@ -31,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "conditioner",
         "scoring",
     )
-    + ("report", "collect", "generate", "media"),
+    + ("report", "collect", "generate", "media", "strategies"),
     ("recipe", "memory", "module", "callbacks"),
     ("compatibility", "summary", "curves", "run", "commands", "cli", "programs"),
 )

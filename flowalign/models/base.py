@@ -117,6 +117,10 @@ class FlowModel(ABC):
 
     device: torch.device = torch.device("cpu")
 
+    def agree(self, wanted: Tensor) -> Tensor:
+        """(n,) bool: which networks any rank asks for. A strategy that has all ranks ask together replaces this."""
+        return wanted
+
     # ------------------------------------------------------------ size and schedule
 
     @property

@@ -1,0 +1,96 @@
+"""Trainings for the tests of strategies: in this process, or several in one pair of processes that torchrun starts.
+
+    torchrun --nproc-per-node 2 -m tests.strategies.jobs FILE.json
+
+FILE.json is a list of jobs, run one after another in the same processes: importing everything takes longer than them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT, TINY, settled
+
+WORDS = ("logger=none", "callbacks=checkpoint", *TINY, "batch.updates=1", "optimizer.lr=0.003", "tune.rank=4")
+
+
+@dataclass
+class Job:
+    """One fit, and what comes of it in `folder`: checkpoints/last.ckpt and metrics.json."""
+
+    folder: str
+    words: list[str] = field(default_factory=list)
+    resume: str | None = None
+    refused: bool = False
+    """The job is to raise ValueError, whose sentence is kept in metrics.json."""
+
+    @property
+    def last(self) -> Path:
+        return Path(self.folder) / "checkpoints" / "last.ckpt"
+
+    @property
+    def metrics(self) -> Any:
+        return json.loads((Path(self.folder) / "metrics.json").read_text())
+
+
+def run(job: Job) -> None:
+    """Under torchrun on every rank, and on one process otherwise."""
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    torch.manual_seed(hash(job.folder) % 1000)  # nothing may depend on it
+    words = settled(f"paths.output_dir={job.folder}", *WORDS, *job.words)
+    if "tune=full" in words:
+        words = [word for word in words if not word.startswith("tune.")]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", words)
+    Path(job.folder).mkdir(parents=True, exist_ok=True)
+    kept: list[dict[str, float]] = []
+    try:
+        first = _fit(cfg, job.resume, kept)
+    except ValueError as refusal:
+        if not job.refused:
+            raise
+        Path(job.folder, "metrics.json").write_text(json.dumps(str(refusal)))
+        return
+    if first:
+        Path(job.folder, "metrics.json").write_text(json.dumps(kept))
+
+
+def _fit(cfg: Any, resume: str | None, kept: list[dict[str, float]]) -> bool:
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from flowalign.module import AlignModule
+    from flowalign.run import build_recipe, build_trainer, plan_accumulation
+
+    recipe = build_recipe(cfg)
+    module = AlignModule(recipe)
+    trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
+    trainer.validate(module, verbose=False)
+
+    def keep(trainer: Any, module: Any) -> None:
+        rolled = {f"rollout/{k}": v for k, v in module.stats.items() if "s" != k[-1] or k == "reward_std"}
+        kept.append({k: float(v) for k, v in trainer.callback_metrics.items()} | rolled)
+
+    trainer.callbacks.append(LambdaCallback(on_train_epoch_end=keep))  # type: ignore[attr-defined]
+    trainer.fit(module, ckpt_path=resume)
+    return trainer.is_global_zero
+
+
+def main(path: str) -> None:
+    for one in json.loads(Path(path).read_text()):
+        print("job", one["folder"], flush=True)
+        run(Job(**one))
+
+
+def save(jobs: list[Job], path: Path) -> Path:
+    path.write_text(json.dumps([asdict(job) for job in jobs]))
+    return path
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
