@@ -49,10 +49,12 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 def build_recipe(cfg: DictConfig) -> Recipe:
     """Every part of a run, instantiated from its group."""
+    from flowalign.models.loading import without_weights
     from flowalign.recipe import Recipe
 
     make = instantiate
-    model = make(cfg.model)
+    with without_weights(not reads_weights(cfg)):
+        model = make(cfg.model)
     plain = OmegaConf.to_container(cfg, resolve=True)
     return Recipe(
         model=model,
@@ -79,6 +81,18 @@ def build_recipe(cfg: DictConfig) -> Recipe:
         seed=cfg.seed,
         config=plain,  # type: ignore[arg-type]
     )
+
+
+def reads_weights(cfg: DictConfig) -> bool:
+    """Whether this process reads the trained networks' files: of a sharded run only rank 0, which sends them round."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    return not is_sharded(cfg) or rank_zero_only.rank == 0
+
+
+def is_sharded(cfg: DictConfig) -> bool:
+    """Whether the strategy is one of ours, which shard."""
+    return str(OmegaConf.select(cfg, "trainer.strategy._target_")).startswith("flowalign.strategies.")
 
 
 def size_of(cfg: DictConfig, part: str) -> Size:
@@ -171,8 +185,7 @@ def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
     from flowalign.recipe import batch_plan
 
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(int(cfg.trainer.num_nodes), 1) * devices(cfg)
-    strategy = cfg.trainer.strategy
-    alike = 1 if isinstance(strategy, str) else strategy.get("context", 1)  # ranks that share their samples
+    alike = cfg.trainer.strategy.context if is_sharded(cfg) else 1  # ranks that share their samples
     return batch_plan(recipe, max(ranks // alike, 1)).accumulate
 
 

@@ -90,7 +90,7 @@ class FlowModel(ABC):
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
         self.pipe = load_pipeline(
-            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent)
+            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent), self.denoiser_names
         )
         for denoiser in self.denoisers().values():
             if denoiser.dtype != torch_dtype(train_dtype):  # diffusers warns of every cast, also of an empty one

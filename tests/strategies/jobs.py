@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ class Job:
     folder: str
     words: list[str] = field(default_factory=list)
     resume: str | None = None
+    killed: bool = False
+    """The second epoch does not begin."""
     refused: bool = False
     """The job is to raise ValueError, whose sentence is kept in metrics.json."""
 
@@ -51,7 +54,7 @@ def run(job: Job) -> None:
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     kept: list[dict[str, float]] = []
     try:
-        first = _fit(cfg, job.resume, kept)
+        first = _fit(cfg, job, kept)
     except ValueError as refusal:
         if not job.refused:
             raise
@@ -61,7 +64,17 @@ def run(job: Job) -> None:
         Path(job.folder, "metrics.json").write_text(json.dumps(kept))
 
 
-def _fit(cfg: Any, resume: str | None, kept: list[dict[str, float]]) -> bool:
+class KilledError(Exception):
+    """What happens to jobs."""
+
+
+def _kill(trainer: Any, module: Any) -> None:
+    del module
+    if trainer.current_epoch == 1:
+        raise KilledError
+
+
+def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
     from lightning.pytorch.callbacks import LambdaCallback
 
     from flowalign.module import AlignModule
@@ -77,7 +90,10 @@ def _fit(cfg: Any, resume: str | None, kept: list[dict[str, float]]) -> bool:
         kept.append({k: float(v) for k, v in trainer.callback_metrics.items()} | rolled)
 
     trainer.callbacks.append(LambdaCallback(on_train_epoch_end=keep))  # type: ignore[attr-defined]
-    trainer.fit(module, ckpt_path=resume)
+    if job.killed:
+        trainer.callbacks.append(LambdaCallback(on_train_epoch_start=_kill))  # type: ignore[attr-defined]
+    with suppress(KilledError):
+        trainer.fit(module, ckpt_path=job.resume)
     return trainer.is_global_zero
 
 
