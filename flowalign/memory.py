@@ -13,7 +13,7 @@ from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
 from flowalign.recipe import Recipe
-from flowalign.tensors import local
+from flowalign.tensors import is_sharded, local
 from flowalign.types import Conditioning
 
 GIB = 2**30
@@ -38,6 +38,12 @@ def held(tensors: Iterable[Tensor]) -> int:
 def weights(module: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     return held([*module.parameters(), *module.buffers()])
+
+
+def whole_blocks(model: FlowModel) -> int:
+    """Bytes of two blocks in one piece, where weights lie in shards: one runs and the next is being fetched."""
+    sizes = [sum(p.nbytes for p in b.parameters()) for b in model.blocks() if any(map(is_sharded, b.parameters()))]
+    return 2 * max(sizes, default=0)
 
 
 def kept_for_backward(model: FlowModel, x: Tensor, cond: Conditioning, guidance: float) -> int:
@@ -77,6 +83,7 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     lines = [
         Share("denoisers", sum(map(weights, model.denoisers().values())), "model.train_dtype=bfloat16"),
+        Share("two blocks in one piece", whole_blocks(model)),
         Share("text encoders", 0 if recipe.encoding.release else text, "encoding.release=true"),
         Share("VAE", weights(model.pipe.vae)),
         Share("gradients", moving, adapters),

@@ -216,10 +216,12 @@ def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str |
 
 def find_checkpoint(given: str | None) -> str | None:
     """The file to resume from, or a sentence; `last` is the newest last.ckpt under outputs/."""
-    from flowalign.strategies.folders import is_folder
+    from flowalign.strategies.folders import is_folder, restore
 
     if given is None:
         return None
+    for waiting in Path("outputs").glob("**/.*.old") if given == "last" else [Path(given)]:
+        restore(waiting.parent)
     if given == "last":
         found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
         if not found:

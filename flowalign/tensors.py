@@ -10,6 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def is_sharded(t: Tensor) -> bool:
+    """Whether ranks hold parts of it."""
+    return isinstance(t, DTensor)
+
+
 def local(t: Tensor) -> Tensor:
     """What this rank holds of it, sharing its memory."""
     return t.to_local() if isinstance(t, DTensor) else t  # type: ignore[return-value]

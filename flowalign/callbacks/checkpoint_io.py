@@ -56,7 +56,9 @@ def sweep(folder: str | Path) -> list[Path]:
     """Remove what killed runs left half written; call it before anything writes there. Returns what was removed."""
     leftovers = sorted(Path(folder).glob(f".*{PARTIAL}"))
     for leftover in leftovers:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        leftover.unlink(missing_ok=True)
     return leftovers
 
 

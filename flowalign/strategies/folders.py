@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,20 @@ def _take_place(partial: Path, target: Path) -> None:
         shutil.rmtree(waiting, ignore_errors=True)
         os.rename(target, waiting)
     os.rename(partial, target)
-    if waiting.is_dir():
-        shutil.rmtree(waiting)
-    else:
-        waiting.unlink(missing_ok=True)
+    if waiting.is_file():
+        waiting.unlink()
+    shutil.rmtree(waiting, ignore_errors=True)
 
 
-def restore(folder: Path) -> list[Path]:
-    """Puts back what a kill between those two moves left waiting. Returns what was put back."""
-    back = []
+def restore(folder: Path) -> None:
+    """Puts back what a kill between those two moves left waiting, and removes what it left behind after them."""
     for waiting in sorted(folder.glob(".*.old")):
         target = waiting.with_name(waiting.name.removeprefix(".").removesuffix(".old"))
-        if not target.exists() and is_folder(waiting):
-            os.rename(waiting, target)
-            back.append(target)
-    return back
+        if target.exists():
+            shutil.rmtree(waiting, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):  # another rank was quicker
+                os.rename(waiting, target)
 
 
 def frame_of(folder: Path) -> dict[str, Any]:

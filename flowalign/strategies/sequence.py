@@ -12,7 +12,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 
 from flowalign.checks.errors import ConfigError
 
@@ -27,10 +26,6 @@ def split_sequence(denoisers: Sequence[nn.Module], context: int, device_type: st
     mesh = init_device_mesh(device_type, (world // context, 1, context), mesh_dim_names=("data", "ring", "ulysses"))
     for denoiser in denoisers:
         denoiser.enable_parallelism(config=ContextParallelConfig(ulysses_degree=context, mesh=mesh))  # type: ignore
-        for module in denoiser.modules():
-            if isinstance(module, FSDPModule):
-                # Ranks that share a sequence hold parts of one gradient, to be summed; averaged are the samples.
-                module.set_gradient_divide_factor(world / context)
 
 
 def _check(denoiser: Any, context: int) -> None:

@@ -125,6 +125,10 @@ class Sharded(ModelParallelStrategy):
             for module in sharded:
                 module.set_requires_gradient_sync(True, recurse=False)
 
+    def backward(self, closure_loss: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        # Ranks that share a sequence have parts of one gradient: these add up, while FSDP takes the mean of all ranks.
+        return super().backward(closure_loss * self.context, *arguments, **settings)
+
     # ------------------------------------------------------------ checkpoints: out
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -36,6 +36,14 @@ class Job:
         return Path(self.folder) / "checkpoints" / "last.ckpt"
 
     @property
+    def name(self) -> str:
+        return Path(self.folder).name
+
+    def rank(self, rank: int) -> Any:
+        """What one rank saw; see Watch."""
+        return json.loads((Path(self.folder) / f"rank{rank}.json").read_text())
+
+    @property
     def metrics(self) -> Any:
         return json.loads((Path(self.folder) / "metrics.json").read_text())
 
@@ -74,15 +82,44 @@ def _kill(trainer: Any, module: Any) -> None:
         raise KilledError
 
 
+class Watch:
+    """What a run does that its results do not show."""
+
+    def __init__(self, recipe: Any) -> None:
+        self.meta = [p.is_meta for denoiser in recipe.model.denoisers().values() for p in denoiser.parameters()]
+        self.asked_for_others = 0
+
+    def on(self, strategy: Any) -> None:
+        """Counts how often this rank has to ask a network for which it has no row."""
+        agree = strategy.agree
+
+        def counted(wanted: Any) -> Any:
+            agreed = agree(wanted)
+            self.asked_for_others += int((agreed != wanted).sum())
+            return agreed
+
+        strategy.agree = counted
+
+    def told(self) -> dict[str, float]:
+        return {"meta": sum(self.meta) / len(self.meta), "asked_for_others": self.asked_for_others}
+
+
 def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
+    import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
     from flowalign.module import AlignModule
     from flowalign.run import build_recipe, build_trainer, plan_accumulation
 
     recipe = build_recipe(cfg)
+    watch = Watch(recipe)
     module = AlignModule(recipe)
     trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
+    if "fsdp_cp" in " ".join(job.words):
+        # diffusers divides by the number of accelerators before it makes a mesh; ours is of CPUs.
+        torch.accelerator.device_count = lambda: 1
+    if hasattr(trainer.strategy, "agree"):
+        watch.on(trainer.strategy)
     trainer.validate(module, verbose=False)
 
     def keep(trainer: Any, module: Any) -> None:
@@ -94,6 +131,7 @@ def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
         trainer.callbacks.append(LambdaCallback(on_train_epoch_start=_kill))  # type: ignore[attr-defined]
     with suppress(KilledError):
         trainer.fit(module, ckpt_path=job.resume)
+    Path(job.folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(watch.told()))
     return trainer.is_global_zero
 
 
