@@ -27,6 +27,7 @@ from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.report import Report
+from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
 from flowalign.tensors import whole
 
@@ -105,6 +106,7 @@ class AlignModule(LightningModule):
         del stage
         r = self.recipe
         self.geometry = batch_plan(r, self.replicas)
+        check_tokens(r.model, (r.train_size, r.eval_size), self.alike)
         self.collect = Collector(
             r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
             self.conditioner, self.geometry, r.train_size, r.seed,
@@ -339,9 +341,7 @@ class AlignModule(LightningModule):
                 mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
         self._show(stage, ids, media, scores)
-        self.report.advance(
-            "evaluate", ids[-1] // self.replicas + 1, reward=float(scores["reward"].nanmean())
-        )
+        self.report.advance("evaluate", ids[-1] // self.replicas + 1, reward=float(scores["reward"].nanmean()))
 
     def _show(self, stage: str, ids: list[int], media: Tensor, scores: dict[str, Tensor]) -> None:
         wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))

@@ -103,9 +103,7 @@ def load_pipeline(
             if _without_weights.get():
                 config = pipeline.load_config(where, revision=revision)
                 arguments = arguments | {part: _bare(where, config, part, revision) for part in trained}
-            return pipeline.from_pretrained(
-                where, revision=revision, variant=variant, dtype=dtype, **arguments
-            )
+            return pipeline.from_pretrained(where, revision=revision, variant=variant, dtype=dtype, **arguments)
     except GatedRepoError as error:
         raise ValueError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:

@@ -14,32 +14,43 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from flowalign.checks.errors import ConfigError
+from flowalign.collect import Size
+from flowalign.geometry import nearest_divisor
+from flowalign.models.base import FlowModel
 
 
 def split_sequence(denoisers: Sequence[nn.Module], context: int, device_type: str) -> None:
-    """Lets `context` neighbouring ranks share the sequences of these sharded denoisers."""
+    """Lets `context` neighbouring ranks share the sequences of these denoisers."""
     from diffusers import ContextParallelConfig
 
-    for denoiser in denoisers:
-        _check(denoiser, context)
     world = dist.get_world_size()
     mesh = init_device_mesh(device_type, (world // context, 1, context), mesh_dim_names=("data", "ring", "ulysses"))
     for denoiser in denoisers:
         denoiser.enable_parallelism(config=ContextParallelConfig(ulysses_degree=context, mesh=mesh))  # type: ignore
 
 
-def _check(denoiser: Any, context: int) -> None:
-    name = type(denoiser).__mro__[1].__name__  # sharded, it is of a class of its own
+def check_plan(denoiser: Any, context: int) -> None:
+    """Raises ConfigError for a network whose sequences cannot be shared by so many ranks."""
+    name = type(denoiser).__name__
     if getattr(denoiser, "_cp_plan", None) is None:
         raise ConfigError(
             f"diffusers has no plan for splitting the sequences of {name}: use strategy=fsdp, and "
             "running.gradient_checkpointing=true if memory is short."
         )
-    if heads := denoiser.config.get("num_attention_heads"):
-        if heads % context:
-            fits = [n for n in range(1, heads + 1) if heads % n == 0]
-            nearest = min(fits, key=lambda n: (abs(n - context), -n))
+    heads = denoiser.config.get("num_attention_heads") or context
+    if heads % context:
+        raise ConfigError(
+            f"the {heads} attention heads of {name} cannot be dealt to trainer.strategy.context={context} ranks: the "
+            f"nearest possible number is {nearest_divisor(heads, context)}."
+        )
+
+
+def check_tokens(model: FlowModel, sizes: Sequence[Size], context: int) -> None:
+    """Raises ConfigError for a size whose tokens cannot be dealt to so many ranks."""
+    for size in sizes:
+        tokens = model.tokens(*size.area)
+        if tokens % context:
             raise ConfigError(
-                f"the {heads} attention heads of {name} cannot be dealt to trainer.strategy.context={context} ranks: "
-                f"the nearest possible number is {nearest}."
+                f"the {tokens} tokens of a sample cannot be dealt to trainer.strategy.context={context} ranks: the "
+                f"nearest possible number is {nearest_divisor(tokens, context)}."
             )

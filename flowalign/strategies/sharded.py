@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from flowalign.checks.errors import ConfigError
 from flowalign.models.base import FlowModel
 from flowalign.strategies import folders
-from flowalign.strategies.sequence import split_sequence
+from flowalign.strategies.sequence import check_plan, split_sequence
 from flowalign.strategies.shard import shard
 from flowalign.tensors import Place, gathered, like, put_together, taken_apart
 
@@ -94,6 +94,9 @@ class Sharded(ModelParallelStrategy):
                 f"{type(model).__name__} has several denoisers, and the last micro-batch of a step need not ask all of "
                 "them: use trainer.strategy.sync_each_micro=true."
             )
+        if self.context > 1:
+            for denoiser in denoisers:
+                check_plan(denoiser, self.context)
         assert self._shards is not None
         gather = torch.bfloat16 if self.gather_16 and self.precision_plugin.precision == "bf16-mixed" else None
         for denoiser in denoisers:

@@ -123,8 +123,8 @@ def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
     trainer.validate(module, verbose=False)
 
     def keep(trainer: Any, module: Any) -> None:
-        rolled = {f"rollout/{k}": v for k, v in module.stats.items() if "s" != k[-1] or k == "reward_std"}
-        kept.append({k: float(v) for k, v in trainer.callback_metrics.items()} | rolled)
+        del module
+        kept.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
     trainer.callbacks.append(LambdaCallback(on_train_epoch_end=keep))  # type: ignore[attr-defined]
     if job.killed:
