@@ -25,7 +25,7 @@ def whole(t: Tensor) -> Tensor:
     if not isinstance(t, DTensor):
         return t
     # Shards that are offloaded to the CPU meet where the process group works.
-    return t.to(t.device_mesh.device_type).full_tensor()
+    return t.to(t.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 def like(t: Tensor, target: Tensor) -> Tensor:

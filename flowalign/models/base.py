@@ -278,6 +278,13 @@ class FlowModel(ABC):
         lists = [m for d in self.denoisers().values() for m in d.children() if isinstance(m, nn.ModuleList)]
         return [block for blocks in lists for block in blocks]
 
+    def share_sequences(self, context: int, mesh: Any) -> None:
+        """Splits sequences over neighbouring ranks by diffusers' plans. mesh has the dims (…, "ring", "ulysses")."""
+        from diffusers import ContextParallelConfig
+
+        for denoiser in self.denoisers().values():
+            denoiser.enable_parallelism(config=ContextParallelConfig(ulysses_degree=context, mesh=mesh))  # type: ignore
+
     @property
     def loads_lora(self) -> bool:
         """Whether the pipeline has a loader of adapters; otherwise its denoisers load them."""

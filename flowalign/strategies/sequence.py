@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from flowalign.checks.errors import ConfigError
@@ -19,14 +18,11 @@ from flowalign.geometry import nearest_divisor
 from flowalign.models.base import FlowModel
 
 
-def split_sequence(denoisers: Sequence[nn.Module], context: int, device_type: str) -> None:
-    """Lets `context` neighbouring ranks share the sequences of these denoisers."""
-    from diffusers import ContextParallelConfig
-
+def split_sequences(model: FlowModel, context: int, device_type: str) -> None:
+    """Lets `context` neighbouring ranks share the sequences of a model."""
     world = dist.get_world_size()
     mesh = init_device_mesh(device_type, (world // context, 1, context), mesh_dim_names=("data", "ring", "ulysses"))
-    for denoiser in denoisers:
-        denoiser.enable_parallelism(config=ContextParallelConfig(ulysses_degree=context, mesh=mesh))  # type: ignore
+    model.share_sequences(context, mesh)
 
 
 def check_plan(denoiser: Any, context: int) -> None:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from flowalign.checks.errors import ConfigError
 from flowalign.models.base import FlowModel
 from flowalign.strategies import folders
-from flowalign.strategies.sequence import check_plan, split_sequence
+from flowalign.strategies.sequence import check_plan, split_sequences
 from flowalign.strategies.shard import shard
 from flowalign.tensors import Place, gathered, like, put_together, taken_apart
 
@@ -104,7 +104,7 @@ class Sharded(ModelParallelStrategy):
             blocks = [block for block in model.blocks() if id(block) in inside]
             shard(denoiser, blocks, self._shards, self.root_device, gather, self.offload)
         if self.context > 1:
-            split_sequence(denoisers, self.context, self.root_device.type)
+            split_sequences(model, self.context, self.root_device.type)
         model.agree = self.agree
 
     def model_to_device(self) -> None:
