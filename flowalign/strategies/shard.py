@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ def shard(
     mesh is (shard,) or (replicate, shard). gather_dtype is what weights are gathered in, None for their own type;
     gradients are averaged in float32 then. offload keeps the shards in the machine's memory.
     """
+    # It is about changing an output in place, which nothing here does.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     values = _agreed(denoiser)
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     # Inputs are left alone, since a time of 987.3 is another one in bfloat16: the Trainer's autocast sees to the
@@ -39,7 +42,7 @@ def shard(
         fully_shard(block, mesh=mesh, mp_policy=inner, offload_policy=place, reshard_after_forward=True)
     # The root lets go of its weights too: copies are exchanged between forward passes, when all must lie in shards.
     fully_shard(denoiser, mesh=mesh, mp_policy=root, offload_policy=place, reshard_after_forward=True)
-    _spread(denoiser, values, torch.device("cpu") if offload else device)
+    _spread(denoiser, values, device, torch.device("cpu") if offload else device)
 
 
 def _agreed(denoiser: nn.Module) -> dict[str, Tensor]:
@@ -61,9 +64,13 @@ def _agreed(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _spread(denoiser: nn.Module, values: dict[str, Tensor], device: torch.device) -> None:
+def _spread(denoiser: nn.Module, values: dict[str, Tensor], device: torch.device, place: torch.device) -> None:
+    """Parameters come to rest at `place`, buffers on the device."""
     if any(p.is_meta for p in denoiser.parameters()):
-        denoiser.to_empty(device=device)  # the buffers too, and they come below
+        denoiser.to_empty(device=place)
+        for module in denoiser.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
     for name, p in denoiser.named_parameters():
         local(p).copy_(local(like(values.pop(name), p)))
     for buffer in denoiser.buffers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,14 +43,16 @@ class Sharded(ModelParallelStrategy):
         gather_16: bool = True,
         sync_each_micro: bool = True,
         checkpoint: Literal["file", "folder"] = "file",
+        timeout_minutes: float = 30.0,
     ) -> None:
         """offload: shards and optimiser stay in the machine's memory.
 
         gather_16: under trainer.precision=bf16-mixed weights travel in bfloat16. sync_each_micro=false sums gradients
         of a step locally: less traffic, for a whole set of gradients on every rank. checkpoint=folder has every rank
-        write its shards, where a file is gathered and written by rank 0.
+        write its shards, where a file is gathered and written by rank 0. timeout_minutes: how long ranks wait for each
+        other before they give up.
         """
-        super().__init__()
+        super().__init__(timeout=timedelta(minutes=timeout_minutes))
         if min(replicas, context) < 1:
             raise ValueError(f"replicas and context are at least 1 (got {replicas} and {context}).")
         if checkpoint not in ("file", "folder"):

@@ -93,7 +93,9 @@ def more(done: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     wan2_2.build().save_pretrained(folder)
     video = (*FULL, *VIDEO, f"model.pretrained={folder}")
     adapters = (*LORA, *VIDEO, f"model.pretrained={folder}")
-    for name, words in (("one_bf16", BF16), ("one_video", video), ("one_video_lora", adapters)):
+    base16 = (*LORA, "model.train_dtype=bfloat16")
+    kinds = {"one_bf16": BF16, "one_video": video, "one_video_lora": adapters, "one_base16": base16}
+    for name, words in kinds.items():
         run(job(name, *words))
     run(job("one_killed", *FULL, killed=True))
     late = (f"{S}sync_each_micro=false", "running.gradient_checkpointing=true")
@@ -104,6 +106,7 @@ def more(done: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
         job("frozen_on_cpu", *FULL, two, "strategy=fsdp", "policy.device_of_frozen=cpu"),
         job("late", *FULL, two, "strategy=fsdp", *late),
         job("lora", *LORA, two, "strategy=fsdp"),
+        job("base16", *base16, two, "strategy=fsdp"),
         job("bf16", *BF16, two, "strategy=fsdp"),
         job("folder", *in_folder, killed=True),
         job("folder_resumed", *in_folder, resume=str(job("folder").last)),
@@ -193,6 +196,13 @@ def test_offloaded_shards_do_not_differ_in_a_bit(more: Make):
 @pytest.mark.slow
 def test_sharded_adapters_are_those_of_one_process(more: Make):
     assert apart(more("one_lora"), more("lora")) <= 1e-6
+
+
+@pytest.mark.slow
+def test_float32_adapters_and_their_bfloat16_base_share_shards(more: Make):
+    """Products of another number of rows are rounded otherwise in bfloat16, hence the tolerance."""
+    assert apart(more("one_base16"), more("base16")) <= 1e-2
+    assert {t.dtype for t in folders.read(more("base16").last)["state_dict"].values()} == {torch.float32}
 
 
 @pytest.mark.slow
