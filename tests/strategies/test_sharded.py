@@ -93,7 +93,7 @@ def more(done: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     wan2_2.build().save_pretrained(folder)
     video = (*FULL, *VIDEO, f"model.pretrained={folder}")
     adapters = (*LORA, *VIDEO, f"model.pretrained={folder}")
-    base16 = (*LORA, "model.train_dtype=bfloat16")
+    base16 = (*LORA, "+model.train_dtype=bfloat16")
     kinds = {"one_bf16": BF16, "one_video": video, "one_video_lora": adapters, "one_base16": base16}
     for name, words in kinds.items():
         run(job(name, *words))
