@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError
 from flowalign.checks.signatures import locate
@@ -47,6 +47,7 @@ def check_groups(cfg: DictConfig) -> None:
             f"batch.group_size={cfg.batch.group_size} gives every advantage 0, so nothing can be learnt: use at least "
             "2 (8 to 24 are usual)."
         )
+    _check_strategy(cfg)
     _check_noise(cfg, algorithm, dynamics)
     if (steps := _built(cfg.steps)) is not None:
         _check_steps(cfg, steps, algorithm, dynamics)
@@ -94,6 +95,16 @@ def _check_density(cfg: DictConfig, dynamics: Any) -> None:
             f"optimisation.guidance={cfg.optimisation.guidance} differs from "
             f"rollout.guidance={cfg.rollout.guidance}, so the importance ratio could "
             f"never be 1: leave optimisation.guidance at ${{rollout.guidance}}."
+        )
+
+
+def _check_strategy(cfg: DictConfig) -> None:
+    """Plain DDP waits for gradients of every weight, and a batch may leave an expert without."""
+    several = len(locate(cfg.model["_target_"]).denoiser_names) > 1
+    if several and OmegaConf.select(cfg, "trainer.strategy") == "ddp":
+        raise ConfigError(
+            f"model={choice('model', cfg)} has several denoisers, and not every batch asks each of them: use "
+            "trainer.strategy=ddp_find_unused_parameters_true, or strategy=fsdp."
         )
 
 

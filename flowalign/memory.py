@@ -13,6 +13,7 @@ from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
 from flowalign.recipe import Recipe
+from flowalign.tensors import is_sharded, local
 from flowalign.types import Conditioning
 
 GIB = 2**30
@@ -29,8 +30,9 @@ class Share:
 
 
 def held(tensors: Iterable[Tensor]) -> int:
-    """Bytes of distinct storages."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of distinct storages on this rank."""
+    storages = [local(t).untyped_storage() for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 def weights(module: nn.Module) -> int:
@@ -38,17 +40,24 @@ def weights(module: nn.Module) -> int:
     return held([*module.parameters(), *module.buffers()])
 
 
+def whole_blocks(model: FlowModel) -> int:
+    """Bytes of two blocks in one piece, where weights lie in shards: one runs and the next is being fetched."""
+    sizes = [sum(p.nbytes for p in b.parameters()) for b in model.blocks() if any(map(is_sharded, b.parameters()))]
+    return 2 * max(sizes, default=0)
+
+
 def kept_for_backward(model: FlowModel, x: Tensor, cond: Conditioning, guidance: float) -> int:
     """Bytes that a forward pass of x (B, …) keeps for its backward pass, weights excepted: counted, not guessed.
 
     With gradient checkpointing these are the inputs of the blocks; one block's inside comes on top on the way back.
     """
-    own = {p.untyped_storage().data_ptr() for d in model.denoisers().values() for p in d.parameters()}
+    own = {local(p).untyped_storage().data_ptr() for d in model.denoisers().values() for p in d.parameters()}
     seen: dict[int, int] = {}
 
     def count(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
+        gathered = isinstance(t if t._base is None else t._base, nn.Parameter)  # whole for as long as its block runs
+        if storage.data_ptr() not in own and not gathered:
             seen[storage.data_ptr()] = storage.nbytes()
         return t
 
@@ -61,7 +70,7 @@ def kept_for_backward(model: FlowModel, x: Tensor, cond: Conditioning, guidance:
 def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning) -> list[Share]:
     """The lines of the plan for one rank; cond: one row, already on the device of the network."""
     model, trained = recipe.model, list(policy.trained().values())
-    moving = sum(p.numel() * p.element_size() for p in trained)
+    moving = sum(local(p).numel() * p.element_size() for p in trained)
     copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)
     latent = math.prod(model.latent_shape(*recipe.train_size.area)) * 4
     x = torch.zeros(1, *model.latent_shape(*recipe.train_size.area), device=next(iter(cond.values())).device)
@@ -74,6 +83,7 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     lines = [
         Share("denoisers", sum(map(weights, model.denoisers().values())), "model.train_dtype=bfloat16"),
+        Share("two blocks in one piece", whole_blocks(model)),
         Share("text encoders", 0 if recipe.encoding.release else text, "encoding.release=true"),
         Share("VAE", weights(model.pipe.vae)),
         Share("gradients", moving, adapters),

@@ -12,52 +12,30 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, refusals
 from flowalign.collect import Collector
-from flowalign.conditioner import Conditioner
-from flowalign.evaluation import Positions, Shown, stills
-from flowalign.generate import generate
+from flowalign.evaluating import Evaluating
 from flowalign.guards import check_finite, check_ratio
 from flowalign.memory import GIB, Share, plan
 from flowalign.policy import Policy
-from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe, batch_plan
-from flowalign.report import Report
-from flowalign.scoring import Latents, Scores, Seen, Turns
+from flowalign.strategies.sequence import check_tokens
+from flowalign.strategies.sharded import Sharded
+from flowalign.tensors import whole
 from flowalign.types import Conditioning, Point, given
 
 
-class AlignModule(LightningModule):
+class AlignModule(Evaluating):
     """Trains `recipe.model` by `recipe.algorithm`. All randomness is keyed by recipe.seed and the epoch."""
 
     def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.recipe = recipe
-        self.policy: Policy | None = None
+        super().__init__(recipe)
         self.buffer = Buffer()
-        self.report = Report()
-        self.counts = {"samples": 0, "rollout": 0, "frozen": 0, "train": 0, "evaluation": 0}
-        self.baseline: dict[str, float] = {}
-        self.shown: dict[str, Shown] = {}
         self.rollout_shown: Tensor | None = None
         self.stats: dict[str, float] = {}
-        self.evaluated_at = -1
-        self.turns = Turns(recipe.scorer.ahead)
-        self.meters = nn.ModuleDict()
-        guided = (
-            max(recipe.rollout.guidance, recipe.evaluation.sampling.guidance, recipe.optimisation.guidance)
-            > recipe.model.guidance_off
-        )
-        self.conditioner = Conditioner(recipe.model, guided, recipe.encoding)
-        self.eval_prompts: dict[str, list[Prompt]] = {
-            stage: [recipe.data[stage].prompts[i] for i in recipe.data[stage].fixed(number)]
-            for stage, number in (("val", recipe.evaluation.num_val), ("test", recipe.evaluation.num_test))
-        }
         for size in (recipe.train_size, recipe.eval_size):
             recipe.model.check_size(*size.area)
         self._require_images()
@@ -89,20 +67,17 @@ class AlignModule(LightningModule):
                 f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
             )
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
+        strategy = self.trainer.strategy
+        shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with refusals():
-            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen)
+            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard)
             r.running.apply(r.model)
-
-    @property
-    def live(self) -> Policy:
-        if self.policy is None:
-            raise RuntimeError("the policy is built by configure_model, which the Trainer calls.")
-        return self.policy
 
     def setup(self, stage: str) -> None:
         del stage
         r = self.recipe
-        self.geometry = batch_plan(r, self.trainer.world_size)
+        self.geometry = batch_plan(r, self.replicas)
+        check_tokens(r.model, (r.train_size, r.eval_size), self.alike)
         self.collect = Collector(
             r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
             self.conditioner, self.geometry, r.train_size, r.seed,
@@ -136,7 +111,8 @@ class AlignModule(LightningModule):
     def memory_plan(self) -> list[Share]:
         """What the run will take of this rank's device."""
         cond = self.conditioner(self.recipe.data["train"].prompts[:1], self.device, self.recipe.train_size.area)
-        return plan(self.recipe, self.live, self.geometry, cond)
+        with self._precision():
+            return plan(self.recipe, self.live, self.geometry, cond)
 
     def configure_optimizers(self) -> Any:
         r = self.recipe
@@ -148,17 +124,7 @@ class AlignModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def train_dataloader(self) -> IndexLoader:
-        return IndexLoader(self.geometry, self.recipe.seed, self.global_rank)
-
-    def val_dataloader(self) -> Positions:
-        return self._positions("val")
-
-    def test_dataloader(self) -> Positions:
-        return self._positions("test")
-
-    def _positions(self, stage: str) -> Positions:
-        batch = self.recipe.evaluation.sampling.batch_size
-        return Positions(len(self.eval_prompts[stage]), batch, self.global_rank, self.trainer.world_size)
+        return IndexLoader(self.geometry, self.recipe.seed, self.replica)
 
     # ------------------------------------------------------------ rollout phase
 
@@ -178,7 +144,7 @@ class AlignModule(LightningModule):
         self.report.begin("rollout", g.samples_local)
         with self._precision():
             with self.live.use(self.recipe.algorithm.samples_with):
-                got = self.collect(self.current_epoch, self.global_rank, self.device, self._gather, self._rolled)
+                got = self.collect(self.current_epoch, self.replica, self.device, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self.report.end("rollout")
             self._consult_frozen()
@@ -200,12 +166,8 @@ class AlignModule(LightningModule):
         return self.geometry.in_order(self._everyones(local))
 
     def _everyones(self, local: Tensor) -> Tensor:
-        """(ranks, …)"""
-        return local[None] if self.trainer.world_size == 1 else self.all_gather(local)  # type: ignore
-
-    def _precision(self) -> Any:
-        # Hooks run without the precision context; without it, log-probabilities would differ from training_step's.
-        return self.trainer.precision_plugin.forward_context()
+        """(replicas, …)"""
+        return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.alike]  # type: ignore
 
     def _consult_frozen(self) -> None:
         """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
@@ -215,7 +177,7 @@ class AlignModule(LightningModule):
                     self._velocity(p.x, p.sigma, cond) for p, cond in self.buffer.split(self.recipe.rollout.batch_size)
                 ]
             self.buffer.points.frozen[name] = torch.cat(parts)
-            self.counts["frozen"] += len(self.buffer.points.x) * self.trainer.world_size
+            self.counts["frozen"] += len(self.buffer.points.x) * self.replicas
 
     # ------------------------------------------------------------ optimisation phase
 
@@ -229,7 +191,7 @@ class AlignModule(LightningModule):
             point.reward = self._judged(point, v, cond)
         losses, metrics = self.recipe.algorithm.loss(point, v)
         self._guard(losses, metrics, idx, batch_idx)
-        self.counts["train"] += len(idx) * self.trainer.world_size
+        self.counts["train"] += len(idx) * self.replicas
         # What could not be scored weighs nothing, in the loss as in its diagnostics.
         weight = given(point.weight, "weight")
         loss = (losses * weight).mean()
@@ -263,7 +225,7 @@ class AlignModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         del optimizer  # its gradients are unscaled here and not clipped yet
         gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(gradients), on_step=False, on_epoch=True)
+        self.log("train/grad_norm", whole(nn.utils.get_total_norm(gradients)), on_step=False, on_epoch=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -281,89 +243,6 @@ class AlignModule(LightningModule):
         for name, follow in self.recipe.frozen.items():
             if name in self.live.copies and follow.every == when:
                 self.live.follow(name, follow.decay(steps))
-
-    # ------------------------------------------------------------ evaluation
-
-    def on_validation_epoch_start(self) -> None:
-        self._begin_evaluation("val")
-
-    def on_test_epoch_start(self) -> None:
-        self._begin_evaluation("test")
-
-    def validation_step(self, positions: Tensor, batch_idx: int) -> None:
-        del batch_idx
-        self._evaluate("val", positions)
-
-    def test_step(self, positions: Tensor, batch_idx: int) -> None:
-        del batch_idx
-        self._evaluate("test", positions)
-
-    def on_validation_epoch_end(self) -> None:
-        self._end_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._end_evaluation("test")
-
-    def _begin_evaluation(self, stage: str) -> None:
-        self.recipe.model.to(self.device)
-        self.report.begin("evaluate", len(self._positions(stage).mine))
-        self.shown.pop(stage, None)
-        self.turns.cancel()  # what an evaluation has left that was interrupted
-        tags = sorted({str(p.metadata["tag"]) for p in self.eval_prompts[stage] if "tag" in p.metadata})
-        for name in (*self.recipe.scorer.measures, "velocity_rms"):
-            for key in (name, *(f"{name}/{tag}" for tag in (*tags, "not_scored") if name != "velocity_rms")):
-                self._meter(f"{stage}/{key}").reset()
-
-    def _meter(self, key: str) -> MeanMetric:
-        key = key.replace(".", "_")
-        if key not in self.meters:
-            self.meters[key] = MeanMetric(nan_strategy="ignore").to(self.device)
-        return self.meters[key]  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def _evaluate(self, stage: str, positions: Tensor) -> None:
-        r, sampling = self.recipe, self.recipe.evaluation.sampling
-        ids = positions.tolist()
-        prompts = [self.eval_prompts[stage][i] for i in ids]
-        with self.live.use(r.evaluation.copy), self._precision():
-            cond = self.conditioner(prompts, self.device, r.eval_size.area)
-            made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
-        self._meter(f"{stage}/velocity_rms").update(made.rms)
-        self.counts["evaluation"] += len(ids) * sampling.num_steps * self.trainer.world_size
-        wanted = set(r.evaluation.shows(len(self.eval_prompts[stage])))
-        rows = [row for row, i in enumerate(ids) if i in wanted]
-        shown = stills(made.media[rows]).cpu()
-        scoring = r.scorer.start(Seen(prompts, made.media, Latents(made.x0, cond)), evaluation=True)
-        self.turns.add(scoring, partial(self._scored, stage, ids, rows, shown))
-
-    def _scored(self, stage: str, ids: list[int], rows: list[int], images: Tensor, scores: Scores) -> None:
-        """Counts the scores of the samples `ids`, of which `rows` are shown."""
-        prompts, scores = [self.eval_prompts[stage][i] for i in ids], self.recipe.scorer.summed(scores)
-        for name, values in scores.items():
-            self._meter(f"{stage}/{name}").update(values)
-            self._meter(f"{stage}/{name}/not_scored").update(values.isnan().float())
-            for tag in {p.metadata.get("tag") for p in prompts} - {None}:
-                mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
-                self._meter(f"{stage}/{name}/{tag}").update(values[mine])
-        if rows:
-            chosen = {name: values[rows].cpu() for name, values in scores.items()}
-            new = Shown(images, [prompts[row].text for row in rows], chosen)
-            self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
-        done = ids[-1] // self.trainer.world_size + 1
-        self.report.advance("evaluate", done, reward=float(scores["reward"].nanmean()))
-
-    def _end_evaluation(self, stage: str) -> None:
-        self.turns.finish()
-        self.report.end("evaluate")
-        self.evaluated_at = self.current_epoch
-        for key, meter in self.meters.items():
-            if key.startswith(f"{stage}/") and not (key.endswith("/not_scored") and not self._meter(key).compute()):
-                self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")  # type: ignore
-        if before := self.baseline.get(f"{stage}/velocity_rms"):
-            self.log(f"{stage}/velocity_growth", self._meter(f"{stage}/velocity_rms").compute() / before)
-        if stage == "val":
-            reward = self._meter("val/reward")
-            self.log("hp/val_reward", reward, on_step=False, on_epoch=True, metric_attribute="meters.val/reward")
 
     # ------------------------------------------------------------ checkpoints
 

@@ -59,10 +59,12 @@ def composed(*words: str) -> DictConfig:
 
 def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
     """Every part of a run, instantiated from its group, but for a scorer that is there already."""
+    from flowalign.models.loading import without_weights
     from flowalign.recipe import Recipe
 
     make = instantiate
-    model = make(cfg.model)
+    with without_weights(not reads_weights(cfg)):
+        model = make(cfg.model)
     plain = OmegaConf.to_container(cfg, resolve=True)
     return Recipe(
         model=model,
@@ -89,6 +91,18 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         seed=cfg.seed,
         config=plain,  # type: ignore[arg-type]
     )
+
+
+def reads_weights(cfg: DictConfig) -> bool:
+    """Whether this process reads the trained networks' files: of a sharded run only rank 0, which sends them round."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    return not is_sharded(cfg) or rank_zero_only.rank == 0
+
+
+def is_sharded(cfg: DictConfig) -> bool:
+    """Whether the strategy is one of ours, which shard."""
+    return str(OmegaConf.select(cfg, "trainer.strategy._target_")).startswith("flowalign.strategies.")
 
 
 def size_of(cfg: DictConfig, part: str) -> Size:
@@ -195,7 +209,8 @@ def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
     from flowalign.recipe import batch_plan
 
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(int(cfg.trainer.num_nodes), 1) * devices(cfg)
-    return batch_plan(recipe, ranks).accumulate
+    alike = cfg.trainer.strategy.context if is_sharded(cfg) else 1  # ranks that share their samples
+    return batch_plan(recipe, max(ranks // alike, 1)).accumulate
 
 
 def devices(cfg: DictConfig) -> int:
@@ -225,14 +240,18 @@ def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str |
 
 def find_checkpoint(given: str | None) -> str | None:
     """The file to resume from, or a sentence; `last` is the newest last.ckpt under outputs/."""
+    from flowalign.strategies.folders import is_folder, restore
+
     if given is None:
         return None
+    for waiting in Path("outputs").glob("**/.*.old") if given == "last" else [Path(given)]:
+        restore(waiting.parent)
     if given == "last":
         found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
         if not found:
             raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")
         return str(found[-1])
-    if not Path(given).is_file():
+    if not Path(given).is_file() and not is_folder(given):
         nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
         raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
     return given

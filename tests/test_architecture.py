@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "models"),
     (
         "checks",
+        "tensors",
         "policy",
         "running",
         "schedule",
@@ -32,8 +33,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "conditioner",
         "scoring",
     )
-    + ("report", "collect", "generate", "media", "guards"),
-    ("recipe", "memory", "module", "callbacks"),
+    + ("report", "collect", "generate", "media", "guards", "strategies"),
+    ("recipe", "memory", "evaluating", "module", "callbacks"),
     ("compatibility", "summary", "curves", "run", "serving", "commands", "cli", "programs"),
 )
 """From the ground up. Files of one floor see those named before them, which keeps circles out."""

@@ -36,6 +36,7 @@ class Run:
         self.module = AlignModule(self.recipe)
         self.trainer = build_trainer(self.cfg, plan_accumulation(self.cfg, self.recipe))
         self.trainer.callbacks.extend(callbacks)
+        self.module.trainer = self.trainer
         return self.module, self.trainer
 
     def fit(self) -> AlignModule:

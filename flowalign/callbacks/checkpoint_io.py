@@ -5,6 +5,7 @@ disk, so the last move is a plain copy: with the disk full, or the job killed me
 """
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,8 @@ from uuid import uuid4
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from flowalign.strategies import folders
 
 PARTIAL = ".partial"
 
@@ -26,6 +29,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         with replacing(Path(str(path).removeprefix("file://"))) as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        """Of one process or of many: what ranks have written in shards is put together."""
+        return folders.read(path) if folders.is_folder(path) else super().load_checkpoint(path, *arguments, **settings)
 
 
 @contextmanager
@@ -49,6 +56,8 @@ def sweep(folder: str | Path) -> list[Path]:
     """Remove what killed runs left half written; call it before anything writes there. Returns what was removed."""
     leftovers = sorted(Path(folder).glob(f".*{PARTIAL}"))
     for leftover in leftovers:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
         leftover.unlink(missing_ok=True)
     return leftovers
 

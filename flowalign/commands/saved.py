@@ -16,6 +16,7 @@ from flowalign.policy import Policy
 from flowalign.run import composed, instantiate, size_of
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
+from flowalign.strategies import folders
 
 
 @dataclass
@@ -69,10 +70,10 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", re
     Raises ValueError with one sentence for anything else.
     """
     path = Path(ckpt).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"ckpt={ckpt} does not exist.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = folders.read(path)
     except Exception as error:  # torch names neither the file nor a cause that a user knows
         raise ValueError(f"ckpt={ckpt} cannot be read as a checkpoint ({type(error).__name__}).") from error
     if not isinstance(state, dict) or "flowalign" not in state:

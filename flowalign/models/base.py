@@ -99,7 +99,7 @@ class FlowModel(ABC):
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
         self.pipe = load_pipeline(
-            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent)
+            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent), self.denoiser_names
         )
         for denoiser in self.denoisers().values():
             if denoiser.dtype != torch_dtype(train_dtype):  # diffusers warns of every cast, also of an empty one
@@ -125,6 +125,10 @@ class FlowModel(ABC):
         return self
 
     device: torch.device = torch.device("cpu")
+
+    def agree(self, wanted: Tensor) -> Tensor:
+        """(n,) bool: which networks any rank asks for. A strategy that has all ranks ask together replaces this."""
+        return wanted
 
     # ------------------------------------------------------------ size and schedule
 
@@ -285,6 +289,13 @@ class FlowModel(ABC):
         """The repeated units of the denoisers, for sharding, compilation and checkpointing."""
         lists = [m for d in self.denoisers().values() for m in d.children() if isinstance(m, nn.ModuleList)]
         return [block for blocks in lists for block in blocks]
+
+    def share_sequences(self, context: int, mesh: Any) -> None:
+        """Splits sequences over neighbouring ranks by diffusers' plans. mesh has the dims (…, "ring", "ulysses")."""
+        from diffusers import ContextParallelConfig
+
+        for denoiser in self.denoisers().values():
+            denoiser.enable_parallelism(config=ContextParallelConfig(ulysses_degree=context, mesh=mesh))  # type: ignore
 
     @property
     def loads_lora(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,29 @@ def resolve(pretrained: str) -> str:
     if "/" not in pretrained and (embedded / "model_index.json").is_file():
         return str(embedded)
     return pretrained
+
+
+_without_weights: ContextVar[bool] = ContextVar("without_weights", default=False)
+
+
+@contextmanager
+def without_weights(on: bool = True) -> Iterator[None]:
+    """Inside, the trained networks of pipelines are built from their configs alone: another rank sends the values."""
+    token = _without_weights.set(on)
+    try:
+        yield
+    finally:
+        _without_weights.reset(token)
+
+
+def _bare(where: str, index: dict[str, Any], name: str, revision: str | None) -> Any:
+    """A component with meta parameters. Buffers and tables are computed, as they are in none of the files."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    kind = getattr(diffusers, index[name][1])
+    with init_empty_weights(include_buffers=False):
+        return kind.from_config(kind.load_config(where, subfolder=name, revision=revision))
 
 
 @contextmanager
@@ -38,9 +62,18 @@ def quietly() -> Iterator[None]:
 
 
 def load_pipeline(
-    name: str, pretrained: str, revision: str | None, variant: str | None, dtype: torch.dtype, arguments: dict[str, Any]
+    name: str,
+    pretrained: str,
+    revision: str | None,
+    variant: str | None,
+    dtype: torch.dtype,
+    arguments: dict[str, Any],
+    trained: Sequence[str] = (),
 ) -> Any:
-    """A diffusers pipeline of class `name`; honours HF_HOME and HF_HUB_OFFLINE through diffusers itself."""
+    """A diffusers pipeline of class `name`; honours HF_HOME and HF_HUB_OFFLINE through diffusers itself.
+
+    The `trained` components are empty inside `without_weights`.
+    """
     import diffusers
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -66,9 +99,11 @@ def load_pipeline(
         )
     try:
         with quietly():
-            return getattr(diffusers, name).from_pretrained(
-                where, revision=revision, variant=variant, dtype=dtype, **arguments
-            )
+            pipeline = getattr(diffusers, name)
+            if _without_weights.get():
+                config = pipeline.load_config(where, revision=revision)
+                arguments = arguments | {part: _bare(where, config, part, revision) for part in trained}
+            return pipeline.from_pretrained(where, revision=revision, variant=variant, dtype=dtype, **arguments)
     except GatedRepoError as error:
         raise ValueError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:

@@ -77,7 +77,8 @@ class WanTwoExperts(Wan):
     """Wan 2.2: `transformer` knows much noise, from boundary_ratio of the pipeline upwards, `transformer_2` little.
 
     Each row goes to the expert of its sigma, so a batch may leave one of them without gradients: DDP then wants
-    trainer.strategy=ddp_find_unused_parameters_true, and sharding the same expert to be asked on all ranks.
+    trainer.strategy=ddp_find_unused_parameters_true. A sharded expert is asked by all ranks or by none: a rank that
+    has no row for it sends its first one, and leaves the answer out.
     """
 
     denoiser_names = ("transformer", "transformer_2")
@@ -101,8 +102,15 @@ class WanTwoExperts(Wan):
             low_guidance = self.guidance_2
         v = torch.empty_like(x, dtype=torch.float32)
         high = self.is_high(1000 * sigma)
-        for mask, scale in ((high, guidance), (~high, low_guidance)):
+        asked = self.agree(torch.stack([high.any(), (~high).any()])).tolist()
+        experts = ((high, guidance, 1.0), (~high, low_guidance, 0.0))
+        for (mask, scale, extreme), needed in zip(experts, asked, strict=True):
             rows = mask.nonzero().flatten()
             if len(rows):
                 v = v.index_copy(0, rows, super().velocity(x[rows], sigma[rows], cond.index(rows), scale))
+            elif needed:
+                one = slice(0, 1)
+                there = torch.full_like(sigma[one], extreme)
+                # A sum over nothing: it is 0, and the way back leads through the expert all the same.
+                v = v + super().velocity(x[one], there, cond.index(one), scale)[:0].sum()
         return v

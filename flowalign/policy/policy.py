@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.policy.tune import Tune
+from flowalign.tensors import local
 
 Place = Literal["same", "cpu"]
 
@@ -45,13 +46,17 @@ class Policy(nn.Module):
         targets: Sequence[str],
         copies: Sequence[str] = (),
         device_of_frozen: Place = "same",
+        shard: Callable[[], None] | None = None,
     ) -> None:
+        """shard: cuts the denoisers into shards, once they are prepared and before they are copied."""
         super().__init__()
         if device_of_frozen not in ("same", "cpu"):
             raise ValueError(f'device_of_frozen is "same" or "cpu" (got {device_of_frozen!r}).')
         self.device_of_frozen: Place = device_of_frozen
         for name, denoiser in denoisers.items():
             tune(denoiser, targets, name)
+        if shard is not None:
+            shard()
         self.denoisers = nn.ModuleDict(denoisers)
         self.copies = nn.ModuleDict({name: self._copy() for name in copies})
         self._active: str | None = None
@@ -70,7 +75,8 @@ class Policy(nn.Module):
     def _pairs(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         copy = self.copies[name]
         live = self.trained()
-        return [p.data for p in live.values()], [copy[n.replace(".", "/")].data for n in live]  # type: ignore
+        shards = [local(p.data) for p in live.values()]
+        return shards, [local(copy[n.replace(".", "/")].data) for n in live]  # type: ignore
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:

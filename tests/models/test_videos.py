@@ -119,6 +119,37 @@ def test_gradients_reach_the_experts_that_were_asked(experts_folder: Path):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.proj_out.parameters())
 
 
+def test_an_expert_that_another_rank_asks_is_asked_here_too_and_changes_nothing(
+    experts_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = WanTwoExperts(str(experts_folder), max_sequence_length=16)
+    asked = {name: 0 for name in model.denoisers()}
+    for name, network in model.denoisers().items():
+        network.requires_grad_(True)
+        network.register_forward_hook(lambda *_, name=name: asked.update({name: asked[name] + 1}))
+    x = torch.randn(2, *model.latent_shape(32, 48, 5), generator=torch.Generator().manual_seed(0))
+    cond, low = model.encode(["a", "b"]), torch.tensor([0.5, 0.2])
+
+    def gradients() -> list[torch.Tensor | None]:
+        for network in model.denoisers().values():
+            network.zero_grad()
+        v = model.velocity(x, low, cond)
+        v.square().sum().backward()
+        return [v.detach(), *(p.grad for network in model.denoisers().values() for p in network.parameters())]
+
+    own = gradients()
+    assert asked == {"transformer": 0, "transformer_2": 1}
+    monkeypatch.setattr(model, "agree", lambda wanted: torch.ones_like(wanted))  # another rank wants both
+    together = gradients()
+    assert asked == {"transformer": 1, "transformer_2": 2}
+    for mine, theirs in zip(own, together, strict=True):
+        if mine is None:  # a gradient of zeros takes part in the mean over ranks
+            assert theirs is not None
+            assert not theirs.any()
+        else:
+            assert torch.equal(mine, theirs)
+
+
 def test_settings_of_the_base_are_checked_through_those_of_a_family():
     node = {"_target_": "flowalign.models.wan.WanTwoExperts", "pretrained": "x", "guidance_2": 3.0, "variant": None}
     check_signatures({"model": node})

@@ -1,0 +1,161 @@
+"""Fixed prompts with fixed noise, sampled and scored: what an evaluation does, in a training or without one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from flowalign.conditioner import Conditioner
+from flowalign.evaluation import Positions, Shown, stills
+from flowalign.generate import generate
+from flowalign.policy import Policy
+from flowalign.prompts import Prompt
+from flowalign.recipe import Recipe
+from flowalign.report import Report
+from flowalign.scoring import Latents, Scores, Seen, Turns
+from flowalign.strategies.sharded import Sharded
+
+
+class Evaluating(LightningModule):
+    """Evaluates `recipe.evaluation` of a policy that a subclass builds."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.policy: Policy | None = None
+        self.report = Report()
+        self.counts = {"samples": 0, "rollout": 0, "frozen": 0, "train": 0, "evaluation": 0}
+        self.baseline: dict[str, float] = {}
+        self.shown: dict[str, Shown] = {}
+        self.evaluated_at = -1
+        self.turns = Turns(recipe.scorer.ahead)
+        self.meters = nn.ModuleDict()
+        guided = (
+            max(recipe.rollout.guidance, recipe.evaluation.sampling.guidance, recipe.optimisation.guidance)
+            > recipe.model.guidance_off
+        )
+        self.conditioner = Conditioner(recipe.model, guided, recipe.encoding)
+        self.eval_prompts: dict[str, list[Prompt]] = {
+            stage: [recipe.data[stage].prompts[i] for i in recipe.data[stage].fixed(number)]
+            for stage, number in (("val", recipe.evaluation.num_val), ("test", recipe.evaluation.num_test))
+        }
+
+    @property
+    def live(self) -> Policy:
+        if self.policy is None:
+            raise RuntimeError("the policy is built by configure_model, which the Trainer calls.")
+        return self.policy
+
+    @property
+    def alike(self) -> int:
+        """Neighbouring ranks that work on the same samples, each on a part of every sequence."""
+        return self.trainer.strategy.context if isinstance(self.trainer.strategy, Sharded) else 1
+
+    @property
+    def replica(self) -> int:
+        """Whose samples this rank works on, out of `replicas`."""
+        return self.global_rank // self.alike
+
+    @property
+    def replicas(self) -> int:
+        return self.trainer.world_size // self.alike
+
+    def _precision(self) -> Any:
+        # Hooks run without the precision context; without it, log-probabilities would differ from training_step's.
+        return self.trainer.precision_plugin.forward_context()
+
+    def val_dataloader(self) -> Positions:
+        return self._positions("val")
+
+    def test_dataloader(self) -> Positions:
+        return self._positions("test")
+
+    def _positions(self, stage: str) -> Positions:
+        batch = self.recipe.evaluation.sampling.batch_size
+        return Positions(len(self.eval_prompts[stage]), batch, self.replica, self.replicas)
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_evaluation("test")
+
+    def validation_step(self, positions: Tensor, batch_idx: int) -> None:
+        del batch_idx
+        self._evaluate("val", positions)
+
+    def test_step(self, positions: Tensor, batch_idx: int) -> None:
+        del batch_idx
+        self._evaluate("test", positions)
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._end_evaluation("test")
+
+    def _begin_evaluation(self, stage: str) -> None:
+        self.recipe.model.to(self.device)
+        self.report.begin("evaluate", len(self._positions(stage).mine))
+        self.shown.pop(stage, None)
+        self.turns.cancel()  # what an evaluation has left that was interrupted
+        tags = sorted({str(p.metadata["tag"]) for p in self.eval_prompts[stage] if "tag" in p.metadata})
+        for name in (*self.recipe.scorer.measures, "velocity_rms"):
+            for key in (name, *(f"{name}/{tag}" for tag in (*tags, "not_scored") if name != "velocity_rms")):
+                self._meter(f"{stage}/{key}").reset()
+
+    def _meter(self, key: str) -> MeanMetric:
+        key = key.replace(".", "_")
+        if key not in self.meters:
+            self.meters[key] = MeanMetric(nan_strategy="ignore").to(self.device)
+        return self.meters[key]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _evaluate(self, stage: str, positions: Tensor) -> None:
+        r, sampling = self.recipe, self.recipe.evaluation.sampling
+        ids = positions.tolist()
+        prompts = [self.eval_prompts[stage][i] for i in ids]
+        with self.live.use(r.evaluation.copy), self._precision():
+            cond = self.conditioner(prompts, self.device, r.eval_size.area)
+            made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
+        self._meter(f"{stage}/velocity_rms").update(made.rms)
+        self.counts["evaluation"] += len(ids) * sampling.num_steps * self.replicas
+        wanted = set(r.evaluation.shows(len(self.eval_prompts[stage])))
+        rows = [row for row, i in enumerate(ids) if i in wanted]
+        shown = stills(made.media[rows]).cpu()
+        scoring = r.scorer.start(Seen(prompts, made.media, Latents(made.x0, cond)), evaluation=True)
+        self.turns.add(scoring, partial(self._scored, stage, ids, rows, shown))
+
+    def _scored(self, stage: str, ids: list[int], rows: list[int], images: Tensor, scores: Scores) -> None:
+        """Counts the scores of the samples `ids`, of which `rows` are shown."""
+        prompts, scores = [self.eval_prompts[stage][i] for i in ids], self.recipe.scorer.summed(scores)
+        for name, values in scores.items():
+            self._meter(f"{stage}/{name}").update(values)
+            self._meter(f"{stage}/{name}/not_scored").update(values.isnan().float())
+            for tag in {p.metadata.get("tag") for p in prompts} - {None}:
+                mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
+                self._meter(f"{stage}/{name}/{tag}").update(values[mine])
+        if rows:
+            chosen = {name: values[rows].cpu() for name, values in scores.items()}
+            new = Shown(images, [prompts[row].text for row in rows], chosen)
+            self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
+        done = ids[-1] // self.replicas + 1
+        self.report.advance("evaluate", done, reward=float(scores["reward"].nanmean()))
+
+    def _end_evaluation(self, stage: str) -> None:
+        self.turns.finish()
+        self.report.end("evaluate")
+        self.evaluated_at = self.current_epoch
+        for key, meter in self.meters.items():
+            if key.startswith(f"{stage}/") and not (key.endswith("/not_scored") and not self._meter(key).compute()):
+                self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")  # type: ignore
+        if before := self.baseline.get(f"{stage}/velocity_rms"):
+            self.log(f"{stage}/velocity_growth", self._meter(f"{stage}/velocity_rms").compute() / before)
+        if stage == "val":
+            reward = self._meter("val/reward")
+            self.log("hp/val_reward", reward, on_step=False, on_epoch=True, metric_attribute="meters.val/reward")

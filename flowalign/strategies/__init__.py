@@ -1,0 +1,1 @@
+"""Strategies that shard the denoisers; `auto` and `ddp` are Lightning's own."""

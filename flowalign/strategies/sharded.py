@@ -1,0 +1,215 @@
+"""The sharding strategy: FSDP2 over all ranks, or over some that are replicated, with optional CPU offload."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from flowalign.checks.errors import ConfigError
+from flowalign.models.base import FlowModel
+from flowalign.strategies import folders
+from flowalign.strategies.sequence import check_plan, split_sequences
+from flowalign.strategies.shard import shard
+from flowalign.tensors import Place, gathered, like, put_together, taken_apart
+
+
+class Sharded(ModelParallelStrategy):
+    """Weights, gradients, moments and frozen copies of the denoisers lie in shards, and a block is whole while it runs.
+
+    The ranks are `replicas` groups, each of which holds everything once; `context` ranks in a row work on the same
+    samples, a part of each sequence a rank. Checkpoints are those of one process, whatever the strategy.
+    """
+
+    def __init__(
+        self,
+        replicas: int = 1,
+        context: int = 1,
+        offload: bool = False,
+        gather_16: bool = True,
+        sync_each_micro: bool = True,
+        checkpoint: Literal["file", "folder"] = "file",
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        """offload: shards and optimiser stay in the machine's memory.
+
+        gather_16: under trainer.precision=bf16-mixed weights travel in bfloat16. sync_each_micro=false sums gradients
+        of a step locally: less traffic, for a whole set of gradients on every rank. checkpoint=folder has every rank
+        write its shards, where a file is gathered and written by rank 0. timeout_minutes: how long ranks wait for each
+        other before they give up.
+        """
+        super().__init__(timeout=timedelta(minutes=timeout_minutes))
+        if min(replicas, context) < 1:
+            raise ValueError(f"replicas and context are at least 1 (got {replicas} and {context}).")
+        if checkpoint not in ("file", "folder"):
+            raise ValueError(f"checkpoint is file or folder (got {checkpoint!r}).")
+        self.replicas, self.context, self.offload = replicas, context, offload
+        self.gather_16, self.sync_each_micro, self.in_folders = gather_16, sync_each_micro, checkpoint == "folder"
+        self._shards: DeviceMesh | None = None
+        self._source: tuple[Path, dict[Place, Tensor]] = Path(), {}
+
+    # ------------------------------------------------------------ ranks
+
+    def setup_environment(self) -> None:
+        world = self.num_nodes * self.num_processes
+        if world % (self.replicas * self.context):
+            raise ConfigError(
+                f"{world} ranks cannot be {self.replicas} replicas of shards in groups of context {self.context}: "
+                "trainer.devices × trainer.num_nodes must be a multiple of trainer.strategy.replicas × "
+                "trainer.strategy.context."
+            )
+        self._data_parallel_size, self._tensor_parallel_size = world, 1  # Lightning's "auto" is tensor parallelism
+        if self.offload and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # the norm of offloaded gradients meets on the CPU
+        super().setup_environment()
+        if self._shards is None:
+            shape, names = (self.replicas, world // self.replicas), ("replicate", "shard")
+            cut = slice(None) if self.replicas > 1 else slice(1, None)
+            self._shards = init_device_mesh(self.root_device.type, shape[cut], mesh_dim_names=names[cut])
+
+    def agree(self, wanted: Tensor) -> Tensor:
+        """(n,) bool: what any rank wants, for networks that all ranks have to ask together."""
+        asked = wanted.to(self.root_device, torch.uint8)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return asked.bool()
+
+    # ------------------------------------------------------------ shards
+
+    def shard(self, model: FlowModel) -> None:
+        """Cuts the denoisers of a model, prepared for training, into this rank's shards."""
+        denoisers = list(model.denoisers().values())
+        if len(denoisers) > 1 and not self.sync_each_micro:
+            raise ConfigError(
+                f"{type(model).__name__} has several denoisers, and the last micro-batch of a step need not ask all of "
+                "them: use trainer.strategy.sync_each_micro=true."
+            )
+        if self.context > 1:
+            for denoiser in denoisers:
+                check_plan(denoiser, self.context)
+        assert self._shards is not None
+        gather = torch.bfloat16 if self.gather_16 and self.precision_plugin.precision == "bf16-mixed" else None
+        for denoiser in denoisers:
+            inside = {id(m) for m in denoiser.modules()}
+            blocks = [block for block in model.blocks() if id(block) in inside]
+            shard(denoiser, blocks, self._shards, self.root_device, gather, self.offload)
+        if self.context > 1:
+            split_sequences(model, self.context, self.root_device.type)
+        model.agree = self.agree
+
+    def model_to_device(self) -> None:
+        assert self.lightning_module is not None
+        if self.offload:  # what is offloaded has to stay where it is
+            _update_properties(self.lightning_module, device=self.root_device)
+        else:
+            super().model_to_device()
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        assert self.lightning_module is not None
+        sharded = [m for m in self.lightning_module.modules() if isinstance(m, FSDPModule)]
+        if self.sync_each_micro:
+            sharded = []
+        for module in sharded:
+            module.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in sharded:
+                module.set_requires_gradient_sync(True, recurse=False)
+
+    def backward(self, closure_loss: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        # Ranks that share a sequence have parts of one gradient: these add up, while FSDP takes the mean of all ranks.
+        return super().backward(closure_loss * self.context, *arguments, **settings)
+
+    # ------------------------------------------------------------ checkpoints: out
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._given_out(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state = inner.state_dict()
+        odd = [place[-1] for place, t in taken_apart(state["state"])[1].items() if not isinstance(t, DTensor)]
+        if odd:
+            raise ConfigError(
+                f"{type(inner).__name__} keeps {odd[0]} in a form that shards cannot be put together from: use "
+                "optimizer._target_=torch.optim.AdamW."
+            )
+        return self._given_out(state)
+
+    def _given_out(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state if self.in_folders else gathered(state, self.is_global_zero) or {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        path = Path(self.broadcast(str(filepath)))
+        if self.in_folders:
+            folders.write(checkpoint, path, self.is_global_zero)
+        elif self.is_global_zero:
+            if path.is_dir():
+                shutil.rmtree(path)
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+
+    # ------------------------------------------------------------ checkpoints: in
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """What rank 0 reads and is not sharded; tensors follow when the module and the optimiser ask for them."""
+        del weights_only  # always
+        told, tensors = None, {}
+        if self.is_global_zero:
+            try:
+                told, tensors = folders.opened(Path(checkpoint_path))
+            except Exception as error:  # the others must not wait for what will not come
+                told = error
+        told = self.broadcast(told)
+        if isinstance(told, Exception):
+            raise told
+        assert told is not None
+        self._source = Path(self.broadcast(str(checkpoint_path))), tensors
+        return told
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        own, said = module.state_dict(), checkpoint["state_dict"]
+        if own.keys() == said.keys() and all(own[key].shape == t.shape for key, t in said.items()):
+            said = self._read(said, own, ("state_dict",))
+        module.load_state_dict(said, strict)  # refuses what does not fit, in its own words
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for i, (optimizer, said) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            targets = {
+                number: {name: torch.empty_like(params[number], dtype=t.dtype) for name, t in values.items() if t.ndim}
+                for number, values in said["state"].items()
+            }
+            state = self._read(said["state"], targets, ("optimizer_states", i, "state"))
+            optimizer.load_state_dict({**said, "state": state})
+
+    def _read(self, frame: Any, targets: Any, at: Place) -> Any:
+        """`frame` with its meta tensors read into the layout of `targets`, which has one for each of them."""
+        path, tensors = self._source
+        wanted, metas = taken_apart(targets, at)[1], taken_apart(frame, at)[1]
+        if folders.is_folder(path):
+            folders.fill(path, wanted)
+        else:
+            wanted = {place: like(tensors.get(place, metas[place]), target) for place, target in wanted.items()}
+        return put_together(frame, wanted, at)
