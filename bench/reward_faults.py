@@ -24,24 +24,21 @@ BOUND = 300.0
 """Seconds after which a run is killed and counts as hanging."""
 TINY = (
     *("batch.prompts=2", "batch.group_size=2", "batch.micro=3", "batch.updates=2", "tune=lora", "rollout.num_steps=4"),
+    *("rollout.batch_size=4", "times.num=null", "evaluation.sampling.num_steps=3", "evaluation.num_val=4"),
     *(
-        "rollout.batch_size=4",
-        "times.num=null",
-        "evaluation.sampling.num_steps=3",
-        "evaluation.num_val=4",
         "test=false",
+        "evaluation.shown=2",
+        "trainer.max_epochs=2",
+        "trainer.accelerator=cpu",
+        "trainer.check_val_every_n_epoch=9",
     ),
-    *("evaluation.shown=2", "trainer.max_epochs=2", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=9"),
     *("logger=csv", "seed=0"),
 )
 REMOTE = (
     *("reward=remote", "reward.objective.batch_size=2", "reward.objective.in_flight=1"),
     *("reward.objective.patience.connect=1", "reward.objective.patience.read=5", "reward.objective.patience.total=25"),
-    *(
-        "reward.objective.patience.retries=1",
-        "reward.objective.patience.backoff=0.1",
-        "reward.objective.patience.start=15",
-    ),
+    *("reward.objective.patience.retries=1", "reward.objective.patience.backoff=0.1"),
+    "reward.objective.patience.start=15",
 )
 BEFORE = 4
 """Requests of the baseline evaluation and of the first epoch: 4 + 4 pictures, 2 in each."""
@@ -164,7 +161,7 @@ def words_of(said: str) -> tuple[str, str]:
     lines = [re.sub(r"\x1b\[[0-9;]*m|http://127\.0\.0\.1:\d+", "", line).strip() for line in said.splitlines()]
     reasons = [line.partition("could not be scored: ")[2] for line in lines if "could not be scored: " in line]
     ends = [line for line in lines if re.match(r"(\w+\.)*\w*Error: |.*\[ERROR\]", line)]
-    return (reasons or [""])[0], (ends or [""])[-1]
+    return (reasons or [""])[0], (ends or [""])[-1].partition("[ERROR] - ")[2] or (ends or [""])[-1]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

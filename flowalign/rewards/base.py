@@ -47,6 +47,25 @@ class FrameReward(ABC):
         return scores
 
 
+class Around:
+    """What is made of another reward: it is in working order, and over, when that one is."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+
+    def self_check(self) -> None:
+        """That of the reward, if it has one."""
+        self._inner("self_check")
+
+    def close(self) -> None:
+        """That of the reward, if it has one."""
+        self._inner("close")
+
+    def _inner(self, name: str) -> None:
+        if method := getattr(self.reward, name, None):
+            method()
+
+
 def checked(media: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Tensor]:
     """Media as videos (B, F, 3, H, W) float32 in [0, 1], pictures having one frame, and (B,) which are finite."""
     if media.ndim not in (4, 5) or media.shape[-3] != 3:

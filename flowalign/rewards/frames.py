@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import Reward
+from flowalign.rewards.base import Around, Reward
 
 
-class Frames:
+class Frames(Around):
     """A reward of `num` frames of each video, evenly spaced from the first to the last; pictures pass as they are.
 
     A reward of single pictures then takes the mean over these.
@@ -19,18 +19,13 @@ class Frames:
     def __init__(self, reward: Reward, num: int) -> None:
         if num < 1:
             raise ValueError(f"num is the number of frames that are looked at, at least 1 (got {num}).")
-        self.reward, self.num = reward, num
+        super().__init__(reward)
+        self.num, self.groupwise = num, bool(getattr(reward, "groupwise", False))
 
-    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], **compared: Tensor) -> Tensor:
         if media.ndim == 5 and media.shape[1] > self.num:
             media = media[:, chosen(media.shape[1], self.num)]
-        return self.reward(media, prompts, metadata)
-
-    def self_check(self) -> None:
-        """That of the reward, if it has one."""
-        check = getattr(self.reward, "self_check", None)
-        if check is not None:
-            check()
+        return self.reward(media, prompts, metadata, **compared)  # the groups, for a reward that compares
 
 
 def chosen(frames: int, num: int) -> list[int]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import Reward
+from flowalign.rewards.base import Around, Reward
 
 
-class WinRate:
+class WinRate(Around):
     """Share of the other members of its group that a sample beats, (B,) in [0, 1]; a tie is half a win.
 
     Without a margin this is the rank in the group, the worst 0, the best 1, equals sharing their mean rank. NaN where
@@ -26,22 +26,13 @@ class WinRate:
         """margin: how much better a score must be to win."""
         if margin < 0:
             raise ValueError(f"margin is a difference of scores and at least 0 (got {margin}).")
-        self.reward, self.margin = reward, margin
+        super().__init__(reward)
+        self.margin = margin
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor) -> Tensor:
         """`groups` (B,): samples with the same id are compared."""
         scores = self.reward(media, prompts, metadata)
         return win_rate(wins(scores, self.margin), groups)
-
-    def self_check(self) -> None:
-        self._inner("self_check")
-
-    def close(self) -> None:
-        self._inner("close")
-
-    def _inner(self, name: str) -> None:
-        if method := getattr(self.reward, name, None):
-            method()
 
 
 def wins(scores: Tensor, margin: float = 0.0) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.frames import Frames, chosen
+from flowalign.rewards.groupwise import WinRate
 from flowalign.rewards.jpeg import Jpeg
 from flowalign.rewards.motion import Motion, Smoothness
 
@@ -92,6 +93,11 @@ def test_a_reward_of_some_frames_is_the_reward_of_the_video_of_these():
     assert score(Frames(Jpeg(), 3), video).equal(score(Jpeg(), video[:, [0, 4, 8]]))
     assert score(Frames(Jpeg(), 20), video).equal(score(Jpeg(), video))
     assert score(Frames(Jpeg(), 3), video[:, 0]).equal(score(Jpeg(), video[:, 0]))
+    groups = torch.tensor([0, 0])
+    won = Frames(WinRate(Jpeg()), 3)(video, [""] * 2, [{}] * 2, groups=groups)
+    assert won.equal(WinRate(Jpeg())(video[:, [0, 4, 8]], [""] * 2, [{}] * 2, groups))
+    assert Frames(WinRate(Jpeg()), 3).groupwise
+    assert not Frames(Jpeg(), 3).groupwise
     with pytest.raises(ValueError, match="at least 1"):
         Frames(Jpeg(), 0)
 
