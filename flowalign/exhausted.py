@@ -9,16 +9,15 @@ import torch
 
 from flowalign.checks.errors import RunError
 
-COMMON = "trainer.strategy (docs/scaling.md)"
 REMEDIES = {
-    "build": ("tune=lora", "policy.device_of_frozen=cpu", COMMON),
-    "encode": ("encoding.batch_size", "encoding.release=true"),
-    "rollout": ("rollout.batch_size", "running.vae_slicing=true", "running.vae_tiling=true", "encoding.release=true"),
-    "frozen copies": ("rollout.batch_size", "policy.device_of_frozen=cpu"),
-    "optimise": ("batch.micro", "running.gradient_checkpointing=true", "policy.device_of_frozen=cpu", "tune=lora"),
-    "evaluate": ("evaluation.sampling.batch_size", "running.vae_slicing=true", "running.vae_tiling=true"),
+    "build": "tune=lora, policy.device_of_frozen=cpu, strategy=fsdp",
+    "encode": "a smaller encoding.batch_size, encoding.release=true",
+    "rollout": "a smaller rollout.batch_size, running.vae_slicing=true, encoding.release=true",
+    "frozen copies": "a smaller rollout.batch_size, policy.device_of_frozen=cpu",
+    "optimise": "a smaller batch.micro, running.gradient_checkpointing=true, policy.device_of_frozen=cpu, tune=lora",
+    "evaluate": "a smaller evaluation.sampling.batch_size, running.vae_slicing=true, running.vae_tiling=true",
 }
-"""What to lower or set, by phase, what helps most first."""
+"""What to set, by phase, what helps most first."""
 
 
 class NoMemoryError(RunError):
@@ -33,10 +32,8 @@ def memory_of(phase: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_exhaustion(error):
             raise
-        words = [word if "=" in word else f"a smaller {word}" for word in REMEDIES[phase] if word != COMMON]
-        words += [word for word in REMEDIES[phase] if word == COMMON]
         raise NoMemoryError(
-            f"out of memory in the phase '{phase}' ({_first_words(error)}): what helps is {', '.join(words)}."
+            f"out of memory in the phase '{phase}' ({_first_words(error)}); what helps, most first: {REMEDIES[phase]}."
         ) from error
 
 

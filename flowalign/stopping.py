@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 log = logging.getLogger("flowalign")
 
@@ -93,23 +92,19 @@ asked = Requests()
 """Of this process, as signals are."""
 
 
-def farewell(stop: Stopped, last: Path, given: Any, requeue: bool) -> None:
-    """Says how to go on from `last`, or from the checkpoint that was `given`, and puts a SLURM job back into its queue.
+def farewell(stop: Stopped, folder: Path, given: str | None, requeue: bool) -> None:
+    """Says how to go on from what is in the output folder, or was `given`; puts a SLURM job back into its queue.
 
     From here on the process ends within PATIENCE, whatever a thread of a reward is waiting for.
     """
+    last = folder / "checkpoints" / "last.ckpt"
     found = last if last.exists() else given
     way = f"go on with ckpt_path={found}" if found else "nothing was saved yet"
     log.warning("stopped by %s: %s", stop.signal.name, way)
     job = os.environ.get("SLURM_JOB_ID")
-    if requeue and job and stop.signal == signal.SIGUSR1:
+    if requeue and job and stop.signal == signal.SIGUSR1 and os.environ.get("SLURM_PROCID", "0") == "0":
         _requeue(job)
-    last_resort(128 + stop.signal)
-
-
-def last_resort(code: int) -> None:
-    """Ends the process after PATIENCE, if it has not ended by itself."""
-    timer = threading.Timer(PATIENCE, os._exit, (code,))
+    timer = threading.Timer(PATIENCE, os._exit, (stop.code,))
     timer.daemon = True
     timer.start()
 
