@@ -108,7 +108,7 @@ def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Any]:
         (tmp_path / folder).mkdir(exist_ok=True)
         recipe = build_recipe(cfg)
         module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
-        trainer.callbacks.append(Trap(moment, folder=str(tmp_path / folder)))  # type: ignore[attr-defined]
+        trainer.callbacks.append(Trap(str(tmp_path / folder), moment))  # type: ignore[attr-defined]
         with asked.listening():
             trainer.fit(module, ckpt_path=resume)
         return module
