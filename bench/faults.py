@@ -16,14 +16,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import forked  # noqa: E402
-from bench.forked import TRAP, Ended  # noqa: E402
+from bench.forked import Ended  # noqa: E402
+
+
+PAIR = ("trainer.devices=2", "batch.micro=1")
+"""Words of a run of two ranks."""
 
 
 @dataclass
@@ -44,8 +48,8 @@ class Outcome:
 class Bench:
     """Runs below a folder, and the uninterrupted ones that they are compared with."""
 
-    def __init__(self, folder: Path, kills: int, quick: bool = False) -> None:
-        self.folder, self.kills, self.quick = folder, kills, quick
+    def __init__(self, folder: Path, kills: int) -> None:
+        self.folder, self.kills = folder, kills
         self._whole: dict[tuple[str, ...], tuple[Path, float]] = {}
 
     def whole(self, *words: str, ranks: int = 1) -> tuple[Path, float]:
@@ -63,23 +67,21 @@ class Bench:
         ended = forked.run(folder, *words, "ckpt_path=auto", ranks=ranks)
         return set(ended.codes) == {0} and forked.same_end(folder, self.whole(*words, ranks=ranks)[0])
 
-    def row(self, case: str, ended: list[Ended], folders: list[Path] | None = None, equal: str = "") -> Outcome:
+    def row(self, case: str, ended: list[Ended], lost: Sequence[int] = (), equal: int | None = None) -> Outcome:
         codes = sorted({code for one in ended for code in one.codes})
         times = [one.seconds for one in ended if one.seconds is not None]
-        begun = [lost(folder) for folder in folders or []]
         return Outcome(
             case, len(ended), " ".join(map(str, codes)), f"{max(times):.1f}" if times else "",
-            str(max(begun)) if begun else "", sum(one.hung for one in ended), equal, ended[-1].last_words,
+            str(max(lost)) if lost else "", sum(one.hung for one in ended),
+            "" if equal is None else f"{equal} of {len(ended)}", ended[-1].last_words.replace(str(self.folder), "…"),
         )  # fmt: skip
 
 
 def lost(folder: Path) -> int:
     """Epochs that were begun and are not in the checkpoint."""
     begun = int((folder / "epoch").read_text()) + 1 if (folder / "epoch").exists() else 0
-    try:
-        return begun - int(forked.last(folder)["epoch"]) - 1
-    except FileNotFoundError:
-        return begun
+    written = (folder / "checkpoints" / "last.ckpt").exists()
+    return begun - (int(forked.last(folder)["epoch"]) + 1 if written else 0)
 
 
 # ------------------------------------------------------------ deaths
@@ -88,22 +90,19 @@ def lost(folder: Path) -> int:
 def killed(bench: Bench) -> Iterator[Outcome]:
     """kill -9 at random moments, each followed by a resumption."""
     draw, (_, length) = random.Random(0), bench.whole()
-    ended, folders, equal = [], [], 0
+    ended, folders, repeated, equal = [], [], [], 0
     for i in range(bench.kills):
         folders.append(bench.folder / f"killed{i}")
-        started = forked.start(folders[-1], TRAP)
+        started = forked.start(folders[-1], *forked.TRAP)
         time.sleep(draw.uniform(0, length))
         began = time.time()
         started.send(signal.SIGKILL)
         ended.append(started.wait())
         ended[-1].seconds = time.time() - began
-        ended[-1].lost = lost(folders[-1])
+        repeated.append(lost(folders[-1]))
         equal += bench.resumed(folders[-1])
-    most = max(one.lost for one in ended)
-    yield Outcome(
-        **asdict(bench.row("kill -9 at a random moment", ended))
-        | {"lost": str(most), "equal": f"{equal} of {len(ended)}"}
-    )
+        print(f"killed {i + 1}: {max(repeated)} repeated at most, {equal} equal", file=sys.stderr, flush=True)
+    yield bench.row("kill -9 at a random moment", ended, repeated, equal)
 
 
 def dead_rank(bench: Bench) -> Iterator[Outcome]:
@@ -112,10 +111,9 @@ def dead_rank(bench: Bench) -> Iterator[Outcome]:
         for rank in (0, 1):
             for moment in ("rollout", "optimisation"):
                 folder = bench.folder / f"dead_{strategy}{rank}_{moment}"
-                words = (f"strategy={strategy}", "trainer.devices=2")
-                trap = trapped(moment, [rank], "SIGKILL")
+                    trap = trapped(moment, [rank], "SIGKILL")
                 ended = forked.run(folder, *words, *trap, ranks=2)
-                yield bench.row(f"{strategy}: kill -9 of rank {rank} during {moment}", [ended], [folder])
+                yield bench.row(f"{strategy}: kill -9 of rank {rank} during {moment}", [ended], [lost(folder)])
 
 
 # ------------------------------------------------------------ signals
@@ -123,20 +121,19 @@ def dead_rank(bench: Bench) -> Iterator[Outcome]:
 
 def trapped(moment: str, ranks: list[int], send: str) -> tuple[str, ...]:
     at = "+callbacks.trap."
-    return TRAP, f"{at}moment={moment}", f"{at}send={send}", f"{at}ranks={str(ranks).replace(' ', '')}"
+    return *forked.TRAP, f"{at}moment={moment}", f"{at}send={send}", f"{at}ranks={str(ranks).replace(' ', '')}"
 
 
 def terminated(bench: Bench) -> Iterator[Outcome]:
     """SIGTERM to some of two ranks, each followed by a resumption."""
-    words = ("strategy=ddp", "trainer.devices=2")
+    words = (*PAIR, "strategy=ddp")
     for ranks in ([0], [1], [0, 1]):
         for moment in ("rollout", "optimisation", "validation", "writing"):
             folder = bench.folder / f"term{''.join(map(str, ranks))}_{moment}"
             ended = forked.run(folder, *words, *trapped(moment, ranks, "SIGTERM"), ranks=2)
             gone, equal = lost(folder), bench.resumed(folder, *words, ranks=2)
             name = "both ranks" if len(ranks) == 2 else f"rank {ranks[0]}"
-            row = bench.row(f"SIGTERM to {name} during {moment}", [ended], equal=f"{int(equal)} of 1")
-            yield Outcome(**asdict(row) | {"lost": str(gone)})
+            yield bench.row(f"SIGTERM to {name} during {moment}", [ended], [gone], equal)
 
 
 def requeued(bench: Bench) -> Iterator[Outcome]:
@@ -149,8 +146,8 @@ def requeued(bench: Bench) -> Iterator[Outcome]:
     slurm = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     ended = forked.run(folder, "requeue=true", *trapped("optimisation", [0], "SIGUSR1"), environment=slurm)
     asked = (folder / "asked").read_text().strip() if (folder / "asked").exists() else "nothing"
-    row = bench.row(f"SIGUSR1 under SLURM, requeue=true: scontrol is asked `{asked}`", [ended], [folder])
-    yield Outcome(**asdict(row) | {"equal": f"{int(bench.resumed(folder))} of 1"})
+    name = f"SIGUSR1 under SLURM, requeue=true: scontrol is asked `{asked}`"
+    yield bench.row(name, [ended], [lost(folder)], bench.resumed(folder))
 
 
 def interrupted(bench: Bench) -> Iterator[Outcome]:
@@ -254,17 +251,17 @@ def cache(bench: Bench) -> Iterator[Outcome]:
     ended = forked.run(second, f"encoding.cache={kept}")
     again = ended.said.count("is made again")
     equal = forked.same_end(second, whole)
-    row = bench.row(f"prompt cache: {again} of {len(files)} damaged files made again", [first, ended])
-    yield Outcome(**asdict(row) | {"equal": f"{int(equal)} of 1"})
+    assert first.codes == (0,), first.said[-3000:]
+    yield bench.row(f"prompt cache: {again} of {len(files)} damaged files made again", [ended], equal=equal)
 
 
 def two(bench: Bench) -> Iterator[Outcome]:
     """A second run in the folder of one that is still going."""
     folder = bench.folder / "two"
-    first = forked.start(folder, TRAP)
+    first = forked.start(folder, *forked.TRAP)
     while first.processes[0].is_alive() and not (folder / "epoch").exists():
         time.sleep(0.05)
-    second = forked.run(folder / ".." / "two", "hydra.output_subdir=null", f"hydra.run.dir={folder}")
+    second = forked.run(bench.folder / "second", f"paths.output_dir={folder}")
     first.send(signal.SIGKILL)
     first.wait()
     yield bench.row("second run in a folder that is in use", [second])
@@ -276,7 +273,7 @@ def two(bench: Bench) -> Iterator[Outcome]:
 def not_finite(bench: Bench) -> Iterator[Outcome]:
     """A loss that is NaN in one step, in all epochs, and on one of two ranks."""
     trap = "+callbacks.trap._target_=bench.trap.NotFinite"
-    ddp = ("strategy=ddp", "trainer.devices=2", "+callbacks.trap.rank=1")
+    ddp = (*PAIR, "strategy=ddp", "+callbacks.trap.rank=1")
     for name, words, ranks in (
         ("NaN in one step", ("+callbacks.trap.epochs=[1]",), 1),
         ("NaN in one step, on rank 1 of 2", ("+callbacks.trap.epochs=[1]", *ddp), 2),

@@ -26,7 +26,7 @@ TINY = (
     *("trainer.check_val_every_n_epoch=1", "logger=none", "callbacks=[checkpoint,preemption,ranks]", "seed=0"),
     *("reward=brightness", "~reward.held_out", "optimizer.lr=0.003", "callbacks.ranks.limit=10"),
 )
-TRAP = "+callbacks.trap._target_=bench.trap.Trap"
+TRAP = ("+callbacks.trap._target_=bench.trap.Trap", "+callbacks.trap.folder=${paths.output_dir}")
 
 
 @dataclass
@@ -78,12 +78,7 @@ def start(folder: Path, *words: str, ranks: int = 1, environment: Mapping[str, s
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("said*.txt"), *folder.glob("snapped*")):
         old.unlink()
-    words = settled(
-        *TINY,
-        *words,
-        f"hydra.run.dir={folder}",
-        *((f"+callbacks.trap.folder={folder}",) if any(TRAP in w for w in words) else ()),
-    )
+    words = settled(*TINY, *words, f"hydra.run.dir={folder}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -146,13 +141,10 @@ def differing(one: Any, other: Any, place: str = "") -> list[str]:
             return [place]
         return [found for key in one for found in differing(one[key], other[key], f"{place}/{key}")]
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [
-            found for i, pair in enumerate(zip(one, other, strict=True)) for found in differing(*pair, f"{place}/{i}")
-        ]
-    same = (
-        torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one == other
-    )
-    return [] if same else [place]
+        return differing(dict(enumerate(one)), dict(enumerate(other)), place)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [place]
+    return [] if one == other else [place]
 
 
 def same_end(one: Path, other: Path) -> bool:

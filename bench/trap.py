@@ -20,12 +20,10 @@ MOMENTS = (*PHASES, "writing")
 class Trap(Callback, Report):
     """Sends this process a signal in epoch 1, after the first batch of a phase or while the checkpoint is written.
 
-    Writes when it did so to `snapped`, and to `epoch` which one began last; both in `folder`, where one is given.
+    Writes when it did so to `snapped` and the rank, and to `epoch` which one began last; both in `folder`.
     """
 
-    def __init__(
-        self, moment: str = "", send: str = "SIGTERM", ranks: list[int] | None = None, folder: str = ""
-    ) -> None:
+    def __init__(self, folder: str, moment: str = "", send: str = "SIGTERM", ranks: list[int] | None = None) -> None:
         """moment: one of MOMENTS, or nothing; ranks: of them, all by default."""
         self.moment, self.send, self.ranks, self.folder = moment, signal.Signals[send], ranks, Path(folder)
         self.module: LightningModule | None = None

@@ -6,9 +6,9 @@ from flowalign.exhausted import REMEDIES, NoMemoryError, memory_of
 
 @pytest.mark.parametrize("phase", REMEDIES)
 def test_a_refused_allocation_names_the_phase_and_what_helps(phase: str):
-    with pytest.raises(NoMemoryError, match=rf"phase '{phase}' \(.*you tried to allocate.*most first: ") as told:
-        with memory_of(phase):
-            torch.empty(2**60, dtype=torch.uint8)
+    says = rf"phase '{phase}' \(.*you tried to allocate.*most first: "
+    with pytest.raises(NoMemoryError, match=says) as told, memory_of(phase):
+        torch.empty(2**60, dtype=torch.uint8)
     assert "\n" not in str(told.value)
 
 

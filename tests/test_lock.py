@@ -9,9 +9,9 @@ from flowalign.lock import held
 
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path):
     with held(tmp_path):
-        with pytest.raises(ConfigError, match=rf"still going \(process {os.getpid()} on .*hydra\.run\.dir"):
-            with held(tmp_path):
-                pass
+        says = rf"still going \(process {os.getpid()} on .*hydra\.run\.dir"
+        with pytest.raises(ConfigError, match=says), held(tmp_path):
+            pass
     with held(tmp_path):
         pass
 
