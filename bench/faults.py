@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import forked  # noqa: E402
 from bench.forked import Ended  # noqa: E402
 
-
 PAIR = ("trainer.devices=2", "batch.micro=1")
 """Words of a run of two ranks."""
 
@@ -111,8 +110,8 @@ def dead_rank(bench: Bench) -> Iterator[Outcome]:
         for rank in (0, 1):
             for moment in ("rollout", "optimisation"):
                 folder = bench.folder / f"dead_{strategy}{rank}_{moment}"
-                    trap = trapped(moment, [rank], "SIGKILL")
-                ended = forked.run(folder, *words, *trap, ranks=2)
+                trap = trapped(moment, [rank], "SIGKILL")
+                ended = forked.run(folder, *PAIR, f"strategy={strategy}", *trap, ranks=2)
                 yield bench.row(f"{strategy}: kill -9 of rank {rank} during {moment}", [ended], [lost(folder)])
 
 
@@ -152,7 +151,7 @@ def requeued(bench: Bench) -> Iterator[Outcome]:
 
 def interrupted(bench: Bench) -> Iterator[Outcome]:
     """Ctrl-C with rewards in processes of their own."""
-    workers = ("reward=brightness", "~reward.held_out", "reward.objective._target_=flowalign.rewards.workers.Workers")
+    workers = ("reward=brightness", "~reward.held_out", "reward.objective._target_=flowalign.rewards.workers.InProcesses")
     reward = "+reward.objective.reward={_target_: flowalign.rewards.brightness.Brightness}"
     folder = bench.folder / "interrupted"
     started = forked.start(folder, *workers, reward, *trapped("optimisation", [], "SIGINT"))
@@ -285,7 +284,7 @@ def not_finite(bench: Bench) -> Iterator[Outcome]:
 
 def memory(bench: Bench) -> Iterator[Outcome]:
     """The machine's allocator refuses, in the baseline evaluation and in the second rollout."""
-    for pictures, phase in ((0, "evaluation"), (10, "rollout")):
+    for pictures, phase in ((0, "evaluation"), (13, "rollout")):
         folder = bench.folder / f"memory_{phase}"
         reward = ("reward.objective._target_=bench.trap.Hungry", f"+reward.objective.pictures={pictures}")
         yield bench.row(f"out of memory in the {phase}", [forked.run(folder, *reward)])

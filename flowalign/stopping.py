@@ -44,6 +44,7 @@ class Requests:
         self.number = 0
         self.times = 0
         self._since = math.inf
+        self._interrupted = False
 
     @property
     def age(self) -> float:
@@ -82,8 +83,9 @@ class Requests:
         self.times += 1
         if self.times == 1:
             self.number, self._since = number, time.monotonic()
-        elif number == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             os._exit(128 + number)  # somebody insists
+        self._interrupted = number == signal.SIGINT
         if number == signal.SIGINT or not self._heeded:
             raise Stopped(number)
 

@@ -103,7 +103,8 @@ def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Any]:
 
         cfg = tiny(
             "callbacks=[checkpoint,preemption]", f"paths.output_dir={tmp_path / folder}", "trainer.max_epochs=3",
-            "trainer.check_val_every_n_epoch=3", "rollout.batch_size=2", *words,
+            "trainer.check_val_every_n_epoch=3", "rollout.batch_size=2", "rollout.num_steps=2", "reward=brightness",
+            "~reward.held_out", "evaluation.num_val=2", "evaluation.sampling.num_steps=1", *words,
         )  # fmt: skip
         (tmp_path / folder).mkdir(exist_ok=True)
         recipe = build_recipe(cfg)
@@ -120,9 +121,9 @@ def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Any]:
     ("moment", "words", "epochs"),
     [
         ("rollout", (), 1),
-        ("optimisation", ("callbacks.preemption.grace=600",), 2),
-        ("optimisation", ("callbacks.preemption.grace=0",), 1),
-        ("writing", (), 2),
+        pytest.param("optimisation", ("callbacks.preemption.grace=600",), 2, marks=pytest.mark.slow),
+        pytest.param("optimisation", ("callbacks.preemption.grace=0",), 1, marks=pytest.mark.slow),
+        pytest.param("writing", (), 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
