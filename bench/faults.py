@@ -151,7 +151,7 @@ def requeued(bench: Bench) -> Iterator[Outcome]:
 
 def interrupted(bench: Bench) -> Iterator[Outcome]:
     """Ctrl-C with rewards in processes of their own."""
-    workers = ("reward=brightness", "~reward.held_out", "reward.objective._target_=flowalign.rewards.workers.InProcesses")
+    workers = ("reward=brightness", "~reward.held_out", "reward.objective._target_=flowalign.rewards.workers.InWorkers")
     reward = "+reward.objective.reward={_target_: flowalign.rewards.brightness.Brightness}"
     folder = bench.folder / "interrupted"
     started = forked.start(folder, *workers, reward, *trapped("optimisation", [], "SIGINT"))
