@@ -164,6 +164,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_a_sentence(prepared: Callabl
         run.fit()
 
 
+@pytest.mark.parametrize(("spoilt", "made"), [((0,), 1), ((0, 1, 2, 3), 0)])
+def test_a_step_that_is_not_finite_is_left_out(prepared: Callable[..., Run], spoilt: tuple[int, ...], made: int):
+    """Two steps of two micro-batches: a spoilt one takes its step with it, and nothing else."""
+    run = prepared("optimisation.max_skipped=2", "algo=nft", "optimizer.weight_decay=0.1")
+    loss, seen = run.recipe.algorithm.loss, iter(range(4))
+
+    def not_a_number(p: Any, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, metrics = loss(p, v)
+        return losses * (torch.nan if next(seen) in spoilt else 1.0), metrics
+
+    run.recipe.algorithm.loss = not_a_number  # type: ignore[method-assign]
+    module, trainer = run.build()
+    trainer.fit(module)
+    assert trainer.global_step == 2  # counted, so that schedules end with the run
+    assert trainer.callback_metrics["train/skipped_steps"] == module.finite.skipped == 2 - made
+    steps = {float(state["step"]) for state in trainer.optimizers[0].state.values()}
+    assert steps == ({float(made)} if made else set())
+    assert all(p.isfinite().all() for p in module.live.trained().values())
+    if made:
+        assert trainer.callback_metrics["train/loss"].isfinite()
+
+
 # ------------------------------------------------------------ copies and counts
 
 
