@@ -72,7 +72,7 @@ class Bench:
         return Outcome(
             case, len(ended), " ".join(map(str, codes)), f"{max(times):.1f}" if times else "",
             str(max(lost)) if lost else "", sum(one.hung for one in ended),
-            "" if equal is None else f"{equal} of {len(ended)}", ended[-1].last_words.replace(str(self.folder), "…"),
+            "" if equal is None else f"{int(equal)} of {len(ended)}", ended[-1].last_words.replace(str(self.folder), "…"),
         )  # fmt: skip
 
 
