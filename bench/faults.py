@@ -72,7 +72,8 @@ class Bench:
         return Outcome(
             case, len(ended), " ".join(map(str, codes)), f"{max(times):.1f}" if times else "",
             str(max(lost)) if lost else "", sum(one.hung for one in ended),
-            "" if equal is None else f"{int(equal)} of {len(ended)}", ended[-1].last_words.replace(str(self.folder), "…"),
+            "" if equal is None else f"{int(equal)} of {len(ended)}",
+            ended[-1].last_words.replace(str(self.folder), "…"),
         )  # fmt: skip
 
 
@@ -278,8 +279,8 @@ def not_finite(bench: Bench) -> Iterator[Outcome]:
         ("NaN in one step, on rank 1 of 2", ("+callbacks.trap.epochs=[1]", *ddp), 2),
         ("NaN in every epoch, max_skipped=1", ("+callbacks.trap.epochs=[0,1,2]", "optimisation.max_skipped=1"), 1),
     ):
-        ended = forked.run(bench.folder / name.replace(" ", "_"), trap, *words, ranks=ranks)
-        yield bench.row(name, [ended])
+        folder = bench.folder / "".join(filter(str.isalnum, name))
+        yield bench.row(name, [forked.run(folder, trap, *words, ranks=ranks)])
 
 
 def memory(bench: Bench) -> Iterator[Outcome]:
