@@ -116,6 +116,14 @@ def dead_rank(bench: Bench) -> Iterator[Outcome]:
                 yield bench.row(f"{strategy}: kill -9 of rank {rank} during {moment}", [ended], [lost(folder)])
 
 
+def launched(bench: Bench) -> Iterator[Outcome]:
+    """Two ranks of which Lightning starts the second: what becomes of the process that a user has started."""
+    for send, rank in (("SIGKILL", 1), ("SIGTERM", 0), ("SIGTERM", 1)):
+        folder = bench.folder / f"launched_{send}{rank}"
+        ended = forked.run(folder, *PAIR, "strategy=ddp", *trapped("rollout", [rank], send))
+        yield bench.row(f"Lightning's launcher: {send} to rank {rank} during rollout", [ended], [lost(folder)])
+
+
 # ------------------------------------------------------------ signals
 
 
@@ -294,7 +302,7 @@ def memory(bench: Bench) -> Iterator[Outcome]:
 CASES: dict[str, Callable[[Bench], Iterator[Outcome]]] = {
     function.__name__: function
     for function in (
-        *(killed, dead_rank, terminated, requeued, interrupted, disk, checkpoints, another_base, cache, two),
+        *(killed, dead_rank, launched, terminated, requeued, interrupted, disk, checkpoints, another_base, cache, two),
         *(not_finite, memory),
     )
 }

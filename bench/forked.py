@@ -114,6 +114,7 @@ def _program(words: Sequence[str], rank: int, environment: Mapping[str, str], ou
     rank_zero_only.rank = rank  # Lightning has looked for it when it was imported
     os.chdir(ROOT)
     sys.argv = ["train.py", *words]
+    sys.modules["__main__"].__spec__ = None  # Lightning's launcher then starts train.py
     main()
 
 

@@ -45,6 +45,12 @@ def test_the_other_rank_ends_too_and_says_which_one_died(bench: Bench):
         assert float(row.seconds) < 60, row
 
 
+def test_what_lightning_has_started_ends_with_the_first_process(bench: Bench):
+    dead, *stopped = outcomes(bench, "launched")
+    assert dead.codes in ("1", "-9")  # Lightning's own observer may be quicker, and kills
+    assert [row.codes for row in stopped] == ["143", "143"]
+
+
 def test_slurm_is_asked_to_start_the_job_again(bench: Bench):
     (row,) = outcomes(bench, "requeued")
     assert (row.codes, row.equal) == ("138", "1 of 1")
