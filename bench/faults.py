@@ -27,6 +27,8 @@ from bench.forked import Ended  # noqa: E402
 
 PAIR = ("trainer.devices=2", "batch.micro=1")
 """Words of a run of two ranks."""
+GRACE = 10.0
+"""Seconds for Python's own helpers of processes, which notice that they are orphans."""
 
 
 @dataclass
@@ -171,8 +173,9 @@ def interrupted(bench: Bench) -> Iterator[Outcome]:
     started.send(signal.SIGINT)
     ended = started.wait()
     ended.seconds = time.time() - began
+    time.sleep(GRACE)
     left = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True).stdout.split()
-    yield bench.row(f"Ctrl-C with rewards in processes: {len(left)} left", [ended])
+    yield bench.row(f"Ctrl-C with rewards in processes: {len(left)} left after {GRACE:.0f} s", [ended])
 
 
 # ------------------------------------------------------------ files

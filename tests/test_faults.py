@@ -60,7 +60,7 @@ def test_slurm_is_asked_to_start_the_job_again(bench: Bench):
 def test_ctrl_c_leaves_no_process(bench: Bench):
     (row,) = outcomes(bench, "interrupted")
     assert row.codes == "130"
-    assert ": 0 left" in row.case
+    assert ": 0 left" in row.case, row
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
