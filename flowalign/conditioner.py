@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flowalign.embeddings import Embeddings
+from flowalign.exhausted import memory_of
 from flowalign.models.base import FlowModel
 from flowalign.prompts import Prompt, pictures_of, seen_pictures
 from flowalign.types import Conditioning
@@ -66,6 +67,7 @@ class Conditioner:
         seen = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in seen_pictures(prompt)]
         return (*text, *seen, f"{size}")
 
+    @memory_of("encode")
     def _encode(self, keys: list[Key], prompts: list[Prompt], size: Area) -> None:
         negatives = [p.negative or "" for p in prompts] if self.guided else None
         texts = [p.text for p in prompts]

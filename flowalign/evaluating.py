@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 
 from flowalign.conditioner import Conditioner
 from flowalign.evaluation import Positions, Shown, stills
+from flowalign.exhausted import memory_of
 from flowalign.generate import generate
 from flowalign.policy import Policy
 from flowalign.prompts import Prompt
@@ -115,6 +116,7 @@ class Evaluating(LightningModule):
             self.meters[key] = MeanMetric(nan_strategy="ignore").to(self.device)
         return self.meters[key]  # type: ignore[return-value]
 
+    @memory_of("evaluate")
     @torch.no_grad()
     def _evaluate(self, stage: str, positions: Tensor) -> None:
         r, sampling = self.recipe, self.recipe.evaluation.sampling

@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import logging
+
 from torch import Tensor
 
+from flowalign.checks.errors import RunError
 
-def check_finite(losses: Tensor, sigma: Tensor, epoch: int, step: int) -> None:
-    """FloatingPointError if one of losses (b,) is not finite; sigma (b,) are their noise levels."""
-    finite = losses.isfinite()
-    if finite.all():
-        return
-    first = float(sigma[(~finite).nonzero()[0]])
-    raise FloatingPointError(
-        f"the loss of {int((~finite).sum())} of {len(losses)} points is not finite (first: sigma {first:.3f}, epoch "
-        f"{epoch}, step {step}); a lower learning rate or fp32 helps, and algo.adv_clip bounds the credit."
-    )
+log = logging.getLogger("flowalign")
+
+
+class NotFiniteError(RunError):
+    """A loss or a gradient overflowed more often than the run was to bear."""
+
+
+class Finite:
+    """Which optimiser steps are left out since something in them is not finite, and how many may be in a run."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.skipped = 0
+        """In the whole run; the module keeps it in checkpoints."""
+        self._reason = ""
+
+    def judge(self, losses: Tensor, sigma: Tensor, epoch: int, step: int) -> bool:
+        """Whether losses (b,) of a micro-batch at noise levels sigma (b,) are finite; else this step is spoilt."""
+        finite = losses.isfinite()
+        if finite.all():
+            return True
+        first = float(sigma[(~finite).nonzero()[0]])
+        self._reason = (
+            f"the loss of {int((~finite).sum())} of {len(losses)} points is not finite (first: sigma {first:.3f}, "
+            f"epoch {epoch}, step {step})"
+        )
+        return False
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether a micro-batch of this step was, on this rank."""
+        return bool(self._reason)
+
+    def leave_out(self) -> None:
+        """Counts a step that is not made, on every rank alike; NotFiniteError past the limit."""
+        reason, self._reason = self._reason or "the gradient, or a loss of another rank, is not finite", ""
+        self.skipped += 1
+        if self.skipped > self.limit:
+            raise NotFiniteError(
+                f"{reason}, and optimisation.max_skipped={self.limit} steps may be left out; a lower learning rate or "
+                "fp32 helps, and algo.adv_clip bounds the credit."
+            )
+        log.warning("%s: the step is left out (%d of at most %d)", reason, self.skipped, self.limit)
 
 
 def check_ratio(ratio: Tensor, tolerance: float | None, precision: str) -> float:

@@ -7,7 +7,7 @@ exact resumption: noise is keyed, the order of batches is a function of the epoc
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,11 @@ from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, refusals
 from flowalign.collect import Collector
 from flowalign.evaluating import Evaluating
-from flowalign.guards import check_finite, check_ratio
+from flowalign.exhausted import memory_of
+from flowalign.guards import Finite, check_ratio
 from flowalign.memory import GIB, Share, plan
 from flowalign.policy import Policy
+from flowalign.policy.base import identity
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
@@ -36,6 +38,10 @@ class AlignModule(Evaluating):
         self.buffer = Buffer()
         self.rollout_shown: Tensor | None = None
         self.stats: dict[str, float] = {}
+        self.finite = Finite(recipe.optimisation.max_skipped)
+        self.base = ""
+        self.between_batches: Callable[[], None] = lambda: None
+        """Called by all ranks between the batches of a rollout, for which Lightning has no hook."""
         for size in (recipe.train_size, recipe.eval_size):
             recipe.model.check_size(*size.area)
         self._require_images()
@@ -55,6 +61,7 @@ class AlignModule(Evaluating):
 
     # ------------------------------------------------------------ building
 
+    @memory_of("build")
     def configure_model(self) -> None:
         if self.policy is not None:  # Lightning calls this at every fit, validate and test
             return
@@ -68,6 +75,7 @@ class AlignModule(Evaluating):
             )
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         strategy = self.trainer.strategy
+        self.base = strategy.broadcast(identity(r.model.denoisers()))  # of shards, only rank 0 has read the values
         shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with refusals():
             self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard)
@@ -143,7 +151,7 @@ class AlignModule(Evaluating):
         g = self.geometry
         self.report.begin("rollout", g.samples_local)
         with self._precision():
-            with self.live.use(self.recipe.algorithm.samples_with):
+            with memory_of("rollout"), self.live.use(self.recipe.algorithm.samples_with):
                 got = self.collect(self.current_epoch, self.replica, self.device, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self.report.end("rollout")
@@ -160,6 +168,7 @@ class AlignModule(Evaluating):
 
     def _rolled(self, done: int, reward: float | None) -> None:
         self.report.advance("rollout", done, **({} if reward is None else {"reward": reward}))
+        self.between_batches()
 
     def _gather(self, local: Tensor) -> Tensor:
         """(n,) on every rank to (n · ranks,) in global sample order."""
@@ -169,13 +178,15 @@ class AlignModule(Evaluating):
         """(replicas, …)"""
         return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.alike]  # type: ignore
 
+    @memory_of("frozen copies")
     def _consult_frozen(self) -> None:
         """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
         for name in self.recipe.algorithm.frozen:
+            parts = []
             with self.live.use(name):
-                parts = [
-                    self._velocity(p.x, p.sigma, cond) for p, cond in self.buffer.split(self.recipe.rollout.batch_size)
-                ]
+                for p, cond in self.buffer.split(self.recipe.rollout.batch_size):
+                    parts.append(self._velocity(p.x, p.sigma, cond))
+                    self.between_batches()
             self.buffer.points.frozen[name] = torch.cat(parts)
             self.counts["frozen"] += len(self.buffer.points.x) * self.replicas
 
@@ -184,13 +195,14 @@ class AlignModule(Evaluating):
     def _velocity(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
         return self.recipe.model.velocity(x, sigma, cond, self.recipe.optimisation.guidance)
 
+    @memory_of("optimise")
     def training_step(self, idx: Tensor, batch_idx: int) -> Tensor:
         point, cond = self.buffer.gather(idx)
         v = self._velocity(point.x, point.sigma, cond)
         if self.recipe.algorithm.follows_reward:
             point.reward = self._judged(point, v, cond)
         losses, metrics = self.recipe.algorithm.loss(point, v)
-        self._guard(losses, metrics, idx, batch_idx)
+        finite = self._guard(losses, metrics, idx, batch_idx)
         self.counts["train"] += len(idx) * self.replicas
         # What could not be scored weighs nothing, in the loss as in its diagnostics.
         weight = given(point.weight, "weight")
@@ -199,7 +211,9 @@ class AlignModule(Evaluating):
         means["train/loss"] = loss.detach()
         if "ratio" in metrics:
             means["train/ratio_std"] = metrics["ratio"].std(correction=0)
-        self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
+        if not finite:  # every rank has to log something, and this weighs nothing
+            means = {name: torch.zeros_like(mean) for name, mean in means.items()}
+        self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx) * finite)
         self.report.advance("optimise", batch_idx + 1)
         return loss
 
@@ -214,22 +228,40 @@ class AlignModule(Evaluating):
             0, rows, self.recipe.scorer.of_noisy(x[rows], sigma[rows], cond.index(rows), self.current_epoch)
         )
 
-    def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> None:
+    @memory_of("optimise")
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().backward(loss, *args, **kwargs)
+
+    def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> bool:
+        """Whether the losses are finite; what is not spoils its optimiser step, on all ranks."""
         sigma = self.buffer.points.sigma[idx.to(self.device)]
-        check_finite(losses, sigma, self.current_epoch, self.global_step)
-        if batch_idx < self.geometry.accumulate and "ratio" in metrics:
+        finite = self.finite.judge(losses, sigma, self.current_epoch, self.global_step)
+        if finite and batch_idx < self.geometry.accumulate and "ratio" in metrics:
             tolerance = self.recipe.optimisation.on_policy_tolerance
             gap = check_ratio(metrics["ratio"], tolerance, str(self.trainer.precision))
             self.log("train/on_policy_gap", gap, on_step=False, on_epoch=True, reduce_fx="max")
+        return finite
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        del optimizer  # its gradients are unscaled here and not clipped yet
+        # Gradients are unscaled here and not clipped yet.
         gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
-        self.log("train/grad_norm", whole(nn.utils.get_total_norm(gradients)), on_step=False, on_epoch=True)
+        norm = whole(nn.utils.get_total_norm(gradients))
+        # float16's scaler looks for the largest factor by letting gradients overflow, and leaves such steps out itself.
+        overflow = not norm.isfinite() and not str(self.trainer.precision).startswith("16")
+        spoilt = self.trainer.strategy.reduce_boolean_decision(self.finite.spoilt or bool(overflow), all=False)
+        self.log("train/skipped_steps", float(spoilt), on_step=False, on_epoch=True, reduce_fx="sum")
+        if spoilt:
+            self.finite.leave_out()
+            optimizer.zero_grad()  # without gradients a step changes nothing, the moments included
+        else:
+            self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
 
+    @memory_of("optimise")
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        skipped = self.finite.skipped
         super().optimizer_step(*args, **kwargs)
-        self._follow("step")
+        if self.finite.skipped == skipped:
+            self._follow("step")
 
     def on_train_epoch_end(self) -> None:
         self.report.end("optimise")
@@ -264,9 +296,21 @@ class AlignModule(Evaluating):
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["flowalign"] = {"config": self.recipe.config, "baseline": self.baseline, "counts": self.counts}
+        checkpoint["flowalign"] = {
+            "config": self.recipe.config,
+            "base": self.base,
+            "baseline": self.baseline,
+            "counts": self.counts,
+            "skipped": self.finite.skipped,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint.get("flowalign", {})
+        if kept.get("base", self.base) != self.base:
+            raise ConfigError(
+                f"the checkpoint was trained on another base than model.pretrained={self.recipe.model.pretrained} "
+                f"holds: on model.pretrained={kept['config']['model']['pretrained']}, as it was then."
+            )
+        self.finite.skipped = kept.get("skipped", 0)
         self.baseline = dict(kept.get("baseline", {}))
         self.counts = dict(kept.get("counts", self.counts))

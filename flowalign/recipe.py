@@ -30,11 +30,13 @@ from flowalign.times import Times
 
 @dataclass(frozen=True)
 class Optimisation:
-    """The training forward: its guidance (1 = off), and a guard."""
+    """The training forward: its guidance (1 = off), and two guards."""
 
     guidance: float = 1.0
     on_policy_tolerance: float | None = None
     """How far from 1 the ratio may be before the first update; None: 1e-5 in float32, 1e-3 in 16 bits."""
+    max_skipped: int = 3
+    """Optimiser steps of a run that may be left out since a loss or a gradient is not finite; one more ends it."""
 
 
 @dataclass

@@ -7,20 +7,23 @@ import math
 import os
 import sys
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
-from flowalign.checks import ConfigError, check_signatures, refusals
+from flowalign.checks import ConfigError, RunError, check_signatures, refusals
 from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
+from flowalign.lock import held
 from flowalign.rewards.base import RewardError
+from flowalign.stopping import Stopped, asked, farewell
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -145,7 +148,6 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
-    from flowalign.callbacks.checkpoint_io import sweep
     from flowalign.module import AlignModule
     from flowalign.summary import Summary, show_config, show_plan
 
@@ -153,6 +155,8 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    take(folder, cleanup)
+    ckpt_path = find_checkpoint(own_checkpoint(folder) if cfg.ckpt_path == "auto" else cfg.ckpt_path)
     show_config(cfg, folder)
     with refusals():
         scorer = instantiate(cfg.reward)
@@ -165,20 +169,17 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         shrink(module)
     log_hyperparameters(trainer, cfg)
     summary = Summary(folder, cfg.seed, module, HydraConfig.get().overrides.task)
-    ckpt_path = find_checkpoint(cfg.ckpt_path)
     if ckpt_path is None:
         summary.baseline(evaluate(trainer, module, cfg.test))
         optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
     else:
         log.info("resuming from %s", ckpt_path)
-        sweep(Path(ckpt_path).parent)  # what the killed run left half written
+        tidy(Path(ckpt_path).parents[1])
     if cfg.train:
         # Not before: a resumed run has no baseline, and the plan is made when the trainer first sees the module.
         trainer.callbacks.append(LambdaCallback(on_fit_start=show_plan))  # type: ignore
         trainer.fit(module, ckpt_path=ckpt_path)
         summary.trained()
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         summary.final(evaluate(trainer, module, cfg.test))
     elif ckpt_path is not None:
         metrics = evaluate(trainer, module, cfg.test, ckpt_path)
@@ -186,6 +187,25 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         summary.final(metrics)
     summary.write(trainer)
     return optimised(cfg, summary)
+
+
+def take(folder: Path, cleanup: ExitStack) -> None:
+    """The first rank locks the output folder, and removes what a killed run has left half written there."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from flowalign.callbacks.checkpoint_io import sweep
+
+    if rank_zero_only.rank == 0:
+        cleanup.enter_context(held(folder))
+        sweep(folder / "checkpoints")
+
+
+def tidy(folder: Path) -> None:
+    """The same of the folder that is resumed from, unless its run is still going or it cannot be written to."""
+    from flowalign.callbacks.checkpoint_io import sweep
+
+    with suppress(ConfigError, OSError), held(folder):
+        sweep(folder / "checkpoints")
 
 
 def quieten() -> None:
@@ -238,9 +258,19 @@ def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str |
     return {key: float(value) for key, value in found.items() if not key.startswith("hp/")}
 
 
+def own_checkpoint(folder: Path) -> str | None:
+    """ckpt_path=auto: of an earlier run in this output folder, if it has written one."""
+    from flowalign.strategies.folders import restore
+
+    restore(folder / "checkpoints")
+    last = folder / "checkpoints" / "last.ckpt"
+    return str(last) if last.exists() else None
+
+
 def find_checkpoint(given: str | None) -> str | None:
-    """The file to resume from, or a sentence; `last` is the newest last.ckpt under outputs/."""
+    """What to resume from, found to be whole, or a sentence; `last` is the newest last.ckpt under outputs/."""
     from flowalign.strategies.folders import is_folder, restore
+    from flowalign.strategies.intact import check_intact
 
     if given is None:
         return None
@@ -250,10 +280,11 @@ def find_checkpoint(given: str | None) -> str | None:
         found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
         if not found:
             raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")
-        return str(found[-1])
+        given = str(found[-1])
     if not Path(given).is_file() and not is_folder(given):
         nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
         raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
+    check_intact(given)
     return given
 
 
@@ -291,13 +322,27 @@ def optimised(cfg: DictConfig, summary: Any) -> float | None:
 def _main(cfg: DictConfig) -> float | None:
     folder = HydraConfig.get().runtime.output_dir
     try:
-        return run(cfg)
+        with asked.listening():
+            return run(cfg)
+    except Stopped as stop:
+        farewell(stop, Path(folder), cfg.ckpt_path, cfg.requeue)
+        raise
     except (ConfigError, RewardError) as error:  # what a user can set right is one sentence; the rest keeps its trace
-        log.debug("details", exc_info=True)
-        log.error("%s", error)
-        raise SystemExit(2) from None
+        refuse(error, 2)
+    except RunError as error:
+        refuse(error, 1)
+    except OSError as error:
+        if error.errno not in (ENOSPC, EDQUOT):
+            raise
+        refuse(error, 1)
     finally:
         log.info("output folder: %s", folder)
+
+
+def refuse(error: Exception, code: int) -> NoReturn:
+    log.debug("details", exc_info=True)
+    log.error("%s", error)
+    raise SystemExit(code) from None
 
 
 def main() -> None:

@@ -18,6 +18,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "models"),
     (
         "checks",
+        "stopping",
+        "lock",
+        "exhausted",
         "tensors",
         "policy",
         "running",

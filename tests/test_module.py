@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowalign.checks.errors import RunError
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.scoring import Scorer
 
@@ -151,7 +152,7 @@ def test_a_reward_that_scores_nothing_stops_the_run_in_a_sentence(prepared: Call
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_in_a_sentence(prepared: Callable[..., Run]):
-    run = prepared()
+    run = prepared("optimisation.max_skipped=0")
     loss = run.recipe.algorithm.loss
 
     def spoilt(p: Any, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -159,8 +160,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_a_sentence(prepared: Callabl
         return losses + torch.tensor([0.0, torch.inf, 0.0]), metrics
 
     run.recipe.algorithm.loss = spoilt  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match=r"the loss of 1 of 3 points is not finite \(first: sigma 0\.\d+|1\.0"):
+    with pytest.raises(RunError, match=r"the loss of 1 of 3 points is not finite \(first: sigma 0\.\d+|1\.0"):
         run.fit()
+
+
+@pytest.mark.parametrize(("spoilt", "made"), [((0,), 1), ((0, 1, 2, 3), 0)])
+def test_a_step_that_is_not_finite_is_left_out(prepared: Callable[..., Run], spoilt: tuple[int, ...], made: int):
+    """Two steps of two micro-batches: a spoilt one takes its step with it, and nothing else."""
+    run = prepared("optimisation.max_skipped=2", "algo=nft", "optimizer.weight_decay=0.1")
+    loss, seen = run.recipe.algorithm.loss, iter(range(4))
+
+    def not_a_number(p: Any, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, metrics = loss(p, v)
+        return losses * (torch.nan if next(seen) in spoilt else 1.0), metrics
+
+    run.recipe.algorithm.loss = not_a_number  # type: ignore[method-assign]
+    module, trainer = run.build()
+    trainer.fit(module)
+    assert trainer.global_step == 2  # counted, so that schedules end with the run
+    assert trainer.callback_metrics["train/skipped_steps"] == module.finite.skipped == 2 - made
+    steps = {float(state["step"]) for state in trainer.optimizers[0].state.values()}
+    assert steps == ({float(made)} if made else set())
+    assert all(p.isfinite().all() for p in module.live.trained().values())
+    if made:
+        assert trainer.callback_metrics["train/loss"].isfinite()
 
 
 # ------------------------------------------------------------ copies and counts

@@ -15,6 +15,7 @@ from uuid import uuid4
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from flowalign.checks.errors import RunError
 from flowalign.strategies import folders
 
 PARTIAL = ".partial"
@@ -27,8 +28,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or _is_remote(path):  # an object store replaces whole objects by itself
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replacing(Path(str(path).removeprefix("file://"))) as file:
-            torch.save(checkpoint, file)
+        try:
+            with replacing(Path(str(path).removeprefix("file://"))) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # torch complains of a wrong position in its archive instead.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise RunError(f"{path} could not be written ({reason.strerror}): what was there before stands.") from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
         """Of one process or of many: what ranks have written in shards is put together."""

@@ -3,8 +3,8 @@
 `flowalign.checks.preflight` is imported by its own name: whoever only needs `ConfigError` does not import Hydra.
 """
 
-from flowalign.checks.errors import ConfigError, refusals
+from flowalign.checks.errors import ConfigError, RunError, refusals
 from flowalign.checks.signatures import check_signatures
 from flowalign.checks.suggest import nearest, suggest
 
-__all__ = ["ConfigError", "check_signatures", "nearest", "refusals", "suggest"]
+__all__ = ["ConfigError", "RunError", "check_signatures", "nearest", "refusals", "suggest"]

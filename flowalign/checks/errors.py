@@ -1,4 +1,4 @@
-"""The one error that a user's config can cause."""
+"""The errors that are told in one sentence: what a user's config can cause, and what can end a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,10 @@ from contextlib import contextmanager
 
 class ConfigError(ValueError):
     """A config that cannot work; the message is one sentence for the person who typed it."""
+
+
+class RunError(RuntimeError):
+    """What ended a run whose config could have worked; the message is one sentence for the person who started it."""
 
 
 @contextmanager

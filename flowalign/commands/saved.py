@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from flowalign.collect import Size
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
+from flowalign.policy.base import identity
 from flowalign.run import composed, instantiate, size_of
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
@@ -84,6 +85,8 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", re
     if weights not in (known := ["live", *copies, "base"]):
         raise ValueError(f"weights={weights}: the checkpoint holds {', '.join(known)}.")
     model = instantiate(config.model)
+    if state["flowalign"].get("base") not in (None, identity(model.denoisers())):
+        raise ValueError(f"ckpt={ckpt} was trained on another base than {config.model.pretrained} is now.")
     scorer = _bound(rewards, config, model)
     # Made before the trained weights come in, "base" keeps those of the pipeline.
     before = ["base"] if base or weights == "base" else []

@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO, sweep
+from flowalign.checks.errors import RunError
 
 OLD, NEW = {"epoch": 1, "w": torch.ones(3)}, {"epoch": 2, "w": torch.zeros(3)}
 
@@ -35,19 +37,36 @@ def test_a_checkpoint_is_as_readable_for_others_as_any_file(target: Path):
     assert target.stat().st_mode == ordinary.stat().st_mode
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError(28, "No space left on device"), RunError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
 def test_a_failure_while_writing_keeps_the_old_file_and_leaves_nothing(
-    target: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    target: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, told: type[BaseException]
 ):
     def half(checkpoint: Any, file: Any) -> None:
         file.write(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(type(error)):
+    with pytest.raises(told, match=r"^$|last\.ckpt could not be written \(No space left on device\)"):
         AtomicCheckpointIO().save_checkpoint(NEW, target)
     assert epoch(target) == 1
     assert os.listdir(target.parent) == ["last.ckpt"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_is_told_and_keeps_the_old_file(tmp_path: Path):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        AtomicCheckpointIO().save_checkpoint(OLD, tmp_path / "last.ckpt")
+        with pytest.raises(RunError, match="No space left"):
+            AtomicCheckpointIO().save_checkpoint({"w": torch.ones(400_000)}, tmp_path / "last.ckpt")
+        assert epoch(tmp_path / "last.ckpt") == 1
+        assert os.listdir(tmp_path) == ["last.ckpt"]
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_an_object_that_cannot_be_pickled_keeps_the_old_file(target: Path):

@@ -1,0 +1,155 @@
+"""Real runs of `python train.py …` as processes that may be signalled, killed and waited for; forked, since importing
+everything takes longer than a run of these.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BOUND = 300.0
+"""Seconds after which a run is killed and counts as hanging; generous, for a machine that does other things too."""
+TINY = (
+    *("batch.prompts=2", "batch.group_size=2", "batch.micro=2", "batch.updates=2", "tune=lora", "rollout.num_steps=2"),
+    *("rollout.batch_size=1", "times.num=null", "evaluation.sampling.num_steps=1", "evaluation.sampling.batch_size=1"),
+    *("evaluation.num_val=4", "test=false", "evaluation.shown=2", "trainer.max_epochs=3", "trainer.accelerator=cpu"),
+    *("trainer.check_val_every_n_epoch=1", "logger=none", "callbacks=[checkpoint,preemption,ranks]", "seed=0"),
+    *("reward=brightness", "~reward.held_out", "optimizer.lr=0.003", "callbacks.ranks.limit=10"),
+)
+TRAP = ("+callbacks.trap._target_=bench.trap.Trap", "+callbacks.trap.folder=${paths.output_dir}")
+
+
+@dataclass
+class Started:
+    """The ranks of a run."""
+
+    folder: Path
+    processes: list[Any]
+
+    def send(self, number: int) -> None:
+        """To every rank and whatever belongs to its process group, as a terminal does."""
+        for process in self.processes:
+            if process.is_alive():
+                os.killpg(process.pid, number)
+
+    def wait(self, bound: float = BOUND) -> Ended:
+        """The end of all ranks; what has not ended within `bound` seconds is killed."""
+        until = time.monotonic() + bound
+        for process in self.processes:
+            process.join(max(until - time.monotonic(), 0))
+        ended, hung = time.time(), any(process.is_alive() for process in self.processes)
+        for process in self.processes:
+            process.kill()
+            process.join()
+        codes = tuple(process.exitcode for process in self.processes)
+        said = "".join(file.read_text(errors="replace") for file in sorted(self.folder.glob("said*.txt")))
+        snapped = [float(file.read_text()) for file in self.folder.glob("snapped*")]
+        return Ended(codes, hung, ended - min(snapped) if snapped else None, said)
+
+
+@dataclass
+class Ended:
+    """How a run ended. seconds: from the first signal of a Trap to the end of the last rank."""
+
+    codes: tuple[int, ...]
+    hung: bool
+    seconds: float | None
+    said: str
+
+    @property
+    def last_words(self) -> str:
+        """The last thing that the run said in one sentence."""
+        said = re.findall(r"\[flowalign\]\[(?:ERROR|WARNING)\] - (.*)", re.sub(r"\x1b\[[0-9;]*m", "", self.said))
+        return said[-1] if said else ""
+
+
+def start(folder: Path, *words: str, ranks: int = 1, environment: Mapping[str, str] | None = None) -> Started:
+    """`train.py` with TINY and these words in `folder`, by as many processes as torchrun would start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("said*.txt"), *folder.glob("snapped*")):
+        old.unlink()
+    words = settled(*TINY, *words, f"hydra.run.dir={folder}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        told = dict(environment or {})
+        if ranks > 1:
+            told |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+            told |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            told |= {"TORCHELASTIC_RUN_ID": "faults"}
+        arguments = (words, rank, told, folder / f"said{rank}.txt")
+        processes.append(multiprocessing.get_context("fork").Process(target=_program, args=arguments))
+        processes[-1].start()
+    return Started(folder, processes)
+
+
+def settled(*words: str) -> tuple[str, ...]:
+    """Overrides with the last word on every key, since Hydra refuses two choices of one group."""
+    return tuple({word.partition("=")[0]: word for word in words}.values())
+
+
+def _program(words: Sequence[str], rank: int, environment: Mapping[str, str], output: Path) -> None:
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from flowalign.run import main
+
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    rank_zero_only.rank = rank  # Lightning has looked for it when it was imported
+    os.chdir(ROOT)
+    sys.argv = ["train.py", *words]
+    sys.modules["__main__"].__spec__ = None  # Lightning's launcher then starts train.py
+    main()
+
+
+def run(folder: Path, *words: str, ranks: int = 1, environment: Mapping[str, str] | None = None) -> Ended:
+    """The same, waited for."""
+    return start(folder, *words, ranks=ranks, environment=environment).wait()
+
+
+def last(folder: Path) -> dict[str, Any]:
+    """last.ckpt of a run; ValueError if it is not whole, and FileNotFoundError if there is none."""
+    from flowalign.strategies.folders import read
+    from flowalign.strategies.intact import check_intact
+
+    path = folder / "checkpoints" / "last.ckpt"
+    check_intact(path)
+    return read(path)
+
+
+def differing(one: Any, other: Any, place: str = "") -> list[str]:
+    """Where two nests of values differ, to the last bit."""
+    import torch
+
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if one.keys() != other.keys():
+            return [place]
+        return [found for key in one for found in differing(one[key], other[key], f"{place}/{key}")]
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        return differing(dict(enumerate(one)), dict(enumerate(other)), place)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [place]
+    return [] if one == other else [place]
+
+
+def same_end(one: Path, other: Path) -> bool:
+    """Whether two runs have left the same weights, copies, optimiser and counters."""
+    parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
+    first, second = last(one), last(other)
+    return not [place for part in parts for place in differing(first[part], second[part], part)]

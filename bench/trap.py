@@ -1,0 +1,100 @@
+"""What happens to runs, at a moment that can be chosen: a signal, a death, a number that is none."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from flowalign.report import Report
+
+PHASES = {"rollout": "rollout", "optimisation": "optimise", "validation": "evaluate"}
+MOMENTS = (*PHASES, "writing")
+
+
+class Trap(Callback, Report):
+    """Sends this process a signal in epoch 1, after the first batch of a phase or while the checkpoint is written.
+
+    Writes when it did so to `snapped` and the rank, and to `epoch` which one began last; both in `folder`.
+    """
+
+    def __init__(self, folder: str, moment: str = "", send: str = "SIGTERM", ranks: list[int] | None = None) -> None:
+        """moment: one of MOMENTS, or nothing; ranks: of them, all by default."""
+        self.moment, self.send, self.ranks, self.folder = moment, signal.Signals[send], ranks, Path(folder)
+        self.module: LightningModule | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.module = pl_module
+        if trainer.state.fn == "fit":
+            pl_module.report = self  # type: ignore[assignment]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            (self.folder / "epoch").write_text(str(trainer.current_epoch))
+
+    def advance(self, phase: str, done: int, **values: float) -> None:
+        if phase == PHASES.get(self.moment):
+            self._snap()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.moment != "writing":
+            return
+        if not trainer.is_global_zero:  # the first rank writes, and the others wait for it
+            self._snap()
+            return
+        sync = os.fsync
+
+        def interrupted(handle: Any) -> None:
+            self._snap()
+            sync(handle)
+
+        os.fsync = interrupted  # type: ignore[assignment]
+
+    def _snap(self) -> None:
+        module = self.module
+        assert module is not None
+        if module.current_epoch != 1 or self.ranks is not None and module.global_rank not in self.ranks:
+            return
+        (self.folder / f"snapped{module.global_rank}").write_text(str(time.time()))
+        self.moment = ""
+        os.kill(os.getpid(), self.send)
+
+
+class NotFinite(Callback):
+    """Spoils the loss of one point on one rank, in the first micro-batch of some epochs."""
+
+    def __init__(self, epochs: list[int], rank: int = 0) -> None:
+        self.epochs, self.rank = epochs, rank
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        loss = pl_module.recipe.algorithm.loss
+
+        def spoilt(*arguments: Any) -> Any:
+            losses, metrics = loss(*arguments)
+            if trainer.global_rank == self.rank and trainer.current_epoch in self.epochs and not self.batch:
+                losses = losses + torch.tensor([torch.nan] + [0.0] * (len(losses) - 1))
+            return losses, metrics
+
+        pl_module.recipe.algorithm.loss = spoilt
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch = batch_idx
+
+
+class Hungry:
+    """A reward that asks for more memory than there is."""
+
+    def __init__(self, pictures: int) -> None:
+        """pictures: that are scored before."""
+        self.left = pictures
+
+    def __call__(self, media: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
+        self.left -= len(media)
+        if self.left < 0:
+            torch.empty(2**60, dtype=torch.uint8)
+        return media.flatten(1).mean(1)

@@ -1,0 +1,47 @@
+"""Memory that does not suffice, told as one sentence: in which phase, and what makes it smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from flowalign.checks.errors import RunError
+
+REMEDIES = {
+    "build": "tune=lora, policy.device_of_frozen=cpu, strategy=fsdp",
+    "encode": "a smaller encoding.batch_size, encoding.release=true",
+    "rollout": "a smaller rollout.batch_size, running.vae_slicing=true, encoding.release=true",
+    "frozen copies": "a smaller rollout.batch_size, policy.device_of_frozen=cpu",
+    "optimise": "a smaller batch.micro, running.gradient_checkpointing=true, policy.device_of_frozen=cpu, tune=lora",
+    "evaluate": "a smaller evaluation.sampling.batch_size, running.vae_slicing=true, running.vae_tiling=true",
+}
+"""What to set, by phase, what helps most first."""
+
+
+class NoMemoryError(RunError):
+    """The accelerator's memory or the machine's did not suffice."""
+
+
+@contextmanager
+def memory_of(phase: str) -> Iterator[None]:
+    """Inside, memory that does not suffice becomes NoMemoryError; the innermost phase is named."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_exhaustion(error):
+            raise
+        raise NoMemoryError(
+            f"out of memory in the phase '{phase}' ({_first_words(error)}); what helps, most first: {REMEDIES[phase]}."
+        ) from error
+
+
+def _is_exhaustion(error: BaseException) -> bool:
+    # The CPU's allocator raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def _first_words(error: BaseException) -> str:
+    text = str(error).partition("DefaultCPUAllocator: ")[2] or str(error) or type(error).__name__
+    return ". ".join(text.splitlines()[0].split(". ")[:2]).rstrip(".")

@@ -1,0 +1,137 @@
+"""Signals, in this process: what is noticed, when it is obeyed, and that nothing is lost by it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from flowalign.run import build_recipe, build_trainer, plan_accumulation
+from flowalign.stopping import Requests, Stopped, asked, farewell
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def test_a_signal_outside_of_a_stage_ends_the_process_at_once():
+    requests = Requests()
+    before = signal.getsignal(signal.SIGTERM)
+    with requests.listening(), pytest.raises(Stopped) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_inside_of_a_stage_is_noted_and_ctrl_c_is_obeyed():
+    requests = Requests()
+    with requests.listening():
+        requests.heed(True)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (requests.number, requests.times) == (signal.SIGUSR1, 2)
+        with pytest.raises(Stopped, match="130"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_taken_back_from_lightning():
+    requests = Requests()
+    with requests.listening():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        requests.heed(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.number == signal.SIGTERM
+    requests.heed(True)  # nobody listens: handlers are none of its business
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_another_thread_leaves_signals_as_they_are():
+    seen: list[Any] = []
+
+    def listen() -> None:
+        with Requests().listening():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("rank", "code"), [("0", 143), ("1", 0)])
+def test_the_launchers_own_processes_end_with_zero(monkeypatch: pytest.MonkeyPatch, rank: str, code: int):
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert Stopped(signal.SIGTERM).code == code
+
+
+@pytest.mark.parametrize(
+    ("number", "requeue", "done"),
+    [(signal.SIGUSR1, True, True), (signal.SIGUSR1, False, False), (signal.SIGTERM, True, False)],
+)
+def test_a_slurm_job_goes_back_into_its_queue_if_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, requeue: bool, done: bool
+):
+    command = tmp_path / "scontrol"
+    command.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(threading.Timer, "start", lambda self: None)  # this process goes on
+    farewell(Stopped(number), tmp_path, None, requeue)
+    assert (tmp_path / "asked").exists() == done
+    if done:
+        assert (tmp_path / "asked").read_text() == "requeue 17\n"
+
+
+# ------------------------------------------------------------ in a training
+
+
+@pytest.fixture
+def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Any]:
+    """Trains two epochs with a Trap that sends this process a signal in the second one."""
+
+    def train(folder: str, *words: str, moment: str = "", resume: Path | None = None) -> Any:
+        from bench.trap import Trap
+        from flowalign.module import AlignModule
+
+        cfg = tiny(
+            "callbacks=[checkpoint,preemption]", f"paths.output_dir={tmp_path / folder}", "trainer.max_epochs=3",
+            "trainer.check_val_every_n_epoch=3", "rollout.batch_size=2", "rollout.num_steps=2", "reward=brightness",
+            "~reward.held_out", "evaluation.num_val=2", "evaluation.sampling.num_steps=1", *words,
+        )  # fmt: skip
+        (tmp_path / folder).mkdir(exist_ok=True)
+        recipe = build_recipe(cfg)
+        module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+        trainer.callbacks.append(Trap(str(tmp_path / folder), moment))  # type: ignore[attr-defined]
+        with asked.listening():
+            trainer.fit(module, ckpt_path=resume)
+        return module
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("moment", "words", "epochs"),
+    [
+        ("rollout", (), 1),
+        pytest.param("optimisation", ("callbacks.preemption.grace=600",), 2, marks=pytest.mark.slow),
+        pytest.param("optimisation", ("callbacks.preemption.grace=0",), 1, marks=pytest.mark.slow),
+        pytest.param("writing", (), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(
+    fit: Callable[..., Any], tmp_path: Path, moment: str, words: tuple[str, ...], epochs: int
+):
+    with pytest.raises(Stopped):
+        fit("stopped", *words, moment=moment)
+    last = tmp_path / "stopped" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["epoch"] + 1 == epochs
+    resumed, straight = fit("stopped", resume=last), fit("straight")
+    assert all(torch.equal(t, resumed.state_dict()[name]) for name, t in straight.state_dict().items())
