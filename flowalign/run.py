@@ -20,6 +20,7 @@ from flowalign.checks import ConfigError, check_signatures, refusals
 from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
+from flowalign.planning import check_plan, is_sharded, replicas
 from flowalign.rewards.base import RewardError
 
 if TYPE_CHECKING:
@@ -100,11 +101,6 @@ def reads_weights(cfg: DictConfig) -> bool:
     return not is_sharded(cfg) or rank_zero_only.rank == 0
 
 
-def is_sharded(cfg: DictConfig) -> bool:
-    """Whether the strategy is one of ours, which shard."""
-    return str(OmegaConf.select(cfg, "trainer.strategy._target_")).startswith("flowalign.strategies.")
-
-
 def size_of(cfg: DictConfig, part: str) -> Size:
     """resolution.train or resolution.eval: a node, or in short a number or a list of them."""
     from flowalign.collect import Size
@@ -138,8 +134,14 @@ def run(cfg: DictConfig) -> float | None:
         return _run(cfg, cleanup)
 
 
-def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
+def check(cfg: DictConfig) -> None:
+    """ConfigError for choices that do not go together, and for a batch plan that does not fit."""
     check_groups(cfg)
+    check_plan(cfg)
+
+
+def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
+    check(cfg)
     check_signatures(cfg)
     import lightning
     import torch
@@ -208,20 +210,7 @@ def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
     """Micro-batches per optimiser step; Lightning wants to know it before it knows the module."""
     from flowalign.recipe import batch_plan
 
-    ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(int(cfg.trainer.num_nodes), 1) * devices(cfg)
-    alike = cfg.trainer.strategy.context if is_sharded(cfg) else 1  # ranks that share their samples
-    return batch_plan(recipe, max(ranks // alike, 1)).accumulate
-
-
-def devices(cfg: DictConfig) -> int:
-    given = cfg.trainer.devices
-    if isinstance(given, int) and given > 0:
-        return given
-    if isinstance(given, (list, tuple)):
-        return len(given)
-    import torch
-
-    return max(torch.cuda.device_count(), 1)
+    return batch_plan(recipe, replicas(cfg)).accumulate
 
 
 def shrink(module: AlignModule) -> None:
@@ -304,5 +293,5 @@ def main() -> None:
     """The entry point of `train.py` and `flowalign-train`."""
     quieten()
     find_own_modules()
-    sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "train", also=check_groups)
+    sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "train", also=check)
     _main()
