@@ -119,9 +119,11 @@ def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
 
     # On purpose: what is trained has to be what made the rollouts, so nothing may behave differently.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    # The checkpoint of resumption last: it holds what the others know, and they must have judged this epoch by then.
+    callbacks = sorted(cfg.callbacks.items(), key=lambda item: item[0] == "last")
     return instantiate(
         cfg.trainer,
-        callbacks=[instantiate(node) for node in cfg.callbacks.values() if node is not None],
+        callbacks=[instantiate(node) for _, node in callbacks if node is not None],
         logger=[instantiate(node) for node in cfg.logger.values() if node is not None],
         plugins=[AtomicCheckpointIO()],
         accumulate_grad_batches=accumulate,
@@ -143,11 +145,13 @@ def check(cfg: DictConfig) -> None:
 def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     check(cfg)
     check_signatures(cfg)
+    ckpt_path = find_checkpoint(cfg.ckpt_path)
     import lightning
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
     from flowalign.callbacks.checkpoint_io import sweep
+    from flowalign.loggers import continue_logs
     from flowalign.module import AlignModule
     from flowalign.summary import Summary, show_config, show_plan
 
@@ -165,9 +169,9 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
     if trainer.fast_dev_run:  # type: ignore
         shrink(module)
+    continue_logs(trainer.loggers, ckpt_path if cfg.train else None)
     log_hyperparameters(trainer, cfg)
     summary = Summary(folder, cfg.seed, module, HydraConfig.get().overrides.task)
-    ckpt_path = find_checkpoint(cfg.ckpt_path)
     if ckpt_path is None:
         summary.baseline(evaluate(trainer, module, cfg.test))
         optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
@@ -196,6 +200,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # see Csv
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.callbacks.model_checkpoint", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "scoring",
     )
     + ("report", "collect", "generate", "media", "guards", "strategies"),
-    ("recipe", "memory", "evaluating", "module", "callbacks"),
+    ("recipe", "memory", "evaluating", "module", "callbacks", "loggers"),
     ("planning", "compatibility", "summary", "curves", "run", "serving", "commands", "cli", "programs"),
 )
 """From the ground up. Files of one floor see those named before them, which keeps circles out."""
