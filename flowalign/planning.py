@@ -6,14 +6,16 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import hydra
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from flowalign.checks import ConfigError
+from flowalign.checks import ConfigError, check_signatures, refusals
+from flowalign.checks.errors import one_line
 from flowalign.checks.signatures import locate
-from flowalign.geometry import Geometry, PlanError
+from flowalign.geometry import Geometry
 from flowalign.recipe import batch_plan
+from flowalign.rewards.base import RewardError
 from flowalign.steps.base import Steps
 
 LIGHT = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
@@ -22,22 +24,29 @@ LOOKED_AT = 1000
 """Epochs whose steps are counted beforehand."""
 
 
-def check_plan(cfg: DictConfig) -> None:
-    """Raises ConfigError for a batch plan that does not fit, with the nearest that does.
+def instantiate(node: Any, **arguments: Any) -> Any:
+    """The object that a node describes. What its class refuses is said in the class's own words, not in Hydra's."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="object", **arguments)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        # Lightning's refusal is known by its name: a reward server has no Lightning.
+        told = isinstance(cause, (ValueError, TypeError, RewardError))
+        if cause is not None and (told or type(cause).__name__ == "MisconfigurationException"):
+            where = node._get_full_key(None) or str(node.get("_target_"))
+            raise ConfigError(f"{where}: {one_line(cause)}") from error
+        raise
 
-    What another check will refuse anyway (a part that cannot be made) is left to that check.
-    """
-    try:
-        parts = {field: instantiate(cfg[group], _convert_="object") for field, group in LIGHT.items()}
-    except InstantiationException:
-        return
+
+def check_plan(cfg: DictConfig) -> None:
+    """Raises ConfigError for a batch plan that does not fit, with the nearest that does, or for one of its parts."""
+    check_signatures({group: cfg[group] for group in LIGHT.values()})
+    parts = {field: instantiate(cfg[group]) for field, group in LIGHT.items()}
     scorer = SimpleNamespace(groupwise=any(map(_is_groupwise, objective(cfg.reward))))
-    try:
+    with refusals():
         geometry = batch_plan(SimpleNamespace(**parts, scorer=scorer), replicas(cfg))  # type: ignore[arg-type]
-    except PlanError as error:
-        raise ConfigError(str(error)) from error
-    except (TypeError, ValueError):  # of the steps, the noise levels or the trainer: said with their section
-        return
     if parts["algorithm"].point == "transition":
         _check_every_epoch(geometry, parts["steps"], parts["rollout"].num_steps, cfg.trainer.max_epochs)
 
@@ -71,7 +80,8 @@ def _is_groupwise(reward: DictConfig) -> bool:
 
 def replicas(cfg: DictConfig) -> int:
     """Devices that have samples of their own: all, or those that share sequences counted once."""
-    ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(int(cfg.trainer.num_nodes), 1) * devices(cfg.trainer.devices)
+    nodes = cfg.trainer.num_nodes if isinstance(cfg.trainer.num_nodes, int) else 1  # refused where the trainer is
+    ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(nodes, 1) * devices(cfg.trainer.devices)
     alike = OmegaConf.select(cfg, "trainer.strategy.context") if is_sharded(cfg) else 1
     return max(ranks // alike, 1)
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError, check_signatures, refusals
-from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
-from flowalign.planning import check_plan, is_sharded, replicas
+from flowalign.launching import agree, check_launch
+from flowalign.planning import check_plan, instantiate, is_sharded, replicas
 from flowalign.rewards.base import RewardError
+from flowalign.sweeps import report, surviving
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -33,22 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flowalign")
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
-
-
-def instantiate(node: Any, **arguments: Any) -> Any:
-    """The object that a node describes. What its class refuses is said in the class's own words, not in Hydra's."""
-    try:
-        return hydra.utils.instantiate(node, _convert_="object", **arguments)
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while isinstance(cause, InstantiationException):
-            cause = cause.__cause__
-        # Lightning's refusal is known by its name: a reward server has no Lightning.
-        told = isinstance(cause, (ValueError, TypeError, RewardError))
-        if cause is not None and (told or type(cause).__name__ == "MisconfigurationException"):
-            where = node._get_full_key(None) or str(node.get("_target_"))
-            raise ConfigError(f"{where}: {one_line(cause)}") from error
-        raise
 
 
 def composed(*words: str) -> DictConfig:
@@ -282,6 +266,7 @@ def optimised(cfg: DictConfig, summary: Any) -> float | None:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+@surviving
 def _main(cfg: DictConfig) -> float | None:
     folder = HydraConfig.get().runtime.output_dir
     try:
@@ -298,5 +283,13 @@ def main() -> None:
     """The entry point of `train.py` and `flowalign-train`."""
     quieten()
     find_own_modules()
-    sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "train", also=check)
+    sweeps = any(word in ("-m", "--multirun") for word in sys.argv[1:])
+
+    def also(cfg: DictConfig) -> None:
+        check(cfg)
+        check_launch(cfg, sweeps)
+
+    sys.argv[1:] = agree(preflight_or_exit(sys.argv[1:], CONF, "train", also))
     _main()
+    if code := report():
+        raise SystemExit(code)

@@ -26,8 +26,16 @@ def test_a_plan_is_refused_from_the_config_alone(compose: Callable[..., Any], wo
         check_plan(compose(*words))
 
 
-def test_what_another_check_refuses_is_left_to_it(compose: Callable[..., Any]):
-    for word in ("batch.prompts=many", "trainer.num_nodes=null", "batch.group_size=1", "rollout.num_steps=1"):
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("batch.prompts=many", "^batch.prompts: expected an integer, got 'many'"),
+        ("batch.micro=0", r"^batch: batch.micro must be at least 1 \(got 0\)"),
+        ("rollout.num_steps=1", r"a window of 2 does not fit into 1 steps .* use steps.width=1, or rollout.num_steps=4"),
+    ],
+)
+def test_the_parts_of_a_plan_are_refused_in_their_own_words(compose: Callable[..., Any], word: str, sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
         check_plan(compose("algo=mixgrpo", word))
 
 
