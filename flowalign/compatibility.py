@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError
 from flowalign.checks.signatures import locate
-from flowalign.steps.base import Steps, check_branches
+from flowalign.planning import objective
+from flowalign.steps.base import Steps
 
 OPTIONS = {"FlowSDE": "flow_sde", "DanceSDE": "dance_sde", "CPS": "cps", "ODE": "ode"}
 """What the dynamics classes are called in a command."""
@@ -55,23 +56,14 @@ def check_groups(cfg: DictConfig) -> None:
 
 def _check_gradient(cfg: DictConfig) -> None:
     """Every reward of the objective must judge noisy latents, since its gradient is followed there."""
-    without = [name for name in _rewards(cfg.reward.get("objective")) if not hasattr(locate(name), "of_noisy")]
+    names = [str(node["_target_"]) for node in objective(cfg.reward)]
+    without = [name for name in names if not hasattr(locate(name), "of_noisy")]
     if without:
         raise ConfigError(
             f"algo={choice('algo', cfg)} follows the gradient of a reward of noisy latents, and "
             f"reward={choice('reward', cfg)} has none ({without[0].rsplit('.', 1)[-1]}): use reward=latent, or "
             "algo=nft."
         )
-
-
-def _rewards(node: Any) -> list[str]:
-    """Classes of the rewards in an objective: one, or several by name, each perhaps in a Measure."""
-    if not isinstance(node, DictConfig):
-        return []
-    if "_target_" not in node:
-        return [name for child in node.values() for name in _rewards(child)]
-    measured = str(node["_target_"]).endswith(".Measure")
-    return _rewards(node.get("reward")) if measured else [node["_target_"]]
 
 
 def _check_density(cfg: DictConfig, dynamics: Any) -> None:
@@ -141,6 +133,6 @@ def _check_steps(cfg: DictConfig, steps: Steps, algorithm: Any, dynamics: Any) -
         )
     if algorithm.point == "transition" and isinstance(cfg.rollout.num_steps, int):
         try:
-            check_branches(steps(0, cfg.rollout.num_steps), cfg.batch.group_size)
+            steps(0, cfg.rollout.num_steps)
         except ValueError as refusal:
             raise ConfigError(str(refusal)) from refusal

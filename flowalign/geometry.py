@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
@@ -29,17 +30,36 @@ class Batch:
                 raise ValueError(f"batch.{name} must be at least 1 (got {getattr(self, name)}).")
 
 
+class PlanError(ValueError):
+    """A plan that does not fit; `changes` are the values of `batch` that make the nearest one, all together."""
+
+    def __init__(self, why: str, changes: dict[str, int]) -> None:
+        words = [f"batch.{name}={value}" for name, value in changes.items()]
+        super().__init__(f"{why}: use {' and '.join(words)}{' together' if len(words) > 1 else ''}.")
+        self.changes = changes
+
+
+Misfit = tuple[str, str, int]
+"""Why a plan does not fit, the value of `batch` that is at fault, and the nearest one that is not."""
+
+
 def nearest_divisor(number: int, wanted: float) -> int:
     """The divisor of `number` closest to `wanted`, the larger of two."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), -d))
+    return nearest_of((d for d in range(1, number + 1) if number % d == 0), wanted)
+
+
+def nearest_of(numbers: Iterable[int], wanted: float) -> int:
+    """The number closest to `wanted`, the larger of two."""
+    return min(numbers, key=lambda n: (abs(n - wanted), -n))
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The plan of one rank, derived once and fixed for the run.
+    """The plan of one rank, derived once and fixed for the run; PlanError if there is none.
 
     together: the rows that share a micro-batch (Algorithm.together). members: how many of each group are trained on,
     None for all. whole: groups are dealt whole to the ranks; a coupling by groups and a choice of members need that.
+    trunk: a group is a whole number of these (StepPlan.trunk).
     """
 
     batch: Batch
@@ -48,38 +68,61 @@ class Geometry:
     together: Literal["point", "sample", "group"] = "point"
     members: int | None = None
     whole: bool = False
+    trunk: int = 1
 
     def __post_init__(self) -> None:
-        b = self.batch
-        if self.members is not None and self.members > b.group_size:
-            raise ValueError(
-                f"{self.members} members of each group are trained on, more than batch.group_size={b.group_size}: use "
-                f"batch.group_size={self.members} or more."
-            )
-        if self.samples // self.block % self.world_size:
-            how = " in whole groups" if self.block > 1 else ""
-            raise ValueError(
-                f"{b.prompts} prompts × {b.group_size} = {self.samples} samples cannot be dealt to {self.world_size} "
-                f"ranks{how}: use batch.prompts={self._nearest_prompts()}."
-            )
-        if self.units_local % b.updates:
-            kind = "groups" if self.together == "group" else "samples"
-            raise ValueError(
-                f"{self.units_local} {kind} on a rank cannot be cut into batch.updates={b.updates} equal parts: the "
-                f"nearest possible number is {nearest_divisor(self.units_local, b.updates)}."
-            )
-        if self.points_per_update % b.micro or b.micro % self.coupled:
-            why = f" of whole {self.together}s of {self.coupled} points" if self.coupled > 1 else ""
-            nearest = self.coupled * nearest_divisor(self.points_per_update // self.coupled, b.micro / self.coupled)
-            raise ValueError(
-                f"{self.points_per_update} training points of an update cannot be cut into batch.micro={b.micro}{why}: "
-                f"the nearest possible number is {nearest}."
-            )
+        for unfit in (self._unfit_group, self._unfit_ranks, self._unfit_updates, self._unfit_micro):
+            if (found := unfit()) is not None:
+                why, name, value = found
+                raise PlanError(why, {name: value} | self._further(name, value))
 
-    def _nearest_prompts(self) -> int:
-        size = self.batch.group_size // self.block
-        fits = [p for p in range(1, self.batch.prompts + self.world_size + 1) if p * size % self.world_size == 0]
-        return min(fits, key=lambda p: (abs(p - self.batch.prompts), -p))
+    def _further(self, name: str, value: int) -> dict[str, int]:
+        """What else has to change once this value has. Later checks see earlier ones repaired, so this ends."""
+        try:
+            replace(self, batch=replace(self.batch, **{name: value}))
+        except PlanError as error:
+            return error.changes
+        return {}
+
+    def _unfit_group(self) -> Misfit | None:
+        size, least = self.batch.group_size, max(self.members or 2, 2)
+        if size >= least and size % self.trunk == 0:
+            return None
+        fitting = (n for n in range(least, least + size + 2 * self.trunk) if n % self.trunk == 0)
+        if size < least:
+            why = f"{self.members} members of each group are trained on, more than batch.group_size={size}"
+        else:
+            why = f"batch.group_size={size} is not a whole number of trunks of {self.trunk} branches"
+        return why, "group_size", nearest_of(fitting, size)
+
+    def _unfit_ranks(self) -> Misfit | None:
+        b = self.batch
+        if self.samples // self.block % self.world_size == 0:
+            return None
+        blocks = b.group_size // self.block  # of a prompt
+        fitting = (p for p in range(1, b.prompts + self.world_size + 1) if p * blocks % self.world_size == 0)
+        dealt = f"cannot be dealt to {self.world_size} ranks{' in whole groups' if self.block > 1 else ''}"
+        return f"{self._product} {dealt}", "prompts", nearest_of(fitting, b.prompts)
+
+    def _unfit_updates(self) -> Misfit | None:
+        updates, units = self.batch.updates, self.units_local
+        if units % updates == 0:
+            return None
+        kind = "groups" if self.together == "group" else "samples"
+        why = f"{units} {kind} on a rank cannot be cut into batch.updates={updates} equal parts"
+        return why, "updates", nearest_divisor(units, updates)
+
+    def _unfit_micro(self) -> Misfit | None:
+        micro, points, coupled = self.batch.micro, self.points_per_update, self.coupled
+        if points % micro == 0 and micro % coupled == 0:
+            return None
+        rows = f" of whole {self.together}s of {coupled} points" if coupled > 1 else ""
+        why = f"{points} training points of an update cannot be cut into batch.micro={micro}{rows}"
+        return why, "micro", coupled * nearest_divisor(points // coupled, micro / coupled)
+
+    @property
+    def _product(self) -> str:
+        return f"{self.batch.prompts} prompts × {self.batch.group_size} = {self.samples} samples"
 
     @property
     def block(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,7 +24,7 @@ from flowalign.running import Running
 from flowalign.sampler import Sampling
 from flowalign.schedule import Schedule
 from flowalign.scoring import Scorer
-from flowalign.steps.base import Steps, check_branches
+from flowalign.steps.base import Steps
 from flowalign.times import Times
 
 
@@ -68,14 +68,24 @@ class Recipe:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def batch_plan(recipe: Recipe, world_size: int = 1) -> Geometry:
+class Planned(Protocol):
+    """What a batch plan follows from; a Recipe has it."""
+
+    batch: Batch
+    algorithm: Algorithm
+    steps: Steps
+    times: Times
+    rollout: Sampling
+    scorer: Any
+    """Of a scorer only whether it is `groupwise`."""
+
+
+def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
     """The batches of one rank: a picture's points are the recorded steps of its walk, or its re-noised points."""
     algorithm, num_steps = recipe.algorithm, recipe.rollout.num_steps
     replays = algorithm.point == "transition"
     plan = recipe.steps(0, num_steps) if replays else None
     sources = 2 if algorithm.source == "both" else 1
-    if plan is not None:
-        check_branches(plan, recipe.batch.group_size)
     return Geometry(
         recipe.batch,
         recipe.times.count(num_steps) * sources if plan is None else plan.points,
@@ -83,4 +93,5 @@ def batch_plan(recipe: Recipe, world_size: int = 1) -> Geometry:
         algorithm.together,
         algorithm.samples_per_group,
         whole=recipe.rollout.same_noise or recipe.scorer.groupwise or (plan is not None and plan.branches > 0),
+        trunk=1 if plan is None else plan.trunk,
     )

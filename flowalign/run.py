@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError, RunError, check_signatures, refusals
-from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
+from flowalign.launching import agree, check_launch
 from flowalign.lock import held
+from flowalign.planning import check_plan, instantiate, is_sharded, replicas
 from flowalign.rewards.base import RewardError
 from flowalign.stopping import Stopped, asked, farewell
+from flowalign.sweeps import report, surviving
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -35,22 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flowalign")
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
-
-
-def instantiate(node: Any, **arguments: Any) -> Any:
-    """The object that a node describes. What its class refuses is said in the class's own words, not in Hydra's."""
-    try:
-        return hydra.utils.instantiate(node, _convert_="object", **arguments)
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while isinstance(cause, InstantiationException):
-            cause = cause.__cause__
-        # Lightning's refusal is known by its name: a reward server has no Lightning.
-        told = isinstance(cause, (ValueError, TypeError, RewardError))
-        if cause is not None and (told or type(cause).__name__ == "MisconfigurationException"):
-            where = node._get_full_key(None) or str(node.get("_target_"))
-            raise ConfigError(f"{where}: {one_line(cause)}") from error
-        raise
 
 
 def composed(*words: str) -> DictConfig:
@@ -103,11 +88,6 @@ def reads_weights(cfg: DictConfig) -> bool:
     return not is_sharded(cfg) or rank_zero_only.rank == 0
 
 
-def is_sharded(cfg: DictConfig) -> bool:
-    """Whether the strategy is one of ours, which shard."""
-    return str(OmegaConf.select(cfg, "trainer.strategy._target_")).startswith("flowalign.strategies.")
-
-
 def size_of(cfg: DictConfig, part: str) -> Size:
     """resolution.train or resolution.eval: a node, or in short a number or a list of them."""
     from flowalign.collect import Size
@@ -126,9 +106,11 @@ def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
 
     # On purpose: what is trained has to be what made the rollouts, so nothing may behave differently.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    # The checkpoint of resumption last: it holds what the others know, and they must have judged this epoch by then.
+    callbacks = sorted(cfg.callbacks.items(), key=lambda item: item[0] == "last")
     return instantiate(
         cfg.trainer,
-        callbacks=[instantiate(node) for node in cfg.callbacks.values() if node is not None],
+        callbacks=[instantiate(node) for _, node in callbacks if node is not None],
         logger=[instantiate(node) for node in cfg.logger.values() if node is not None],
         plugins=[AtomicCheckpointIO()],
         accumulate_grad_batches=accumulate,
@@ -141,13 +123,20 @@ def run(cfg: DictConfig) -> float | None:
         return _run(cfg, cleanup)
 
 
-def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
+def check(cfg: DictConfig) -> None:
+    """ConfigError for choices that do not go together, and for a batch plan that does not fit."""
     check_groups(cfg)
+    check_plan(cfg)
+
+
+def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
+    check(cfg)
     check_signatures(cfg)
     import lightning
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
+    from flowalign.loggers import continue_logs
     from flowalign.module import AlignModule
     from flowalign.summary import Summary, show_config, show_plan
 
@@ -167,6 +156,7 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
     if trainer.fast_dev_run:  # type: ignore
         shrink(module)
+    continue_logs(trainer.loggers, ckpt_path if cfg.train else None)
     log_hyperparameters(trainer, cfg)
     summary = Summary(folder, cfg.seed, module, HydraConfig.get().overrides.task)
     if ckpt_path is None:
@@ -214,6 +204,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # see Csv
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.callbacks.model_checkpoint", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -228,20 +219,7 @@ def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
     """Micro-batches per optimiser step; Lightning wants to know it before it knows the module."""
     from flowalign.recipe import batch_plan
 
-    ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(int(cfg.trainer.num_nodes), 1) * devices(cfg)
-    alike = cfg.trainer.strategy.context if is_sharded(cfg) else 1  # ranks that share their samples
-    return batch_plan(recipe, max(ranks // alike, 1)).accumulate
-
-
-def devices(cfg: DictConfig) -> int:
-    given = cfg.trainer.devices
-    if isinstance(given, int) and given > 0:
-        return given
-    if isinstance(given, (list, tuple)):
-        return len(given)
-    import torch
-
-    return max(torch.cuda.device_count(), 1)
+    return batch_plan(recipe, replicas(cfg)).accumulate
 
 
 def shrink(module: AlignModule) -> None:
@@ -319,6 +297,7 @@ def optimised(cfg: DictConfig, summary: Any) -> float | None:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+@surviving
 def _main(cfg: DictConfig) -> float | None:
     folder = HydraConfig.get().runtime.output_dir
     try:
@@ -349,5 +328,13 @@ def main() -> None:
     """The entry point of `train.py` and `flowalign-train`."""
     quieten()
     find_own_modules()
-    sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "train", also=check_groups)
+    sweeps = any(word in ("-m", "--multirun") for word in sys.argv[1:])
+
+    def also(cfg: DictConfig) -> None:
+        check(cfg)
+        check_launch(cfg, sweeps)
+
+    sys.argv[1:] = agree(preflight_or_exit(sys.argv[1:], CONF, "train", also))
     _main()
+    if code := report():
+        raise SystemExit(code)

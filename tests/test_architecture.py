@@ -37,8 +37,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "scoring",
     )
     + ("report", "collect", "generate", "media", "guards", "strategies"),
-    ("recipe", "memory", "evaluating", "module", "callbacks"),
-    ("compatibility", "summary", "curves", "run", "serving", "commands", "cli", "programs"),
+    ("recipe", "memory", "evaluating", "module", "callbacks", "loggers"),
+    ("planning", "compatibility", "launching", "sweeps", "summary", "curves", "run", "serving", "commands", "cli", "programs"),
 )
 """From the ground up. Files of one floor see those named before them, which keeps circles out."""
 
@@ -50,7 +50,7 @@ JUDGES = {"transformers", "huggingface_hub", "safetensors", "cv2", "rapidocr", "
 PROGRAMS = {f"shapes.{name}" for name in ("pretrain", "data", "networks", "card", "tokenizer", "prompts")}
 PROGRAMS |= {f"rewards.latent.{name}" for name in ("__main__", "data", "training")}
 """What made the embedded pipeline, and what makes latent rewards: run by hand, and nothing else imports it."""
-HYDRA = {"run", "compatibility", "shapes.pretrain", "rewards.latent.__main__"}
+HYDRA = {"run", "planning", "compatibility", "launching", "sweeps", "shapes.pretrain", "rewards.latent.__main__"}
 OMEGACONF = (
     HYDRA
     | {"summary", "curves", "commands.saved", "commands.evaluate", "commands.export", "commands.reward_server"}

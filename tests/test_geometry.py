@@ -39,18 +39,18 @@ def test_samples_are_dealt_round_robin(ranks: int):
 @pytest.mark.parametrize(
     ("batch", "points", "ranks", "sentence"),
     [
-        (Batch(3, 5, 1), 1, 2, r"3 prompts × 5 = 15 samples cannot be dealt to 2 ranks: use batch.prompts=4"),
+        (Batch(3, 5, 1), 1, 2, r"3 prompts × 5 = 15 samples cannot be dealt to 2 ranks: use batch.prompts=4\.$"),
         (
             Batch(4, 5, 1, updates=3),
             1,
             1,
-            r"20 samples .* batch.updates=3 equal parts: the nearest possible number is 4",
+            r"20 samples .* batch.updates=3 equal parts: use batch.updates=4\.$",
         ),
         (
             Batch(16, 12, 100, updates=2),
             9,
             1,
-            r"864 training points .* batch.micro=100: the nearest possible number is 96",
+            r"864 training points .* batch.micro=100: use batch.micro=96\.$",
         ),
     ],
 )
@@ -111,7 +111,7 @@ def test_groups_that_cannot_be_dealt_whole_are_refused_with_the_nearest_number()
 def test_training_on_a_few_members_makes_fewer_points():
     g = Geometry(Batch(prompts=4, group_size=6, micro=4, updates=2), 3, together="group", members=2)
     assert (g.samples_local, g.trained_local, g.units_local, g.points_per_update, g.accumulate) == (24, 8, 4, 12, 3)
-    with pytest.raises(ValueError, match=r"7 members .* more than batch.group_size=6: use batch.group_size=7"):
+    with pytest.raises(ValueError, match=r"7 members .* more than batch.group_size=6: use batch.group_size=7\.$"):
         Geometry(Batch(prompts=4, group_size=6, micro=4), 1, members=7)
 
 
@@ -121,10 +121,10 @@ def test_training_on_a_few_members_makes_fewer_points():
 def test_a_micro_batch_holds_whole_groups_or_samples(together: Literal["group", "sample"], micro: int, nearest: str):
     """36 points an update: 2 groups of 6 pictures with 3 points each."""
     Geometry(Batch(prompts=4, group_size=6, micro=18, updates=2), 3, together=together)
-    with pytest.raises(ValueError, match=rf"batch.micro={micro} of whole {together}s .* number is {nearest}\."):
+    with pytest.raises(ValueError, match=rf"batch.micro={micro} of whole {together}s .* use batch.micro={nearest}\.$"):
         Geometry(Batch(prompts=4, group_size=6, micro=micro, updates=2), 3, together=together)
 
 
 def test_groups_that_belong_together_are_dealt_whole_to_the_updates():
-    with pytest.raises(ValueError, match=r"4 groups on a rank .* batch.updates=3 .* the nearest possible number is 4"):
+    with pytest.raises(ValueError, match=r"4 groups on a rank .* batch.updates=3 .* use batch.updates=4\.$"):
         Geometry(Batch(prompts=4, group_size=6, micro=6, updates=3), 1, together="group")

@@ -16,6 +16,7 @@ from flowalign.checks.errors import ConfigError, one_line
 from flowalign.checks.suggest import nearest
 
 NUMBER = re.compile(r"\d[\d_.]*")
+ALONE = ("run", "multirun", "cfg", "info", "shell_completion")
 VERSION_FLAG = "--version"  # argparse would print and leave
 
 
@@ -27,7 +28,10 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(_flag_problem(argv, message))
 
     parser.error = refuse
-    return parser.parse_args(list(argv))
+    flags = parser.parse_args(list(argv))
+    if len(asked := [flag for flag in ALONE if getattr(flags, flag)]) > 1:
+        raise ConfigError(f"--{asked[0]} and --{asked[1]} cannot be asked for together: choose one")
+    return flags
 
 
 def asks_hydra(argv: Sequence[str], flags: argparse.Namespace) -> bool:

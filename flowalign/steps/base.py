@@ -93,13 +93,3 @@ def drawn(num: int, count: int, seed: int, epoch: int) -> tuple[int, ...]:
         raise ValueError(f"cannot choose {num} of {count} steps to train on; use num ≤ {count} or more steps.")
     order = torch.randperm(count, generator=keyed_generator(seed, epoch, 0, CHOICE))
     return tuple(sorted(order[:num].tolist()))
-
-
-def check_branches(plan: StepPlan, group_size: int) -> None:
-    """A group is a whole number of trunks, each with so many branches at every chosen step."""
-    if group_size % plan.trunk:
-        nearest = max(1, round(group_size / plan.trunk)) * plan.trunk
-        raise ValueError(
-            f"batch.group_size={group_size} cannot be dealt to {len(plan.trained)} steps × {plan.branches} branches: "
-            f"use batch.group_size={nearest} (or set steps.num and steps.branches)."
-        )

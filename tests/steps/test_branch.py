@@ -1,7 +1,6 @@
 import pytest
 
 from flowalign.steps import Branch
-from flowalign.steps.base import check_branches
 
 
 def test_neighbours_share_a_step_and_the_next_ones_take_the_next_step():
@@ -24,14 +23,6 @@ def test_fewer_steps_are_drawn_anew_every_epoch():
     assert {len(plan.trained) for plan in plans} == {2}
     assert {step for plan in plans for step in plan.trained} == set(range(9))
     assert plans == [Branch(2, seed=0, num=2)(epoch, 10) for epoch in range(50)]
-
-
-def test_a_group_is_a_whole_number_of_trunks():
-    plan = Branch(6, seed=0)(0, 10)
-    for group_size in (54, 108):
-        check_branches(plan, group_size)
-    with pytest.raises(ValueError, match=r"group_size=60 .* 9 steps × 6 branches: use batch.group_size=54"):
-        check_branches(plan, 60)
 
 
 def test_a_single_branch_has_nothing_to_be_compared_with():

@@ -8,9 +8,13 @@ FILE.json is a list of jobs, run one after another in the same processes: import
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,12 @@ class Job:
     folder: str
     words: list[str] = field(default_factory=list)
     resume: str | None = None
-    killed: bool = False
-    """The second epoch does not begin."""
+    killed: int = 0
+    """This epoch does not begin; 0: all do."""
+    torn: bool = False
+    """The kill comes after the first batch of that epoch instead."""
+    keeps: bool = False
+    """The points of its first epoch stay in points<rank>.pt."""
     refused: bool = False
     """The job is to raise ValueError, whose sentence is kept in metrics.json."""
 
@@ -76,10 +84,28 @@ class KilledError(Exception):
     """What happens to jobs."""
 
 
-def _kill(trainer: Any, module: Any) -> None:
-    del module
-    if trainer.current_epoch == 1:
-        raise KilledError
+def killer(job: Job) -> Any:
+    """A callback that ends the training where the job says."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    def kill(trainer: Any, *arguments: Any) -> None:
+        del arguments
+        if trainer.current_epoch == job.killed:
+            raise KilledError
+
+    return LambdaCallback(on_train_batch_end=kill) if job.torn else LambdaCallback(on_train_epoch_start=kill)
+
+
+def keep_points(job: Job, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+    """Sample, state, noise level and advantage of every point on this rank."""
+    import torch
+
+    del batch
+    if trainer.current_epoch == 0 and batch_idx == 0:
+        module._ensure_rollout()
+        p = module.buffer.points
+        held = {"sample": p.sample, "x": p.x, "sigma": p.sigma, "advantage": p.advantage}
+        torch.save(held, Path(job.folder, f"points{trainer.global_rank}.pt"))
 
 
 class Watch:
@@ -108,6 +134,7 @@ def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
+    from flowalign.loggers import continue_logs
     from flowalign.module import AlignModule
     from flowalign.run import build_recipe, build_trainer, plan_accumulation
 
@@ -120,15 +147,19 @@ def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
         torch.accelerator.device_count = lambda: 1
     if hasattr(trainer.strategy, "agree"):
         watch.on(trainer.strategy)
-    trainer.validate(module, verbose=False)
+    continue_logs(trainer.loggers, job.resume)
+    if job.resume is None:
+        module.baseline = dict(trainer.validate(module, verbose=False)[0])
 
     def keep(trainer: Any, module: Any) -> None:
         del module
         kept.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
     trainer.callbacks.append(LambdaCallback(on_train_epoch_end=keep))  # type: ignore[attr-defined]
+    if job.keeps:
+        trainer.callbacks.append(LambdaCallback(on_train_batch_start=partial(keep_points, job)))  # type: ignore
     if job.killed:
-        trainer.callbacks.append(LambdaCallback(on_train_epoch_start=_kill))  # type: ignore[attr-defined]
+        trainer.callbacks.append(killer(job))  # type: ignore[attr-defined]
     with suppress(KilledError):
         trainer.fit(module, ckpt_path=job.resume)
     Path(job.folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(watch.told()))
@@ -141,9 +172,22 @@ def main(path: str) -> None:
         run(Job(**one))
 
 
-def save(jobs: list[Job], path: Path) -> Path:
+def together(jobs: list[Job], folder: Path, processes: int = 2) -> None:
+    """Runs them in some processes, and leaves none behind."""
+    path = folder / f"{len(jobs)}_{jobs[0].name}.json"
     path.write_text(json.dumps([asdict(job) for job in jobs]))
-    return path
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    started = subprocess.Popen(
+        [sys.executable, *words, "-m", "tests.strategies.jobs", str(path)], cwd=ROOT, env=environment,
+        start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        said, _ = started.communicate(timeout=1700)
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+    assert started.returncode == 0, said[-6000:]
 
 
 if __name__ == "__main__":

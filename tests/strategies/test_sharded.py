@@ -7,10 +7,6 @@ they left behind.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,8 @@ import pytest
 import torch
 
 from flowalign.strategies import folders
-from tests.conftest import ROOT
 from tests.models.tiny import wan2_2
-from tests.strategies.jobs import Job, run, save
+from tests.strategies.jobs import Job, run, together
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -36,23 +31,6 @@ AREA = {"height": 32, "width": 48, "frames": 9}
 SIZES = [f"resolution.{part}.{side}={n}" for part in ("train", "eval") for side, n in AREA.items()]
 TYPES = ("model.dtype=float32", "model.train_dtype=float32", "model.max_sequence_length=16")
 VIDEO = ("model=wan2_2_t2v", *TYPES, *SIZES, "reward=jpeg", "trainer.max_epochs=1")
-
-
-def pair(jobs: list[Job], folder: Path) -> None:
-    """Runs them in two processes, and leaves none behind."""
-    path = save(jobs, folder / f"{len(jobs)}_{jobs[0].name}.json")
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.strategies.jobs"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    started = subprocess.Popen(
-        [sys.executable, *words, str(path)], cwd=ROOT, env=environment, start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        said, _ = started.communicate(timeout=1700)
-    finally:
-        if started.poll() is None:
-            os.killpg(started.pid, signal.SIGKILL)
-    assert started.returncode == 0, said[-6000:]
 
 
 Make = Callable[..., Job]
@@ -77,11 +55,11 @@ def done(job: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     run(job("one_lora", *LORA))
     jobs = [
         job("fsdp", *FULL, two, "strategy=fsdp"),
-        job("killed", *FULL, two, "strategy=fsdp", killed=True),
+        job("killed", *FULL, two, "strategy=fsdp", killed=1),
         job("resumed", *FULL, two, "strategy=fsdp", resume=str(job("killed").last)),
         job("ddp", *LORA, two, "strategy=ddp"),
     ]
-    pair(jobs, tmp_path_factory.mktemp("pair"))
+    together(jobs, tmp_path_factory.mktemp("pair"))
     return job
 
 
@@ -97,7 +75,7 @@ def more(done: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     kinds = {"one_bf16": BF16, "one_video": video, "one_video_lora": adapters, "one_base16": base16}
     for name, words in kinds.items():
         run(job(name, *words))
-    run(job("one_killed", *FULL, killed=True))
+    run(job("one_killed", *FULL, killed=1))
     late = (f"{S}sync_each_micro=false", "running.gradient_checkpointing=true")
     in_folder = (*FULL, two, "strategy=fsdp", f"{S}checkpoint=folder")
     jobs = [
@@ -108,7 +86,7 @@ def more(done: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
         job("lora", *LORA, two, "strategy=fsdp"),
         job("base16", *base16, two, "strategy=fsdp"),
         job("bf16", *BF16, two, "strategy=fsdp"),
-        job("folder", *in_folder, killed=True),
+        job("folder", *in_folder, killed=1),
         job("folder_resumed", *in_folder, resume=str(job("folder").last)),
         job("folder_to_file", *FULL, two, "strategy=fsdp", resume=str(job("folder").last)),
         job("one_to_two", *FULL, two, "strategy=fsdp", resume=str(job("one_killed").last)),
@@ -118,7 +96,7 @@ def more(done: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
         job("no_plan", *FULL, two, "strategy=fsdp_cp", refused=True),
         job("other_rank", two, "strategy=fsdp", resume=str(job("killed").last), refused=True),
     ]
-    pair(jobs, tmp_path_factory.mktemp("pair"))
+    together(jobs, tmp_path_factory.mktemp("pair"))
     run(job("two_to_one", *FULL, resume=str(job("killed").last)))
     run(job("folder_to_one", *FULL, resume=str(job("folder").last)))
     return job

@@ -1,0 +1,71 @@
+"""How a run's processes come to be: what they agree on before Hydra makes a folder, and what cannot be started."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from flowalign.checks import ConfigError
+from flowalign.planning import devices
+
+STARTED = "FLOWALIGN_STARTED"
+"""Names the folder of a run; conf/train.yaml takes the time of day where it is not set."""
+PATIENCE = timedelta(minutes=5)
+"""Until rank 0 must have come as far as the others."""
+
+
+def agree(argv: Sequence[str]) -> list[str]:
+    """The arguments for this rank. All ranks take the folder of rank 0, which alone writes what Hydra writes there.
+
+    Processes that Lightning starts need nothing: it tells them.
+    """
+    rank = launched_rank(os.environ)
+    if rank is None:
+        return list(argv)
+    os.environ[STARTED] = os.environ.get(STARTED) or started(os.environ, rank)
+    own = [] if rank == 0 else ["hydra.output_subdir=null", f"hydra.job.name=rank{rank}"]
+    return [*argv, *own]
+
+
+def launched_rank(environment: Mapping[str, str]) -> int | None:
+    """This process's rank under torchrun or srun; None without them."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return int(environment["RANK"])
+    if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return int(environment["SLURM_PROCID"])
+    return None
+
+
+def started(environment: Mapping[str, str], rank: int) -> str:
+    """The same text on every rank, however far apart they start: the time of rank 0, or the number of the job."""
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return f"slurm_{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}"
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return environment["TORCHELASTIC_RUN_ID"]
+    from torch.distributed import PrefixStore, TCPStore
+
+    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=PATIENCE)
+    again = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = PrefixStore(f"flowalign/{environment['TORCHELASTIC_RUN_ID']}/{again}", store)
+    if rank == 0:
+        shared.set(STARTED, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    return shared.get(STARTED).decode()
+
+
+def check_launch(cfg: DictConfig, multirun: bool) -> None:
+    """ConfigError for a sweep whose runs would each start processes out of this one: these would repeat the sweep."""
+    node = HydraConfig.get()
+    number = devices(cfg.trainer.devices)
+    here = str(node.launcher._target_).rsplit(".", 1)[-1] in ("BasicLauncher", "JoblibLauncher")
+    if number > 1 and here and (multirun or node.mode == RunMode.MULTIRUN) and launched_rank(os.environ) is None:
+        raise ConfigError(
+            f"a sweep in one process has one device a run (trainer.devices={cfg.trainer.devices}): start it with "
+            f"torchrun --nproc-per-node {number} train.py -m …, or give every run a job of its own with "
+            "hydra/launcher=submitit_slurm."
+        )

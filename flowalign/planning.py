@@ -1,0 +1,102 @@
+"""The batch plan of a config, from its light parts: refused before a reward or a model is loaded."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+
+from flowalign.checks import ConfigError, check_signatures, refusals
+from flowalign.checks.errors import one_line
+from flowalign.checks.signatures import locate
+from flowalign.geometry import Geometry
+from flowalign.recipe import batch_plan
+from flowalign.rewards.base import RewardError
+from flowalign.steps.base import Steps
+
+LIGHT = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
+"""Fields of a Recipe that a plan follows from, by config group."""
+LOOKED_AT = 1000
+"""Epochs whose steps are counted beforehand."""
+
+
+def instantiate(node: Any, **arguments: Any) -> Any:
+    """The object that a node describes. What its class refuses is said in the class's own words, not in Hydra's."""
+    try:
+        return hydra.utils.instantiate(node, _convert_="object", **arguments)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        # Lightning's refusal is known by its name: a reward server has no Lightning.
+        told = isinstance(cause, (ValueError, TypeError, RewardError))
+        if cause is not None and (told or type(cause).__name__ == "MisconfigurationException"):
+            where = node._get_full_key(None) or str(node.get("_target_"))
+            raise ConfigError(f"{where}: {one_line(cause)}") from error
+        raise
+
+
+def check_plan(cfg: DictConfig) -> None:
+    """Raises ConfigError for a batch plan that does not fit, with the nearest that does, or for one of its parts."""
+    check_signatures({group: cfg[group] for group in LIGHT.values()})
+    parts = {field: instantiate(cfg[group]) for field, group in LIGHT.items()}
+    scorer = SimpleNamespace(groupwise=any(map(_is_groupwise, objective(cfg.reward))))
+    with refusals():
+        geometry = batch_plan(SimpleNamespace(**parts, scorer=scorer), replicas(cfg))  # type: ignore[arg-type]
+    if parts["algorithm"].point == "transition":
+        _check_every_epoch(geometry, parts["steps"], parts["rollout"].num_steps, cfg.trainer.max_epochs)
+
+
+def _check_every_epoch(geometry: Geometry, steps: Steps, num_steps: int, epochs: Any) -> None:
+    """The batches of a run are of one size, so every epoch has to train equally many steps."""
+    for epoch in range(min(epochs if isinstance(epochs, int) and epochs > 0 else LOOKED_AT, LOOKED_AT)):
+        if (points := steps(epoch, num_steps).points) != geometry.points_per_sample:
+            raise ConfigError(
+                f"steps trains {geometry.points_per_sample} steps of a picture in epoch 0 and {points} in epoch {epoch}, "
+                "while the batches of a run are of one size: use steps=window, whose windows are always full."
+            )
+
+
+def objective(reward: DictConfig) -> list[DictConfig]:
+    """Nodes of the rewards that are trained on: one, or several by name, each perhaps in a Measure."""
+
+    def inside(node: Any) -> list[DictConfig]:
+        if not isinstance(node, DictConfig):
+            return []
+        if "_target_" not in node:
+            return [found for child in node.values() for found in inside(child)]
+        return inside(node.get("reward")) if str(node["_target_"]).endswith(".Measure") else [node]
+
+    return inside(reward.get("objective"))
+
+
+def _is_groupwise(reward: DictConfig) -> bool:
+    return bool(reward.get("groupwise", getattr(locate(reward["_target_"]), "groupwise", False)))
+
+
+def replicas(cfg: DictConfig) -> int:
+    """Devices that have samples of their own: all, or those that share sequences counted once."""
+    nodes = cfg.trainer.num_nodes if isinstance(cfg.trainer.num_nodes, int) else 1  # refused where the trainer is
+    ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(nodes, 1) * devices(cfg.trainer.devices)
+    alike = OmegaConf.select(cfg, "trainer.strategy.context") if is_sharded(cfg) else 1
+    return max(ranks // alike, 1)
+
+
+def devices(given: Any) -> int:
+    """How many `trainer.devices` asks for on a node: a number, a list of them, or all that there are."""
+    if isinstance(given, int) and given > 0:
+        return given
+    if OmegaConf.is_list(given):
+        return len(given)
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def is_sharded(cfg: DictConfig) -> bool:
+    """Whether the strategy is one of ours, which shard."""
+    return str(OmegaConf.select(cfg, "trainer.strategy._target_")).startswith("flowalign.strategies.")

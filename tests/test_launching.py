@@ -1,0 +1,196 @@
+"""Who starts a run's processes, what they agree on, and how a sweep survives its runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowalign.launching import STARTED, agree, launched_rank, started
+from tests.conftest import ROOT, TINY, settled
+
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+SHORT = settled(*TINY, "trainer.fast_dev_run=true", "logger=none", "callbacks=none")
+slow = pytest.mark.slow
+
+
+def plugin(name: str) -> bool:
+    try:
+        return find_spec(f"hydra_plugins.{name}") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def shell(folder: Path, *words: str, launcher: tuple[str, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
+    """train.py in a folder of its own, where outputs/ appears."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"} | more
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+
+
+# ------------------------------------------------------------ one folder for all ranks
+
+
+def test_without_a_launcher_nothing_is_changed(monkeypatch: pytest.MonkeyPatch):
+    for name in ("TORCHELASTIC_RUN_ID", STARTED, *SLURM):
+        monkeypatch.delenv(name, raising=False)
+    assert agree(["seed=1"]) == ["seed=1"]
+    assert STARTED not in os.environ
+
+
+def test_ranks_of_slurm_name_their_job_and_only_the_first_writes_hydras_files(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(STARTED, "")  # so that it is put back
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert agree(["seed=1"]) == ["seed=1", "hydra.output_subdir=null", "hydra.job.name=rank3"]
+    assert os.environ[STARTED] == "slurm_77.0"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert agree(["seed=1"]) == ["seed=1"]
+    assert launched_rank(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # sbatch without srun
+
+
+def test_ranks_of_torchrun_take_the_time_of_the_first(monkeypatch: pytest.MonkeyPatch):
+    """However late they come, and another one after a restart."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    times = iter(["first", "second"])
+    monkeypatch.setattr("flowalign.launching.time.strftime", lambda form: next(times))
+    assert [started(environment, rank) for rank in (0, 1, 2)] == ["first"] * 3
+    again = environment | {"TORCHELASTIC_RESTART_COUNT": "1"}
+    assert [started(again, rank) for rank in (0, 1)] == ["second"] * 2
+    assert started({"TORCHELASTIC_RUN_ID": "mine"}, 0) == "mine"
+
+
+def test_the_name_of_the_folder_is_the_agreed_one(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    monkeypatch.setenv(STARTED, "agreed")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        node = hydra_compose("train", return_hydra_config=True).hydra
+        assert node.run.dir == "outputs/train/agreed"
+        assert node.sweep.dir == "outputs/train/multirun_agreed"
+        monkeypatch.delenv(STARTED)
+        assert len(node.run.dir) == len("outputs/train/2026-01-31_12-00-00")
+
+
+@slow
+def test_torchrun_makes_one_folder(tmp_path: Path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    words = settled(*SHORT, "trainer.devices=2", "strategy=ddp", "batch.micro=2")
+    done = shell(tmp_path, *words, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder,) = (tmp_path / "outputs" / "train").iterdir()
+    assert {"summary.json", ".hydra", "run.log", "rank1.log"} <= {path.name for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------ sweeps
+
+
+@pytest.mark.parametrize("words", [("-m", "seed=0,1"), ("hparams_search=grid",)])
+def test_a_sweep_of_runs_with_several_devices_is_refused_with_the_command(
+    say: Callable[..., tuple[int, str, str]], words: tuple[str, ...]
+):
+    from flowalign.run import main
+
+    code, _, err = say(main, *words, "trainer.devices=2", "strategy=ddp")
+    assert code == 2
+    assert "start it with torchrun --nproc-per-node 2 train.py -m" in err
+    assert err.count("\n") == 1
+
+
+def test_a_failed_run_leaves_a_record_and_the_table_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from omegaconf import OmegaConf
+
+    from flowalign import sweeps
+
+    node = {"mode": "MULTIRUN", "runtime": {"output_dir": str(tmp_path / "1")}, "overrides": {"task": ["seed=1"]}}
+    cfg = OmegaConf.create(node | {"sweeper": {"_target_": "hydra._internal.BasicSweeper"}})
+    cfg.mode = sweeps.RunMode.MULTIRUN
+    monkeypatch.setattr(sweeps.HydraConfig, "get", lambda: cfg)
+    monkeypatch.setattr(sweeps, "_folders", [tmp_path])
+
+    def refused(cfg: Any) -> float:
+        try:
+            raise ValueError("use seed=2.")
+        except ValueError:
+            raise SystemExit(2) from None
+
+    def broken(cfg: Any) -> float:
+        raise ZeroDivisionError("division by zero")
+
+    assert sweeps.surviving(lambda cfg: 1.5)(cfg) == 1.5
+    assert sweeps.report() == 0
+    assert sweeps.surviving(refused)(cfg) is None
+    assert sweeps.report() == 2
+    assert "use seed=2." in capsys.readouterr().err
+    assert sweeps.surviving(broken)(cfg) is None
+    assert sweeps.report() == 1
+    cfg.sweeper._target_ = "some.OptunaSweeper"  # which has to know
+    with pytest.raises(RuntimeError, match="division by zero"):
+        sweeps.surviving(broken)(cfg)
+    cfg.mode = sweeps.RunMode.RUN
+    with pytest.raises(SystemExit):
+        sweeps.surviving(refused)(cfg)
+
+
+FAILING = ("data.val.limit=4,0,3", "hydra.sweep.dir=sweep")
+"""The second of three runs is refused once it has begun."""
+
+
+def check_survived(folder: Path, done: subprocess.CompletedProcess[str], code: int) -> None:
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "1 failed" in done.stderr
+    assert "must be at least 1" in done.stderr
+    assert sorted(path.parent.name for path in (folder / "sweep").glob("*/summary.json")) == ["0", "2"]
+    assert json.loads((folder / "sweep" / "1" / "failure.json").read_text())["refused"] is True
+
+
+@slow
+def test_a_refused_run_does_not_end_a_sweep(tmp_path: Path):
+    check_survived(tmp_path, shell(tmp_path, "-m", *SHORT, *FAILING), 2)
+
+
+@slow
+@pytest.mark.skipif(not plugin("hydra_joblib_launcher"), reason="needs the extra sweep")
+def test_a_refused_run_does_not_end_a_sweep_of_joblib(tmp_path: Path):
+    joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
+    check_survived(tmp_path, shell(tmp_path, "-m", *joblib, *SHORT, *FAILING), 2)
+
+
+@slow
+@pytest.mark.skipif(not plugin("hydra_optuna_sweeper"), reason="needs the extra sweep")
+def test_a_search_gets_its_numbers_and_survives_a_trial(tmp_path: Path):
+    """fast_dev_run logs no metrics, hence a real epoch."""
+    words = settled(*TINY, "logger=none", "callbacks=none", "test=false")
+    search = ("hparams_search=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.storage=null")
+    swept = ("~hydra.sweeper.params", "data.val.limit=choice(0,4)", "hydra.sweeper.sampler.seed=1")
+    done = shell(tmp_path, "-m", *words, *search, *swept, "hydra.sweep.dir=sweep")
+    assert done.returncode in (0, 1, 2), done.stderr[-3000:]
+    best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
+    assert "data.val.limit: 4" in best
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not plugin("hydra_submitit_launcher"), reason="needs the extra slurm")
+def test_jobs_of_slurm_compose(compose: Callable[..., Any]):
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        words = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=4", "trainer.devices=4"]
+        node = hydra_compose("train", words, return_hydra_config=True).hydra
+    assert node.launcher._target_.endswith("SlurmLauncher")
+    assert node.launcher.tasks_per_node == 4

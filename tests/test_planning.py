@@ -1,0 +1,49 @@
+"""The batch plan of a command line, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from flowalign.checks import ConfigError
+from flowalign.planning import check_plan, devices, replicas
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("batch.micro=7",), r"144 training points .* batch.micro=7: use batch.micro=8\.$"),
+        (("trainer.devices=5",), r"cannot be dealt to 5 ranks: use batch.prompts=10 and batch.micro=24 together\.$"),
+        (("reward=shapes_win_rate", "batch.prompts=11", "trainer.devices=2"), r"2 ranks in whole groups"),
+        (("algo=tempflow", "batch.group_size=10"), r"trunks of 12 branches: use batch.group_size=12"),
+        (("algo=mixgrpo", "steps.parity=true", "steps.stay=1"), r"2 steps of a picture in epoch 0 and 1 in epoch 7"),
+    ],
+)
+def test_a_plan_is_refused_from_the_config_alone(compose: Callable[..., Any], words: tuple[str, ...], sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        check_plan(compose(*words))
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("batch.prompts=many", "^batch.prompts: expected an integer, got 'many'"),
+        ("batch.micro=0", r"^batch: batch.micro must be at least 1 \(got 0\)"),
+        ("rollout.num_steps=1", r"a window of 2 does not fit into 1 steps .* use steps.width=1, or rollout.num_steps=4"),
+    ],
+)
+def test_the_parts_of_a_plan_are_refused_in_their_own_words(compose: Callable[..., Any], word: str, sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        check_plan(compose("algo=mixgrpo", word))
+
+
+def test_devices_are_counted_as_the_trainer_counts_them(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    assert [devices(given) for given in (3, "auto", -1)] == [3, devices("auto"), devices("auto")]
+    cfg = compose("trainer.devices=[0,2,3]", "trainer.num_nodes=2", "strategy=fsdp")
+    assert replicas(cfg) == 6
+    cfg.trainer.strategy.context = 3
+    assert replicas(cfg) == 2
+    monkeypatch.setenv("WORLD_SIZE", "9")  # torchrun knows better
+    assert replicas(cfg) == 3
