@@ -20,6 +20,7 @@ from flowalign.collect import Collector
 from flowalign.evaluating import Evaluating
 from flowalign.guards import check_finite, check_ratio
 from flowalign.memory import GIB, Share, plan
+from flowalign.points import drawn
 from flowalign.policy import Policy
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.strategies.sequence import check_tokens
@@ -59,9 +60,9 @@ class AlignModule(Evaluating):
         if self.policy is not None:  # Lightning calls this at every fit, validate and test
             return
         r = self.recipe
-        consulted = {*r.algorithm.frozen, *([r.algorithm.samples_with] if r.algorithm.samples_with else [])}
-        kept = [name for name in r.frozen if name in consulted or name == r.evaluation.copy]
-        missing = consulted - set(kept) - {"reference"}
+        apart = r.consulted - r.same_as_live
+        kept = [name for name in r.frozen if name in apart or name == r.evaluation.copy]
+        missing = apart - set(kept) - {"reference"}
         if missing:
             raise ConfigError(
                 f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
@@ -70,7 +71,11 @@ class AlignModule(Evaluating):
         strategy = self.trainer.strategy
         shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with refusals():
-            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard)
+            self.policy = Policy(
+                r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard,
+                # In 16 bits a merged weight loses what the adapters have learnt.
+                merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
+            )  # fmt: skip
             r.running.apply(r.model)
 
     def setup(self, stage: str) -> None:
@@ -143,7 +148,8 @@ class AlignModule(Evaluating):
         g = self.geometry
         self.report.begin("rollout", g.samples_local)
         with self._precision():
-            with self.live.use(self.recipe.algorithm.samples_with):
+            sampler = self.recipe.algorithm.samples_with
+            with self.live.use(None if sampler in self.recipe.same_as_live else sampler):
                 got = self.collect(self.current_epoch, self.replica, self.device, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self.report.end("rollout")
@@ -171,22 +177,38 @@ class AlignModule(Evaluating):
 
     def _consult_frozen(self) -> None:
         """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
-        for name in self.recipe.algorithm.frozen:
+        r, points = self.recipe, self.buffer.points
+        points.kl_weight = self._kl_weight(points)
+        for name in r.algorithm.frozen:
+            if name in r.same_as_live:
+                continue
+            some = points.kl_weight is not None and name == "reference"
+            rows = points.kl_weight.nonzero().flatten() if some else torch.arange(len(points.x))
+            velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
             with self.live.use(name):
-                parts = [
-                    self._velocity(p.x, p.sigma, cond) for p, cond in self.buffer.split(self.recipe.rollout.batch_size)
-                ]
-            self.buffer.points.frozen[name] = torch.cat(parts)
-            self.counts["frozen"] += len(self.buffer.points.x) * self.replicas
+                for part in rows.split(r.rollout.batch_size):
+                    p, cond = self.buffer.gather(part)
+                    velocity[part] = self._velocity(p.x, p.sigma, cond)
+            points.frozen[name] = velocity
+            self.counts["frozen"] += len(rows) * self.replicas
+
+    def _kl_weight(self, points: Point) -> Tensor | None:
+        """Where the reference is asked, None for everywhere: a formula wants it at every point, a penalty at some."""
+        r = self.recipe
+        if "reference" in r.algorithm.consults or r.optimisation.kl_share == 1:
+            return None
+        return drawn(r.seed, self.current_epoch, given(points.sample, "sample"), r.optimisation.kl_share)
 
     # ------------------------------------------------------------ optimisation phase
 
     def _velocity(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        return self.recipe.model.velocity(x, sigma, cond, self.recipe.optimisation.guidance)
+        wanted = self.recipe.optimisation
+        return self.recipe.model.velocity(x, sigma, cond, wanted.guidance, wanted.cfg_gradient == "both")
 
     def training_step(self, idx: Tensor, batch_idx: int) -> Tensor:
         point, cond = self.buffer.gather(idx)
         v = self._velocity(point.x, point.sigma, cond)
+        point.frozen |= dict.fromkeys(self.recipe.same_as_live, v.detach())
         if self.recipe.algorithm.follows_reward:
             point.reward = self._judged(point, v, cond)
         losses, metrics = self.recipe.algorithm.loss(point, v)

@@ -70,7 +70,7 @@ class Algorithm(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What `loss` returns: with the penalty on the way to the reference, if there is one, and metrics detached."""
         if self.kl_beta > 0:
-            metrics["kl"] = self.penalty(p, v)
+            metrics["kl"] = self.penalty(p, v) if p.kl_weight is None else p.kl_weight * self.penalty(p, v)
             loss = loss + self.kl_beta * metrics["kl"]
         return loss, {name: m.detach() for name, m in metrics.items()}
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from flowalign.algorithms.decay import Decay
+
 
 @dataclass(frozen=True)
 class Follow:
@@ -13,6 +15,16 @@ class Follow:
 
     decay: Callable[[int], float]
     every: Literal["step", "rollout"] = "rollout"
+
+    def stays_live(self, steps_per_rollout: int) -> bool:
+        """Whether the copy is the live weights at every optimiser step: it takes them over after each, or after the
+        only one between two rollouts."""
+        takes_over = isinstance(self.decay, Decay) and self.decay.cap == 0
+        return takes_over and (self.every == "step" or steps_per_rollout == 1)
+
+
+LIVE = Follow(Decay(0), every="step")
+"""The live weights themselves: nothing is kept and nothing is asked twice."""
 
 
 @dataclass(frozen=True)
