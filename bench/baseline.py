@@ -208,7 +208,9 @@ def main() -> None:
         for workload in given.only:
             with multiprocessing.get_context("spawn").Pool(1) as process:
                 rows.append(process.apply(measure, (workload, folder, given.compile, given.epochs, given.overrides)))
-            (given.to / "baseline.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+            (given.to / "baseline.json").write_text(
+                json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+            )
             print(table(rows[-1:]), flush=True)
     print(table(rows))
     print(given.to / "baseline.json")

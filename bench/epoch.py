@@ -22,7 +22,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 WORKLOADS = {
-    f"{algo}_{tune}": (f"algo={algo}", f"tune={tune}") for algo in ("grpo", "nft") for tune in ("lora", "full")
+    f"{algo}_{tune}": (f"algo={algo}", f"tune={tune}")
+    for algo in ("grpo", "nft", "awm", "flowawr")
+    for tune in ("lora", "full")
 }
 
 
@@ -70,7 +72,6 @@ class Floor:
         with self.no_grad():
             self._time("forward", lambda: self.bare.velocity(point.x, point.sigma, cond, r.rollout.guidance))
             self._time("decode", lambda: r.model.decode(point.x))
-            self._time("frozen", lambda: module._velocity(point.x, point.sigma, cond))
         small, small_cond = module.buffer.gather(self.micro)
         parameters = list(module.live.trained().values())
 
@@ -89,14 +90,15 @@ class Floor:
         return median(self.times[name])
 
     def seconds(self) -> float:
-        """The epoch's calls times what each costs; a last, smaller batch counts by its share."""
-        module, r = self.module, self.module.recipe
-        pictures = module.geometry.samples_local / self.batch
-        points = len(module.buffer.points.x) / self.batch
+        """An epoch's calls, as the module counts them, times what each costs; a smaller batch counts by its share."""
+        module = self.module
+        g = module.geometry
+        epochs = module.counts["samples"] / g.samples
+        forwards = (module.counts["rollout"] + module.counts["frozen"]) / epochs / self.batch
         return (
-            pictures * (r.rollout.num_steps * self.cost("forward") + self.cost("decode"))
-            + len(r.algorithm.frozen) * points * self.cost("frozen")
-            + module.geometry.batches_per_epoch * self.cost("train")
+            forwards * self.cost("forward")
+            + g.samples_local / self.batch * self.cost("decode")
+            + g.batches_per_epoch * self.cost("train")
         )
 
 

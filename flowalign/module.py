@@ -206,6 +206,7 @@ class AlignModule(Evaluating):
         return self.recipe.model.velocity(x, sigma, cond, wanted.guidance, wanted.cfg_gradient == "both")
 
     def training_step(self, idx: Tensor, batch_idx: int) -> Tensor:
+        planned, idx = len(idx), self._in_the_loss(idx)
         point, cond = self.buffer.gather(idx)
         v = self._velocity(point.x, point.sigma, cond)
         point.frozen |= dict.fromkeys(self.recipe.same_as_live, v.detach())
@@ -216,7 +217,7 @@ class AlignModule(Evaluating):
         self.counts["train"] += len(idx) * self.replicas
         # What could not be scored weighs nothing, in the loss as in its diagnostics.
         weight = given(point.weight, "weight")
-        loss = (losses * weight).mean()
+        loss = (losses * weight).sum() / planned
         means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
         means["train/loss"] = loss.detach()
         if "ratio" in metrics:
@@ -224,6 +225,13 @@ class AlignModule(Evaluating):
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx))
         self.report.advance("optimise", batch_idx + 1)
         return loss
+
+    def _in_the_loss(self, idx: Tensor) -> Tensor:
+        """Rows of a micro-batch that the network has to see; never none, since in shards all ranks ask together."""
+        if not (self.recipe.optimisation.skip_zero and self.recipe.algorithm.silent_at_zero):
+            return idx
+        kept = idx[(self.buffer.points.advantage[idx.to(self.device)] != 0).to(idx.device)]
+        return kept if len(kept) else idx[:1]
 
     def _judged(self, point: Point, v: Tensor, cond: Conditioning) -> Tensor:
         """(B,) with gradients; 0 for points of given pictures, which nobody judges."""

@@ -39,6 +39,8 @@ class Optimisation:
     """Branches of classifier-free guidance that are trained through; the unconditional one may stay a constant."""
     kl_share: float = 1.0
     """Share of a picture's points at which the way to the reference is penalised, drawn anew every epoch."""
+    skip_zero: bool = False
+    """Leave out the points whose advantage is 0, where these have no loss."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kl_share <= 1:

@@ -62,7 +62,9 @@ def test_a_copy_stays_live_where_it_takes_over_at_every_step(rule: Follow, steps
     assert rule.stays_live(steps) is expected
 
 
-@pytest.mark.parametrize("algo", [("algo=nft",), ("algo=flowawr",), ("algo=awm", "algo.off_policy=true", "algo.ema_beta=0")])
+@pytest.mark.parametrize(
+    "algo", [("algo=nft",), ("algo=flowawr",), ("algo=awm", "algo.off_policy=true", "algo.ema_beta=0")]
+)
 def test_the_live_velocity_serves_as_the_old_one(fit: Fit, monkeypatch: pytest.MonkeyPatch, algo: tuple[str, ...]):
     words = (*algo, "frozen.old.decay.kind=0", "batch.updates=1", "running.merge_adapters=false")
     cheap = fit(*words)
@@ -125,7 +127,9 @@ def test_the_gradient_through_one_branch_is_that_of_a_detached_one(tiny: Callabl
     assert not torch.allclose(gradient(both), expected, rtol=0.01)
 
 
-def test_a_rollout_asks_both_branches_at_once_and_training_one_after_the_other(fit: Fit, monkeypatch: pytest.MonkeyPatch):
+def test_a_rollout_asks_both_branches_at_once_and_training_one_after_the_other(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+):
     from flowalign.models.sd3 import SD3
 
     asked: dict[bool, list[int]] = {True: [], False: []}
@@ -187,3 +191,61 @@ def test_a_reference_in_the_formula_is_asked_at_every_point(fit: Fit):
 def test_a_share_of_nothing_is_refused(tiny: Callable[..., DictConfig]):
     with pytest.raises(ValueError, match=r"kl_share is a share of the points, in \(0, 1\] \(got 0"):
         build_recipe(tiny("optimisation.kl_share=0"))
+
+
+# ------------------------------------------------------------ points without an advantage
+
+
+def test_points_without_an_advantage_are_left_out_of_the_forward_and_not_of_the_mean(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+):
+    """One of two groups is all alike; the other one's gradient is that of the full batch."""
+    from flowalign.rewards.shapes import Shapes
+
+    monkeypatch.setattr(Shapes, "__call__", lambda self, media, *_: torch.tensor([0.5, 0.5, 0.0, 1.0]))
+    words = ("algo=grpo", "steps=all", "batch.updates=1", "credit=group_std")
+    some, every = fit(*words, "optimisation.skip_zero=true"), fit(*words)
+    assert (some.buffer.points.advantage.reshape(4, 3) == 0).all(dim=1).tolist() == [True, True, False, False]
+    assert every.counts["train"] == 12
+    assert 6 <= some.counts["train"] < 12
+    assert apart(some, every) < 1e-6
+    assert some.metrics["train/loss"] == pytest.approx(every.metrics["train/loss"], abs=1e-6)
+
+
+def test_with_a_penalty_every_point_is_seen(fit: Fit):
+    module = fit("algo=grpo", "algo.kl_beta=0.1", "optimisation.skip_zero=true", "reward=brightness")
+    assert not module.recipe.algorithm.silent_at_zero
+    assert module.counts["train"] == len(module.buffer.points.x)
+
+
+# ------------------------------------------------------------ compiled blocks
+
+
+@pytest.mark.slow
+def test_compiled_blocks_predict_the_same_and_are_compiled_once(tiny: Callable[..., DictConfig]):
+    """Rollout, frozen copies and training of two epochs, with adapters merged, exchanged and apart."""
+    from lightning import Callback
+    from torch._dynamo.utils import counters
+
+    graphs: list[int] = []
+
+    class Count(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    trained = []
+    for compiled in ("false", "true"):
+        counters.clear()
+        graphs.clear()
+        cfg = tiny(
+            "algo=nft", "algo.kl_beta=0.01", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=99",
+            "optimizer.eps=1e-3", f"running.compile={compiled}",
+        )  # fmt: skip
+        recipe = build_recipe(cfg)
+        module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+        trainer.callbacks.append(Count())  # type: ignore
+        trainer.fit(module)
+        trained.append(module)
+    assert 0 < graphs[0] == graphs[1] == graphs[2]
+    assert apart(*trained) < 1e-5
+    assert trained[0].state_dict().keys() == trained[1].state_dict().keys()

@@ -53,6 +53,11 @@ class Algorithm(ABC):
         penalised = ("reference",) if self.kl_beta > 0 else ()
         return tuple(dict.fromkeys(self.consults + penalised))
 
+    @property
+    def silent_at_zero(self) -> bool:
+        """Whether a point with an advantage of 0 has neither loss nor gradient, nor a part in the loss of others."""
+        return False
+
     @abstractmethod
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-sample loss (B,) at the live velocity v (B, …), and detached metrics (B,)."""
