@@ -24,9 +24,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 COMMON = (
-    "model.absent=[]", "model.max_sequence_length=32", "reward=brightness", "reward.self_check=false", "credit=global_std",
-    "data.train.limit=4", "batch.prompts=4", "batch.group_size=8", "batch.micro=8", "batch.updates=2",
-    "rollout.num_steps=10", "rollout.batch_size=8", "times.num=null", "evaluation.num_val=2", "evaluation.num_test=2",
+    "model.absent=[]", "model.max_sequence_length=32", "reward=brightness", "reward.self_check=false",
+    "credit=global_std", "data.train.limit=4", "batch.prompts=4", "batch.group_size=8", "batch.micro=8",
+    "batch.updates=2", "rollout.num_steps=10", "rollout.batch_size=8", "times.num=null",
+    "evaluation.num_val=2", "evaluation.num_test=2",
     "logger=none", "callbacks=none", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=9999",
 )  # fmt: skip
 GRPO = ("algo=grpo", "steps=all", "rollout.same_noise=false", "algo.clip=1e-4")
@@ -146,7 +147,7 @@ def measure(workload: str, folder: str, compiled: bool, epochs: int, overrides: 
     quieten()
     words = [
         *COMMON, *(word for part in WORKLOADS[workload] for word in part), f"model.pretrained={folder}",
-        f"running.compile={str(compiled).lower()}", f"trainer.max_epochs={epochs + 1}", f"paths.output_dir={folder}/out",
+        f"paths.output_dir={folder}/out", f"running.compile={str(compiled).lower()}", f"trainer.max_epochs={epochs + 1}",
     ]  # fmt: skip
     words = {word.partition("=")[0]: word for word in [*words, *overrides]}
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -40,7 +40,7 @@ def fit(tiny: Callable[..., DictConfig]) -> Fit:
 def apart(one: AlignModule, other: AlignModule) -> float:
     """The largest difference of what was trained."""
     theirs = other.live.trained()
-    return max(float((p - theirs[name]).abs().max()) for name, p in one.live.trained().items())
+    return max(float((p - theirs[name]).detach().abs().max()) for name, p in one.live.trained().items())
 
 
 # ------------------------------------------------------------ the old policy is the live one
@@ -163,7 +163,7 @@ def test_a_share_of_the_points_is_drawn_evenly_and_weighs_what_all_would():
     assert torch.equal(drawings[4][9:], others)  # whoever else is on the rank
 
 
-def test_the_expectation_over_the_draws_is_the_penalty_at_every_point(fit: Fit):
+def test_the_expectation_over_the_draws_is_the_penalty_at_every_point():
     """Drawn once each, the nine points of a sample weigh what they weigh together."""
     penalty = torch.rand(27, generator=torch.Generator().manual_seed(0))
     sample = torch.arange(3).repeat_interleave(9)
