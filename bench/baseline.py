@@ -147,7 +147,8 @@ def measure(workload: str, folder: str, compiled: bool, epochs: int, overrides: 
     quieten()
     words = [
         *COMMON, *(word for part in WORKLOADS[workload] for word in part), f"model.pretrained={folder}",
-        f"paths.output_dir={folder}/out", f"running.compile={str(compiled).lower()}", f"trainer.max_epochs={epochs + 1}",
+        f"paths.output_dir={folder}/out", f"trainer.max_epochs={epochs + 1}",
+        f"running.compile={str(compiled).lower()}",
     ]  # fmt: skip
     words = {word.partition("=")[0]: word for word in [*words, *overrides]}
     with initialize_config_dir(str(CONF), version_base="1.3"):

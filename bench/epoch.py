@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 WORKLOADS = {
     f"{algo}_{tune}": (f"algo={algo}", f"tune={tune}")
     for algo in ("grpo", "nft", "awm", "flowawr")
@@ -153,6 +154,15 @@ def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
     )
 
 
+def random_model(name: str, folder: Path) -> list[str]:
+    """Overrides that choose it, once it is made; none for the embedded one."""
+    if name == "tiny_sd3":
+        return []
+    from random_sd3 import TOKENS, write
+
+    return [f"model.pretrained={write(name, folder)}", "model.absent=[]", f"model.max_sequence_length={TOKENS}"]
+
+
 def show(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -170,13 +180,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, after one to warm up")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="WORKLOAD")
+    parser.add_argument("--model", default="tiny_sd3", help="or a random one: 8M, 30M (parameters)")
     parser.add_argument("--to", type=Path, default=None, help="folder; outputs/bench/<time> unless given")
     given = parser.parse_intermixed_args()
     spawn = multiprocessing.get_context("spawn")
     rows = []
-    for workload in given.only:
-        with spawn.Pool(1) as process:
-            rows.append(process.apply(measure, (workload, given.epochs, given.overrides)))
+    with tempfile.TemporaryDirectory() as place:
+        overrides = [*random_model(given.model, Path(place)), *given.overrides]
+        for workload in given.only:
+            with spawn.Pool(1) as process:
+                rows.append(process.apply(measure, (workload, given.epochs, overrides)))
     show(rows)
     folder = given.to or ROOT / "outputs" / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True, exist_ok=True)

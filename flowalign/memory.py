@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
+from flowalign.policy.merge import adapted as adapted_layers
 from flowalign.recipe import Recipe
 from flowalign.tensors import is_sharded, local
 from flowalign.types import Conditioning
@@ -84,10 +85,12 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
     velocities = len({*recipe.algorithm.frozen} - recipe.same_as_live)
     fields = (2 + recipe.algorithm.keeps_mean if replays else 3) + velocities
     text = sum(map(weights, model.text_encoders().values()))
+    adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     lines = [
         Share("denoisers", sum(map(weights, model.denoisers().values())), "model.train_dtype=bfloat16"),
         Share("two blocks in one piece", whole_blocks(model)),
+        Share("adapted weights, merged", adapted if policy.merge else 0, "running.merge_adapters=false"),
         Share("text encoders", 0 if recipe.encoding.release else text, "encoding.release=true"),
         Share("VAE", weights(model.pipe.vae)),
         Share("gradients", moving, adapters),

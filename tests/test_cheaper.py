@@ -14,7 +14,7 @@ from flowalign.module import AlignModule
 from flowalign.points import drawn
 from flowalign.policy.follow import LIVE, Average, Follow
 from flowalign.recipe import Recipe
-from flowalign.run import build_recipe, build_trainer, plan_accumulation
+from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -84,6 +84,10 @@ def test_on_policy_by_choice_the_old_policy_is_the_live_one_at_every_step(fit: F
     """In two updates of a rollout a snapshot would have been left behind."""
     assert fit("algo=nft", "frozen.old=live").metrics["train/v_drift"] == 0
     assert fit("algo=nft", "frozen.old.decay.kind=0").metrics["train/v_drift"] > 0
+
+
+def test_live_is_a_word_of_the_command_line():
+    assert composed("algo=nft", "frozen.old=live", "optimisation.cfg_gradient=conditional").frozen.old == "live"
 
 
 def test_a_rule_that_is_none_is_refused(tiny: Callable[..., DictConfig]):
