@@ -31,7 +31,7 @@ COMMON = (
     "logger=none", "callbacks=none", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=9999",
 )  # fmt: skip
 GRPO = ("algo=grpo", "steps=all", "rollout.same_noise=false", "algo.clip=1e-4")
-NFT = ("algo=nft", "frozen.old=live")
+NFT = ("algo=nft", "frozen.old.every=always")
 AWM = ("algo=awm", "algo.ema_beta=0", "batch.micro=9")  # nine points of a picture belong together: as many rows in all
 LORA = ("tune=lora", "tune.rank=8", "tune.alpha=16")
 FULL = ("tune=full",)

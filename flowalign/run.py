@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from flowalign.collect import Size
     from flowalign.module import AlignModule
-    from flowalign.policy.follow import Follow
     from flowalign.recipe import Recipe
     from flowalign.scoring import Scorer
 
@@ -83,7 +82,7 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         optimisation=make(cfg.optimisation),
         train_size=size_of(cfg, "train"),
         eval_size=size_of(cfg, "eval"),
-        frozen={name: follow(name, node) for name, node in cfg.frozen.items() if node is not None},
+        frozen={name: make(node) for name, node in cfg.frozen.items() if node is not None},
         optimizer=make(cfg.optimizer),
         schedule=make(cfg.schedule),
         device_of_frozen=cfg.policy.device_of_frozen,
@@ -92,17 +91,6 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         seed=cfg.seed,
         config=plain,  # type: ignore[arg-type]
     )
-
-
-def follow(name: str, node: DictConfig | str) -> Follow:
-    """How a frozen copy follows the live weights: a node, or in short `live`."""
-    from flowalign.policy.follow import LIVE
-
-    if isinstance(node, DictConfig):
-        return instantiate(node)
-    if node != "live":
-        raise ConfigError(f"frozen.{name} is a rule (see docs/configuration.md), live or null (got {node}).")
-    return LIVE
 
 
 def reads_weights(cfg: DictConfig) -> bool:
