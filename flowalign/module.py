@@ -67,6 +67,8 @@ class AlignModule(Evaluating):
             raise ConfigError(
                 f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
             )
+        if any(r.frozen[name].every == "always" for name in kept):
+            raise ConfigError(f"frozen.{r.evaluation.copy}.every=always is no average: use evaluation.weights=live.")
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         strategy = self.trainer.strategy
         shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
