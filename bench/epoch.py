@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,9 +21,11 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 WORKLOADS = {
-    f"{algo}_{tune}": (f"algo={algo}", f"tune={tune}") for algo in ("grpo", "nft") for tune in ("lora", "full")
+    f"{algo}_{tune}": (f"algo={algo}", f"tune={tune}")
+    for algo in ("grpo", "nft", "awm", "flowawr")
+    for tune in ("lora", "full")
 }
 
 
@@ -70,7 +73,6 @@ class Floor:
         with self.no_grad():
             self._time("forward", lambda: self.bare.velocity(point.x, point.sigma, cond, r.rollout.guidance))
             self._time("decode", lambda: r.model.decode(point.x))
-            self._time("frozen", lambda: module._velocity(point.x, point.sigma, cond))
         small, small_cond = module.buffer.gather(self.micro)
         parameters = list(module.live.trained().values())
 
@@ -89,14 +91,15 @@ class Floor:
         return median(self.times[name])
 
     def seconds(self) -> float:
-        """The epoch's calls times what each costs; a last, smaller batch counts by its share."""
-        module, r = self.module, self.module.recipe
-        pictures = module.geometry.samples_local / self.batch
-        points = len(module.buffer.points.x) / self.batch
+        """An epoch's calls, as the module counts them, times what each costs; a smaller batch counts by its share."""
+        module = self.module
+        g = module.geometry
+        epochs = module.counts["samples"] / g.samples
+        forwards = (module.counts["rollout"] + module.counts["frozen"]) / epochs / self.batch
         return (
-            pictures * (r.rollout.num_steps * self.cost("forward") + self.cost("decode"))
-            + len(r.algorithm.frozen) * points * self.cost("frozen")
-            + module.geometry.batches_per_epoch * self.cost("train")
+            forwards * self.cost("forward")
+            + g.samples_local / self.batch * self.cost("decode")
+            + g.batches_per_epoch * self.cost("train")
         )
 
 
@@ -151,6 +154,15 @@ def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
     )
 
 
+def random_model(name: str, folder: Path) -> list[str]:
+    """Overrides that choose it, once it is made; none for the embedded one."""
+    if name == "tiny_sd3":
+        return []
+    from random_sd3 import TOKENS, write
+
+    return [f"model.pretrained={write(name, folder)}", "model.absent=[]", f"model.max_sequence_length={TOKENS}"]
+
+
 def show(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -168,13 +180,16 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, after one to warm up")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="WORKLOAD")
+    parser.add_argument("--model", default="tiny_sd3", help="or a random one: 8M, 30M (parameters)")
     parser.add_argument("--to", type=Path, default=None, help="folder; outputs/bench/<time> unless given")
     given = parser.parse_intermixed_args()
     spawn = multiprocessing.get_context("spawn")
     rows = []
-    for workload in given.only:
-        with spawn.Pool(1) as process:
-            rows.append(process.apply(measure, (workload, given.epochs, given.overrides)))
+    with tempfile.TemporaryDirectory() as place:
+        overrides = [*random_model(given.model, Path(place)), *given.overrides]
+        for workload in given.only:
+            with spawn.Pool(1) as process:
+                rows.append(process.apply(measure, (workload, given.epochs, overrides)))
     show(rows)
     folder = given.to or ROOT / "outputs" / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True, exist_ok=True)

@@ -31,11 +31,6 @@ class Buffer:
         idx = idx.to(self.points.x.device)
         return self.points.index(idx), self.cond.index(self.prompt_of_point[idx])
 
-    def split(self, size: int) -> Iterator[tuple[Point, Conditioning]]:
-        """Everything in order, `size` points at a time."""
-        for start in range(0, len(self.points.x), size):
-            yield self.gather(torch.arange(start, min(start + size, len(self.points.x))))
-
 
 class IndexLoader:
     """Sized and re-iterable: yields (micro,) index tensors; the order is a function of (seed, epoch, rank).

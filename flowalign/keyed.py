@@ -23,6 +23,8 @@ CHOICE = 4000
 
 PICTURE = 5000
 """Stream of the given picture that a sample is made of."""
+PENALTY = 7000
+"""Stream of the points of a sample at which the way to the reference is penalised."""
 GIVEN = 6000
 """Stream GIVEN + j: noise of the j-th re-noised point of a given picture, where the sample has its own points too."""
 

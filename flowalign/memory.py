@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
+from flowalign.policy.merge import adapted as adapted_layers
 from flowalign.recipe import Recipe
 from flowalign.tensors import is_sharded, local
 from flowalign.types import Conditioning
@@ -46,7 +47,9 @@ def whole_blocks(model: FlowModel) -> int:
     return 2 * max(sizes, default=0)
 
 
-def kept_for_backward(model: FlowModel, x: Tensor, cond: Conditioning, guidance: float) -> int:
+def kept_for_backward(
+    model: FlowModel, x: Tensor, cond: Conditioning, guidance: float, through_both: bool = True
+) -> int:
     """Bytes that a forward pass of x (B, …) keeps for its backward pass, weights excepted: counted, not guessed.
 
     With gradient checkpointing these are the inputs of the blocks; one block's inside comes on top on the way back.
@@ -62,7 +65,7 @@ def kept_for_backward(model: FlowModel, x: Tensor, cond: Conditioning, guidance:
         return t
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-        v = model.velocity(x, torch.full((len(x),), 0.5, device=x.device), cond, guidance)
+        v = model.velocity(x, torch.full((len(x),), 0.5, device=x.device), cond, guidance, through_both)
         del v
     return sum(seen.values())
 
@@ -74,16 +77,20 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
     copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)
     latent = math.prod(model.latent_shape(*recipe.train_size.area)) * 4
     x = torch.zeros(1, *model.latent_shape(*recipe.train_size.area), device=next(iter(cond.values())).device)
-    row = kept_for_backward(model, x, cond, recipe.optimisation.guidance)
+    wanted = recipe.optimisation
+    row = kept_for_backward(model, x, cond, wanted.guidance, wanted.cfg_gradient == "both")
     points = geometry.trained_local * geometry.points_per_sample
     replays = recipe.algorithm.point == "transition"
     # Both ends of a step, and its mean if asked; or the state, the sample and the noise. Then frozen velocities.
-    fields = (2 + recipe.algorithm.keeps_mean if replays else 3) + len(recipe.algorithm.frozen)
+    velocities = len({*recipe.algorithm.frozen} - recipe.same_as_live)
+    fields = (2 + recipe.algorithm.keeps_mean if replays else 3) + velocities
     text = sum(map(weights, model.text_encoders().values()))
+    adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     lines = [
         Share("denoisers", sum(map(weights, model.denoisers().values())), "model.train_dtype=bfloat16"),
         Share("two blocks in one piece", whole_blocks(model)),
+        Share("adapted weights, merged", adapted if policy.merge else 0, "running.merge_adapters=false"),
         Share("text encoders", 0 if recipe.encoding.release else text, "encoding.release=true"),
         Share("VAE", weights(model.pipe.vae)),
         Share("gradients", moving, adapters),

@@ -21,6 +21,7 @@ from flowalign.evaluating import Evaluating
 from flowalign.exhausted import memory_of
 from flowalign.guards import Finite, check_ratio
 from flowalign.memory import GIB, Share, plan
+from flowalign.points import drawn
 from flowalign.policy import Policy
 from flowalign.policy.base import identity
 from flowalign.recipe import Recipe, batch_plan
@@ -66,19 +67,25 @@ class AlignModule(Evaluating):
         if self.policy is not None:  # Lightning calls this at every fit, validate and test
             return
         r = self.recipe
-        consulted = {*r.algorithm.frozen, *([r.algorithm.samples_with] if r.algorithm.samples_with else [])}
-        kept = [name for name in r.frozen if name in consulted or name == r.evaluation.copy]
-        missing = consulted - set(kept) - {"reference"}
+        apart = r.consulted - r.same_as_live
+        kept = [name for name in r.frozen if name in apart or name == r.evaluation.copy]
+        missing = apart - set(kept) - {"reference"}
         if missing:
             raise ConfigError(
                 f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
             )
+        if any(r.frozen[name].every == "always" for name in kept):
+            raise ConfigError(f"frozen.{r.evaluation.copy}.every=always is no average: use evaluation.weights=live.")
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         strategy = self.trainer.strategy
         self.base = strategy.broadcast(identity(r.model.denoisers()))  # of shards, only rank 0 has read the values
         shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with refusals():
-            self.policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard)
+            self.policy = Policy(
+                r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard,
+                # In 16 bits a merged weight loses what the adapters have learnt.
+                merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
+            )  # fmt: skip
             r.running.apply(r.model)
 
     def setup(self, stage: str) -> None:
@@ -151,7 +158,9 @@ class AlignModule(Evaluating):
         g = self.geometry
         self.report.begin("rollout", g.samples_local)
         with self._precision():
-            with memory_of("rollout"), self.live.use(self.recipe.algorithm.samples_with):
+            sampler = self.recipe.algorithm.samples_with
+            asked = None if sampler in self.recipe.same_as_live else sampler
+            with memory_of("rollout"), self.live.use(asked):
                 got = self.collect(self.current_epoch, self.replica, self.device, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self.report.end("rollout")
@@ -181,24 +190,41 @@ class AlignModule(Evaluating):
     @memory_of("frozen copies")
     def _consult_frozen(self) -> None:
         """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
-        for name in self.recipe.algorithm.frozen:
-            parts = []
+        r, points = self.recipe, self.buffer.points
+        points.kl_weight = self._kl_weight(points)
+        for name in r.algorithm.frozen:
+            if name in r.same_as_live:
+                continue
+            some = points.kl_weight is not None and name == "reference"
+            rows = points.kl_weight.nonzero().flatten() if some else torch.arange(len(points.x))
+            velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
             with self.live.use(name):
-                for p, cond in self.buffer.split(self.recipe.rollout.batch_size):
-                    parts.append(self._velocity(p.x, p.sigma, cond))
+                for part in rows.split(r.rollout.batch_size):
+                    p, cond = self.buffer.gather(part)
+                    velocity[part] = self._velocity(p.x, p.sigma, cond)
                     self.between_batches()
-            self.buffer.points.frozen[name] = torch.cat(parts)
-            self.counts["frozen"] += len(self.buffer.points.x) * self.replicas
+            points.frozen[name] = velocity
+            self.counts["frozen"] += len(rows) * self.replicas
+
+    def _kl_weight(self, points: Point) -> Tensor | None:
+        """Where the reference is asked, None for everywhere: a formula wants it at every point, a penalty at some."""
+        r = self.recipe
+        if "reference" in r.algorithm.consults or r.optimisation.kl_share == 1:
+            return None
+        return drawn(r.seed, self.current_epoch, given(points.sample, "sample"), r.optimisation.kl_share)
 
     # ------------------------------------------------------------ optimisation phase
 
     def _velocity(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        return self.recipe.model.velocity(x, sigma, cond, self.recipe.optimisation.guidance)
+        wanted = self.recipe.optimisation
+        return self.recipe.model.velocity(x, sigma, cond, wanted.guidance, wanted.cfg_gradient == "both")
 
     @memory_of("optimise")
     def training_step(self, idx: Tensor, batch_idx: int) -> Tensor:
+        planned, idx = len(idx), self._in_the_loss(idx)
         point, cond = self.buffer.gather(idx)
         v = self._velocity(point.x, point.sigma, cond)
+        point.frozen |= dict.fromkeys(self.recipe.same_as_live, v.detach())
         if self.recipe.algorithm.follows_reward:
             point.reward = self._judged(point, v, cond)
         losses, metrics = self.recipe.algorithm.loss(point, v)
@@ -206,7 +232,7 @@ class AlignModule(Evaluating):
         self.counts["train"] += len(idx) * self.replicas
         # What could not be scored weighs nothing, in the loss as in its diagnostics.
         weight = given(point.weight, "weight")
-        loss = (losses * weight).mean()
+        loss = (losses * weight).sum() / planned
         means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
         means["train/loss"] = loss.detach()
         if "ratio" in metrics:
@@ -216,6 +242,13 @@ class AlignModule(Evaluating):
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx) * finite)
         self.report.advance("optimise", batch_idx + 1)
         return loss
+
+    def _in_the_loss(self, idx: Tensor) -> Tensor:
+        """Rows of a micro-batch that the network has to see; never none, since in shards all ranks ask together."""
+        if not (self.recipe.optimisation.skip_zero and self.recipe.algorithm.silent_at_zero):
+            return idx
+        kept = idx[(self.buffer.points.advantage[idx.to(self.device)] != 0).to(idx.device)]
+        return kept if len(kept) else idx[:1]
 
     def _judged(self, point: Point, v: Tensor, cond: Conditioning) -> Tensor:
         """(B,) with gradients; 0 for points of given pictures, which nobody judges."""

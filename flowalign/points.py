@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.flow import at_least_float32, interpolate
+from flowalign.keyed import PENALTY, ids, keyed_generator
 from flowalign.types import Point, Rollout, given
 
 
@@ -82,6 +83,21 @@ def beside(own: Point, real: Point, samples: int) -> Point:
     fields = {name: in_turn(t, getattr(real, name)) for name, t in vars(own).items() if isinstance(t, Tensor)}
     of_real = torch.zeros_like(own.sigma, dtype=torch.bool), torch.ones_like(real.sigma, dtype=torch.bool)
     return replace(own, **fields, real=in_turn(*of_real))
+
+
+def drawn(seed: int, epoch: int, sample: Tensor, share: float) -> Tensor:
+    """Weights (B,), 1 in the mean, of a sum over a share of the points: its expectation is that over all.
+
+    sample (B,) is the number of each row's sample. Of the S points of a sample max(1, round(share · S)) weigh S over
+    that number, the others 0: equally many in every sample, hence on every rank.
+    """
+    distinct = ids(sample.unique_consecutive())
+    points = len(sample) // len(distinct)
+    count = max(1, round(share * points))
+    weight = torch.zeros(len(distinct), points)
+    for row, number in zip(weight, distinct, strict=True):
+        row[torch.randperm(points, generator=keyed_generator(seed, epoch, number, PENALTY))[:count]] = points / count
+    return weight.flatten().to(sample.device)
 
 
 def _mean_of_steps(std: Tensor, steps: Tensor) -> Tensor:

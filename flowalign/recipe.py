@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -30,13 +30,23 @@ from flowalign.times import Times
 
 @dataclass(frozen=True)
 class Optimisation:
-    """The training forward: its guidance (1 = off), and two guards."""
+    """The training forward: its guidance (1 = off), what it leaves out, and two guards."""
 
     guidance: float = 1.0
     on_policy_tolerance: float | None = None
     """How far from 1 the ratio may be before the first update; None: 1e-5 in float32, 1e-3 in 16 bits."""
     max_skipped: int = 3
     """Optimiser steps of a run that may be left out since a loss or a gradient is not finite; one more ends it."""
+    cfg_gradient: Literal["both", "conditional"] = "both"
+    """Branches of classifier-free guidance that are trained through; the unconditional one may stay a constant."""
+    kl_share: float = 1.0
+    """Share of a picture's points at which the way to the reference is penalised, drawn anew every epoch."""
+    skip_zero: bool = False
+    """Leave out the points whose advantage is 0, where these have no loss."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kl_share <= 1:
+            raise ValueError(f"kl_share is a share of the points, in (0, 1] (got {self.kl_share}).")
 
 
 @dataclass
@@ -66,6 +76,17 @@ class Recipe:
     running: Running = field(default_factory=Running)
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def consulted(self) -> set[str]:
+        """Names of the frozen copies in the formula and in the rollouts."""
+        return {*self.algorithm.frozen, self.algorithm.samples_with} - {None}  # type: ignore[return-value]
+
+    @property
+    def same_as_live(self) -> set[str]:
+        """Those of them that are the live weights whenever they are asked, so that nobody has to keep or ask them."""
+        steps = self.batch.updates * self.batch.passes
+        return {name for name in self.consulted if name in self.frozen and self.frozen[name].stays_live(steps)}
 
 
 class Planned(Protocol):

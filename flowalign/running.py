@@ -1,4 +1,4 @@
-"""How the networks run: memory against time, without another result."""
+"""How the networks run: memory against time, without another result but for rounding."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class Running:
     """Forget what is inside a block and compute it again on the way back: a third more time, far less memory."""
     compile: bool = False
     """torch.compile for one block after the other, which share their code: minutes at first, a quarter off later."""
+    merge_adapters: bool = True
+    """Fold adapters into the weights where nothing is trained; in float32, on weights that are whole."""
     attention: str | None = None
     """Name of a diffusers attention backend, e.g. flash, _flash_3, sage; None: PyTorch's own."""
     vae_tiling: bool = False

@@ -114,6 +114,8 @@ class Point:
     """(B,) number of the sample within its epoch: rows of one sample share it."""
     weight: Tensor | None = None
     """(B,) share of the row in means over rows: 0 if its sample could not be scored, equal for all others; None: 1."""
+    kl_weight: Tensor | None = None
+    """(B,) factor of the penalty, 0 where the reference was not asked and 1 in the mean; None: 1."""
     real: Tensor | None = None
     """(B,) bool, noised points of both sources: whether the clean sample is a given one and not the policy's."""
     reward: Tensor | None = None

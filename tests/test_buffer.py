@@ -104,13 +104,6 @@ def test_points_come_with_the_conditioning_of_their_prompt(buffer: Buffer):
     assert buffer.epoch == 3
 
 
-@pytest.mark.parametrize("size", [1, 3, 8, 100])
-def test_the_parts_are_everything_in_order(buffer: Buffer, size: int):
-    parts = list(buffer.split(size))
-    assert torch.cat([point.x for point, _ in parts]).flatten().tolist() == list(range(8))
-    assert max(len(point.x) for point, _ in parts) == min(size, 8)
-
-
 def test_points_without_a_prompt_are_refused(buffer: Buffer):
     with pytest.raises(ValueError, match="8 points need as many prompt rows"):
         buffer.fill(0, buffer.points, buffer.cond, torch.zeros(7, dtype=torch.long))

@@ -162,6 +162,21 @@ def test_a_shared_prefix_changes_nothing_and_costs_what_it_must(name: str, solve
         assert one is other is None or torch.equal(given(one, column), given(other, column)), column
 
 
+@pytest.mark.parametrize(("start", "calls"), [(0, 217), (2, 171), (4, 125)])
+def test_a_group_walks_to_its_first_noise_as_one(start: int, calls: int):
+    """24 pictures in ten steps, of 240 calls without sharing: 29 % less with three shared steps, 48 % with five."""
+    asked = 0
+
+    def counted(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        nonlocal asked
+        asked += len(x)
+        return field(x, sigma)
+
+    plan = Fast(2, seed=0, low=start, high=start + 2)(0, 10)
+    walk(counted, torch.linspace(1, 0, 11), plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(24), SHAPE, alike=24))
+    assert asked == calls == start + 1 + 24 * (9 - start)
+
+
 def test_the_trunk_of_branches_is_the_ode():
     plan = SHARED["branches"][0]
     rollout, _ = walked(plan, list(range(12)), 6, Euler())

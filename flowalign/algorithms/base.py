@@ -53,6 +53,11 @@ class Algorithm(ABC):
         penalised = ("reference",) if self.kl_beta > 0 else ()
         return tuple(dict.fromkeys(self.consults + penalised))
 
+    @property
+    def silent_at_zero(self) -> bool:
+        """Whether a point with an advantage of 0 has neither loss nor gradient, nor a part in the loss of others."""
+        return False
+
     @abstractmethod
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-sample loss (B,) at the live velocity v (B, …), and detached metrics (B,)."""
@@ -70,7 +75,7 @@ class Algorithm(ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What `loss` returns: with the penalty on the way to the reference, if there is one, and metrics detached."""
         if self.kl_beta > 0:
-            metrics["kl"] = self.penalty(p, v)
+            metrics["kl"] = self.penalty(p, v) if p.kl_weight is None else p.kl_weight * self.penalty(p, v)
             loss = loss + self.kl_beta * metrics["kl"]
         return loss, {name: m.detach() for name, m in metrics.items()}
 

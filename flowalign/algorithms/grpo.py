@@ -48,6 +48,11 @@ class GRPO(Algorithm):
         self.clip = clip
         self.kl = kl
 
+    @property
+    def silent_at_zero(self) -> bool:
+        """See the base class: but for the penalty, the loss is the advantage times something."""
+        return self.kl_beta == 0
+
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the base class; p is a transition point."""
         mean, std = self._moments(p, v)

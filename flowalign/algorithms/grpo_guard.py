@@ -33,6 +33,11 @@ class GRPOGuard(GRPO):
         super().__init__(dynamics, clip, adv_clip, kl_beta, kl)
         self.parity = parity
 
+    @property
+    def silent_at_zero(self) -> bool:
+        """As in GRPO, unless rows share a shift."""
+        return super().silent_at_zero and not self.parity
+
     def log_ratio(self, p: Point, mean: Tensor, std: Tensor) -> Tensor:
         """log ρ', (B,)."""
         shift = self.dynamics.gaussian_kl(mean, given(p.mean, "mean"), std)

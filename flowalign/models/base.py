@@ -227,13 +227,22 @@ class FlowModel(ABC):
         """v of the conditional branch in one forward, whatever the noise levels; otherwise as `velocity`."""
         return self.forward(x, _times(sigma, x), _positive(cond)).float()
 
-    def velocity(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0) -> Tensor:
-        """v = eps - x0 in float32, (B, …). sigma is a number or (B,); guidance is classifier-free and off at 1."""
+    def velocity(
+        self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0, through_both: bool = True
+    ) -> Tensor:
+        """v = eps - x0 in float32, (B, …). sigma is a number or (B,); guidance is classifier-free and off at 1.
+
+        through_both=False leaves the unconditional branch without gradient, and without its activations.
+        """
         if guidance <= self.guidance_off:
             return self.unguided(x, sigma, cond)
         t, positive = _times(sigma, x), _positive(cond)
         shared = {k: c for k, c in cond.items() if k.startswith(SHARED)}
         negative = {k.removeprefix(NEGATIVE): c for k, c in cond.items() if k.startswith(NEGATIVE)}
+        if not through_both and torch.is_grad_enabled():
+            with torch.no_grad():
+                v_negative = self.forward(x, t, Conditioning(negative | shared)).float()
+            return self.guide(v_negative, self.forward(x, t, positive).float(), guidance)
         both = Conditioning.cat([Conditioning(negative | shared), positive])  # one forward of 2B rows, in SD3's order
         v_negative, v_positive = self.forward(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
         return self.guide(v_negative, v_positive, guidance)

@@ -95,7 +95,9 @@ class WanTwoExperts(Wan):
     def denoiser(self, t: Tensor) -> Any:
         return self.pipe.transformer if self.is_high(t).all() else self.pipe.transformer_2
 
-    def velocity(self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0) -> Tensor:
+    def velocity(
+        self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0, through_both: bool = True
+    ) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
         low_guidance = guidance
         if guidance > self.guidance_off and self.guidance_2 is not None:
@@ -107,10 +109,10 @@ class WanTwoExperts(Wan):
         for (mask, scale, extreme), needed in zip(experts, asked, strict=True):
             rows = mask.nonzero().flatten()
             if len(rows):
-                v = v.index_copy(0, rows, super().velocity(x[rows], sigma[rows], cond.index(rows), scale))
+                v = v.index_copy(0, rows, super().velocity(x[rows], sigma[rows], cond.index(rows), scale, through_both))
             elif needed:
                 one = slice(0, 1)
                 there = torch.full_like(sigma[one], extreme)
                 # A sum over nothing: it is 0, and the way back leads through the expert all the same.
-                v = v + super().velocity(x[one], there, cond.index(one), scale)[:0].sum()
+                v = v + super().velocity(x[one], there, cond.index(one), scale, through_both)[:0].sum()
         return v

@@ -6,13 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from flowalign.algorithms.decay import Decay
+
 
 @dataclass(frozen=True)
 class Follow:
-    """copy ← d · copy + (1 - d) · live with d = decay(optimiser steps so far), after every step or every rollout."""
+    """copy ← d · copy + (1 - d) · live with d = decay(optimiser steps so far), after every step or every rollout.
+
+    every="always": the live weights themselves; decay is then not asked.
+    """
 
     decay: Callable[[int], float]
-    every: Literal["step", "rollout"] = "rollout"
+    every: Literal["step", "rollout", "always"] = "rollout"
+
+    def stays_live(self, steps_per_rollout: int) -> bool:
+        """Whether the copy is the live weights at every optimiser step: it takes them over after each, or after the
+        only one between two rollouts."""
+        takes_over = isinstance(self.decay, Decay) and self.decay.cap == 0
+        return self.every == "always" or (takes_over and (self.every == "step" or steps_per_rollout == 1))
 
 
 @dataclass(frozen=True)

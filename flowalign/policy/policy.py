@@ -8,12 +8,13 @@ compiled code are untouched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from flowalign.policy.merge import can_merge, merged
 from flowalign.policy.tune import Tune
 from flowalign.tensors import local
 
@@ -47,8 +48,12 @@ class Policy(nn.Module):
         copies: Sequence[str] = (),
         device_of_frozen: Place = "same",
         shard: Callable[[], None] | None = None,
+        merge: bool = False,
     ) -> None:
-        """shard: cuts the denoisers into shards, once they are prepared and before they are copied."""
+        """shard: cuts the denoisers into shards, once they are prepared and before they are copied.
+
+        merge: within `use` adapters are folded into the weights, where these are whole and in float32.
+        """
         super().__init__()
         if device_of_frozen not in ("same", "cpu"):
             raise ValueError(f'device_of_frozen is "same" or "cpu" (got {device_of_frozen!r}).')
@@ -59,6 +64,7 @@ class Policy(nn.Module):
             shard()
         self.denoisers = nn.ModuleDict(denoisers)
         self.copies = nn.ModuleDict({name: self._copy() for name in copies})
+        self.merge = merge and can_merge(self.denoisers)
         self._active: str | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -81,19 +87,24 @@ class Policy(nn.Module):
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
         """Inside, the live network has the weights of a copy (None: its own) and no gradient is recorded."""
-        with torch.no_grad():
-            if name is None:
-                yield
-                return
-            if self._active is not None:
-                raise RuntimeError(f"copy {self._active!r} is in use; copies cannot be nested.")
+        with torch.no_grad(), ExitStack() as inside:
+            if name is not None:
+                inside.enter_context(self._as(name))
+            if self.merge:
+                inside.enter_context(merged(self.denoisers))
+            yield
+
+    @contextmanager
+    def _as(self, name: str) -> Iterator[None]:
+        if self._active is not None:
+            raise RuntimeError(f"copy {self._active!r} is in use; copies cannot be nested.")
+        self._exchange(name)
+        self._active = name
+        try:
+            yield
+        finally:
+            self._active = None
             self._exchange(name)
-            self._active = name
-            try:
-                yield
-            finally:
-                self._active = None
-                self._exchange(name)
 
     def _exchange(self, name: str) -> None:
         for live, copy in zip(*self._pairs(name), strict=True):

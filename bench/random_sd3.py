@@ -1,0 +1,86 @@
+"""A random Stable Diffusion 3 with all its parts, small enough for a CPU: what is measured without downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.models.tiny.parts import clip_config, clip_tokenizer, seeded, t5, t5_tokenizer
+
+TOKENS = 32
+"""Text tokens of the CLIPs and of T5 each; a picture of 64 × 64 has 64 more."""
+SIZES = {"8M": (6, 6), "30M": (10, 9)}
+"""Layers, and heads of 32: the width is 192 and 288."""
+
+
+def normal(module: torch.nn.Module) -> Any:
+    """The module with matrices that are normal with deviation 0.02."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.02, generator=generator)
+    return module.eval()
+
+
+def transformer(layers: int, heads: int) -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    return normal(
+        SD3Transformer2DModel(
+            sample_size=32,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=layers,
+            attention_head_dim=32,
+            num_attention_heads=heads,
+            joint_attention_dim=64,
+            caption_projection_dim=32 * heads,
+            pooled_projection_dim=64,
+            pos_embed_max_size=32,
+            qk_norm="rms_norm",
+        )
+    )
+
+
+def vae() -> Any:
+    """Pictures of 64 × 64 to latents of 16 × 16 × 16."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    return normal(
+        AutoencoderKL(
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=8,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.0,
+            **blocks,
+        )
+    )
+
+
+def write(size: str, folder: Path) -> Path:
+    """The pipeline in diffusers layout."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    tokenizer = clip_tokenizer()
+    tokenizer.model_max_length = TOKENS
+    StableDiffusion3Pipeline(
+        transformer=transformer(*SIZES[size]),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(),
+        text_encoder=seeded(CLIPTextModelWithProjection, clip_config(), seed=1),
+        tokenizer=tokenizer,
+        text_encoder_2=seeded(CLIPTextModelWithProjection, clip_config(), seed=2),
+        tokenizer_2=tokenizer,
+        text_encoder_3=t5(64),
+        tokenizer_3=t5_tokenizer(),
+    ).save_pretrained(folder)
+    return folder

@@ -1,0 +1,267 @@
+"""What is asked of the network less often, or more cheaply, leaves every number as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flowalign.algorithms.decay import Decay
+from flowalign.module import AlignModule
+from flowalign.points import drawn
+from flowalign.policy.follow import Average, Follow
+from flowalign.recipe import Recipe
+from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Fit = Callable[..., AlignModule]
+
+
+@pytest.fixture
+def fit(tiny: Callable[..., DictConfig]) -> Fit:
+    """A short run of some overrides; `metrics` are those of its epoch."""
+
+    def run(*overrides: str) -> AlignModule:
+        cfg = tiny("trainer.check_val_every_n_epoch=99", "optimizer.lr=0.01", "optimizer.eps=1e-3", *overrides)
+        recipe = build_recipe(cfg)
+        module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+        trainer.fit(module)
+        module.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}  # type: ignore
+        return module
+
+    return run
+
+
+def apart(one: AlignModule, other: AlignModule) -> float:
+    """The largest difference of what was trained."""
+    theirs = other.live.trained()
+    return max(float((p - theirs[name]).detach().abs().max()) for name, p in one.live.trained().items())
+
+
+# ------------------------------------------------------------ the old policy is the live one
+
+
+@pytest.mark.parametrize(
+    ("rule", "steps", "expected"),
+    [
+        (Follow(Decay(0), "rollout"), 1, True),
+        (Follow(Decay(0), "rollout"), 2, False),  # a snapshot from the second step on
+        (Follow(Decay(0), "step"), 2, True),
+        (Follow(Decay(2), "step"), 1, False),  # 0 for 75 steps only
+        (Follow(Decay([0, 0.1, 0.5]), "rollout"), 1, False),
+        (Follow(Average(), "step"), 1, False),
+        (Follow(Average(), "always"), 5, True),
+    ],
+)
+def test_a_copy_stays_live_where_it_takes_over_at_every_step(rule: Follow, steps: int, expected: bool):
+    assert rule.stays_live(steps) is expected
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [
+        ("algo=nft",),
+        pytest.param(("algo=flowawr",), marks=pytest.mark.slow),
+        pytest.param(("algo=awm", "algo.off_policy=true", "algo.ema_beta=0"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_live_velocity_serves_as_the_old_one(fit: Fit, monkeypatch: pytest.MonkeyPatch, algo: tuple[str, ...]):
+    words = (*algo, "frozen.old.decay.kind=0", "batch.updates=1", "running.merge_adapters=false")
+    cheap = fit(*words)
+    assert cheap.counts["frozen"] == 0
+    assert not cheap.live.copies
+    monkeypatch.setattr(Recipe, "same_as_live", frozenset())
+    plain = fit(*words)
+    assert plain.counts["frozen"] == 4 * 3
+    assert set(plain.live.copies) == {"old"}
+    assert apart(cheap, plain) < 1e-6
+    assert {n: v for n, v in cheap.metrics.items() if n.startswith("train/")} == pytest.approx(
+        {n: v for n, v in plain.metrics.items() if n.startswith("train/")}, abs=1e-5
+    )
+
+
+def test_on_policy_by_choice_the_old_policy_is_the_live_one_at_every_step(fit: Fit):
+    """In two updates of a rollout a snapshot would have been left behind."""
+    assert fit("algo=nft", "frozen.old.every=always").metrics["train/v_drift"] == 0
+    assert fit("algo=nft", "frozen.old.decay.kind=0").metrics["train/v_drift"] > 0
+
+
+def test_the_settings_pass_the_check_of_a_command_line():
+    assert composed("algo=nft", "frozen.old.every=always", "optimisation.kl_share=0.5").frozen.old.every == "always"
+
+
+def test_an_average_that_is_the_live_weights_is_refused(fit: Fit):
+    with pytest.raises(ValueError, match=r"frozen.ema.every=always is no average: use evaluation.weights=live"):
+        fit("algo=nft", "evaluation.weights=ema", "frozen.ema.every=always")
+
+
+# ------------------------------------------------------------ merged adapters
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [
+        ("algo=grpo", "dynamics=cps"),  # whose clip range is the narrowest
+        pytest.param(("algo=grpo",), marks=pytest.mark.slow),
+        pytest.param(("algo=nft", "algo.kl_beta=0.01"), marks=pytest.mark.slow),
+    ],
+)
+def test_merged_adapters_train_what_adapters_apart_train(fit: Fit, algo: tuple[str, ...]):
+    together, separate = (fit(*algo, "trainer.max_epochs=2", f"running.merge_adapters={m}") for m in ("true", "false"))
+    assert together.live.merge
+    assert not separate.live.merge
+    assert 0 < apart(together, separate) < 1e-5
+    if "algo=grpo" in algo:  # on policy but for rounding, far below any clip range
+        assert together.metrics["train/on_policy_gap"] < 1e-6
+
+
+# ------------------------------------------------------------ guidance
+
+
+def test_the_gradient_through_one_branch_is_that_of_a_detached_one(tiny: Callable[..., DictConfig]):
+    model = build_recipe(tiny("algo=nft")).model
+    cond = model.encode(["two red circles", "a blue square"], ["", ""])
+    x = torch.randn(2, *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
+    weight = next(iter(model.denoisers().values())).requires_grad_(True)
+    p = next(p for name, p in weight.named_parameters() if name.endswith("to_q.weight"))
+
+    def gradient(v: Tensor) -> Tensor:
+        return torch.autograd.grad(v.square().mean(), p)[0]
+
+    one, both = model.velocity(x, 0.5, cond, 3.0, through_both=False), model.velocity(x, 0.5, cond, 3.0)
+    positive = model.velocity(x, 0.5, cond)
+    with torch.no_grad():
+        negative = model.velocity(x, 0.5, type(cond)({k.removeprefix("neg."): cond[k] for k in cond if "neg." in k}))
+    assert torch.allclose(one, both, atol=1e-5)
+    expected = gradient(negative + 3.0 * (positive - negative))
+    assert torch.allclose(gradient(one), expected, atol=1e-5 * float(expected.abs().max()))
+    assert not torch.allclose(gradient(both), expected, rtol=0.01)
+
+
+def test_a_rollout_asks_both_branches_at_once_and_training_one_after_the_other(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+):
+    from flowalign.models.sd3 import SD3
+
+    asked: dict[bool, list[int]] = {True: [], False: []}
+    forward = SD3.forward
+
+    def counted(self: SD3, x: Tensor, t: Tensor, branch: Any) -> Tensor:
+        asked[torch.is_grad_enabled()].append(len(x))
+        return forward(self, x, t, branch)
+
+    monkeypatch.setattr(SD3, "forward", counted)
+    words = ("algo=grpo", "rollout.same_noise=false", "steps=all", "rollout.guidance=3")
+    fit(*words, "optimisation.cfg_gradient=conditional")
+    assert asked == {True: [3] * 4, False: [8] * 4 + [3] * 4}  # four pictures in four steps, four micro-batches of 3
+    asked[True].clear()
+    fit(*words)
+    assert asked[True] == [6] * 4
+
+
+# ------------------------------------------------------------ a penalty at some of the points
+
+
+def test_a_share_of_the_points_is_drawn_evenly_and_weighs_what_all_would():
+    sample = torch.tensor([5, 8, 2]).repeat_interleave(9)
+    drawings = torch.stack([drawn(0, epoch, sample, 1 / 3) for epoch in range(600)])
+    assert torch.equal(drawings[4], drawn(0, 4, sample, 1 / 3))
+    assert (drawings.unflatten(1, (3, 9)).count_nonzero(dim=2) == 3).all()  # of every sample
+    assert drawings.unique().tolist() == [0, 3]
+    assert (drawings.mean(dim=0) - 1).abs().max() < 5 * (2 / 600) ** 0.5  # variance of 3 with probability 1/3
+    assert len(drawings.unflatten(1, (3, 9))[0].unique(dim=0)) > 1  # samples differ
+    others = drawn(0, 4, sample[9:], 1 / 3)
+    assert torch.equal(drawings[4][9:], others)  # whoever else is on the rank
+
+
+def test_the_expectation_over_the_draws_is_the_penalty_at_every_point():
+    """Drawn once each, the nine points of a sample weigh what they weigh together."""
+    penalty = torch.rand(27, generator=torch.Generator().manual_seed(0))
+    sample = torch.arange(3).repeat_interleave(9)
+    means = torch.stack([(drawn(1, epoch, sample, 1 / 3) * penalty).mean() for epoch in range(2000)])
+    assert means.mean() == pytest.approx(float(penalty.mean()), abs=5 * float(means.std()) / 2000**0.5)
+
+
+def test_the_reference_is_asked_for_the_drawn_points_only(fit: Fit):
+    words = ("algo=grpo", "steps=all", "algo.kl_beta=0.1", "batch.updates=1")
+    some, every = fit(*words, "optimisation.kl_share=0.34"), fit(*words)
+    assert (some.counts["frozen"], every.counts["frozen"]) == (4, 12)
+    points = some.buffer.points
+    assert points.kl_weight is not None
+    asked = points.kl_weight > 0
+    assert torch.allclose(points.frozen["reference"][asked], every.buffer.points.frozen["reference"][asked], atol=1e-5)
+    assert every.buffer.points.kl_weight is None
+
+
+def test_a_reference_in_the_formula_is_asked_at_every_point(fit: Fit):
+    module = fit("algo=dpo", "batch.group_size=4", "batch.micro=6", "optimisation.kl_share=0.34")
+    assert module.counts["frozen"] == len(module.buffer.points.x)
+    assert module.buffer.points.kl_weight is None
+
+
+def test_a_share_of_nothing_is_refused(tiny: Callable[..., DictConfig]):
+    with pytest.raises(ValueError, match=r"kl_share is a share of the points, in \(0, 1\] \(got 0"):
+        build_recipe(tiny("optimisation.kl_share=0"))
+
+
+# ------------------------------------------------------------ points without an advantage
+
+
+def test_points_without_an_advantage_are_left_out_of_the_forward_and_not_of_the_mean(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch
+):
+    """One of two groups is all alike; the other one's gradient is that of the full batch."""
+    from flowalign.rewards.shapes import Shapes
+
+    monkeypatch.setattr(Shapes, "__call__", lambda self, media, *_: torch.tensor([0.5, 0.5, 0.0, 1.0]))
+    words = ("algo=grpo", "steps=all", "batch.updates=1", "credit=group_std")
+    some, every = fit(*words, "optimisation.skip_zero=true"), fit(*words)
+    assert (some.buffer.points.advantage.reshape(4, 3) == 0).all(dim=1).tolist() == [True, True, False, False]
+    assert every.counts["train"] == 12
+    assert 6 <= some.counts["train"] < 12
+    assert apart(some, every) < 1e-6
+    assert some.metrics["train/loss"] == pytest.approx(every.metrics["train/loss"], abs=1e-6)
+
+
+def test_with_a_penalty_every_point_is_seen(fit: Fit):
+    module = fit("algo=grpo", "algo.kl_beta=0.1", "optimisation.skip_zero=true", "reward=brightness")
+    assert not module.recipe.algorithm.silent_at_zero
+    assert module.counts["train"] == len(module.buffer.points.x)
+
+
+# ------------------------------------------------------------ compiled blocks
+
+
+@pytest.mark.slow
+def test_compiled_blocks_predict_the_same_and_are_compiled_once(tiny: Callable[..., DictConfig]):
+    """Rollout, frozen copies and training of two epochs, with adapters merged, exchanged and apart."""
+    from lightning import Callback
+    from torch._dynamo.utils import counters
+
+    graphs: list[int] = []
+
+    class Count(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    trained = []
+    for compiled in ("false", "true"):
+        counters.clear()
+        graphs.clear()
+        cfg = tiny(
+            "algo=nft", "algo.kl_beta=0.01", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=99",
+            "optimizer.eps=1e-3", f"running.compile={compiled}",
+        )  # fmt: skip
+        recipe = build_recipe(cfg)
+        module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+        trainer.callbacks.append(Count())  # type: ignore
+        trainer.fit(module)
+        trained.append(module)
+    assert 0 < graphs[0] == graphs[1] == graphs[2]
+    assert apart(*trained) < 1e-5
+    assert trained[0].state_dict().keys() == trained[1].state_dict().keys()
