@@ -195,8 +195,8 @@ class AlignModule(Evaluating):
         for name in r.algorithm.frozen:
             if name in r.same_as_live:
                 continue
-            some = points.kl_weight is not None and name == "reference"
-            rows = points.kl_weight.nonzero().flatten() if some else torch.arange(len(points.x))
+            weight = points.kl_weight if name == "reference" else None
+            rows = torch.arange(len(points.x)) if weight is None else weight.nonzero().flatten()
             velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
             with self.live.use(name):
                 for part in rows.split(r.rollout.batch_size):
