@@ -79,24 +79,31 @@ class Bench:
         )  # fmt: skip
 
 
+def begun(run: forked.Started) -> None:
+    """Waits for the first epoch of a run with a Trap."""
+    while run.processes[0].is_alive() and not (run.folder / "epoch").exists():
+        time.sleep(0.05)
+
+
 def lost(folder: Path) -> int:
     """Epochs that were begun and are not in the checkpoint."""
-    begun = int((folder / "epoch").read_text()) + 1 if (folder / "epoch").exists() else 0
+    epochs = int((folder / "epoch").read_text()) + 1 if (folder / "epoch").exists() else 0
     written = (folder / "checkpoints" / "last.ckpt").exists()
-    return begun - (int(forked.last(folder)["epoch"]) + 1 if written else 0)
+    return epochs - (int(forked.last(folder)["epoch"]) + 1 if written else 0)
 
 
 # ------------------------------------------------------------ deaths
 
 
 def killed(bench: Bench) -> Iterator[Outcome]:
-    """kill -9 at random moments, each followed by a resumption."""
+    """kill -9 at random moments from the first epoch on, each followed by a resumption."""
     draw, (_, length) = random.Random(0), bench.whole()
     ended, folders, repeated, equal = [], [], [], 0
     for i in range(bench.kills):
         folders.append(bench.folder / f"killed{i}")
         started = forked.start(folders[-1], *forked.TRAP)
-        time.sleep(draw.uniform(0, length))
+        begun(started)
+        time.sleep(draw.uniform(0, length / 2))  # loading takes about the other half
         began = time.time()
         started.send(signal.SIGKILL)
         ended.append(started.wait())
@@ -167,8 +174,7 @@ def interrupted(bench: Bench) -> Iterator[Outcome]:
     folder = bench.folder / "interrupted"
     started = forked.start(folder, *workers, reward, *trapped("optimisation", [], "SIGINT"))
     group = started.processes[0].pid
-    while started.processes[0].is_alive() and not (folder / "epoch").exists():
-        time.sleep(0.05)
+    begun(started)
     began = time.time()
     started.send(signal.SIGINT)
     ended = started.wait()
@@ -270,8 +276,7 @@ def two(bench: Bench) -> Iterator[Outcome]:
     """A second run in the folder of one that is still going."""
     folder = bench.folder / "two"
     first = forked.start(folder, *forked.TRAP)
-    while first.processes[0].is_alive() and not (folder / "epoch").exists():
-        time.sleep(0.05)
+    begun(first)
     second = forked.run(bench.folder / "second", f"paths.output_dir={folder}")
     first.send(signal.SIGKILL)
     first.wait()
