@@ -79,31 +79,42 @@ class Bench:
         )  # fmt: skip
 
 
+def begun(run: forked.Started, epoch: int = 0) -> None:
+    """Waits for an epoch of a run with a Trap."""
+    while run.processes[0].is_alive() and epochs(run.folder) <= epoch:
+        time.sleep(0.05)
+
+
+def epochs(folder: Path) -> int:
+    """How many a run with a Trap has begun."""
+    return int((folder / "epoch").read_text() or 0) + 1 if (folder / "epoch").exists() else 0
+
+
 def lost(folder: Path) -> int:
     """Epochs that were begun and are not in the checkpoint."""
-    begun = int((folder / "epoch").read_text()) + 1 if (folder / "epoch").exists() else 0
     written = (folder / "checkpoints" / "last.ckpt").exists()
-    return begun - (int(forked.last(folder)["epoch"]) + 1 if written else 0)
+    return epochs(folder) - (int(forked.last(folder)["epoch"]) + 1 if written else 0)
 
 
 # ------------------------------------------------------------ deaths
 
 
 def killed(bench: Bench) -> Iterator[Outcome]:
-    """kill -9 at random moments, each followed by a resumption."""
+    """kill -9 at random moments of random epochs, each followed by a resumption."""
     draw, (_, length) = random.Random(0), bench.whole()
     ended, folders, repeated, equal = [], [], [], 0
     for i in range(bench.kills):
         folders.append(bench.folder / f"killed{i}")
         started = forked.start(folders[-1], *forked.TRAP)
-        time.sleep(draw.uniform(0, length))
+        begun(started, draw.randrange(3))
+        time.sleep(draw.uniform(0, length / 10))  # about an epoch
         began = time.time()
         started.send(signal.SIGKILL)
         ended.append(started.wait())
         ended[-1].seconds = time.time() - began
         repeated.append(lost(folders[-1]))
         equal += bench.resumed(folders[-1])
-        print(f"killed {i + 1}: {max(repeated)} repeated at most, {equal} equal", file=sys.stderr, flush=True)
+        print(f"killed {i + 1}: repeated {repeated}, {equal} equal", file=sys.stderr, flush=True)
     yield bench.row("kill -9 at a random moment", ended, repeated, equal)
 
 
@@ -167,8 +178,7 @@ def interrupted(bench: Bench) -> Iterator[Outcome]:
     folder = bench.folder / "interrupted"
     started = forked.start(folder, *workers, reward, *trapped("optimisation", [], "SIGINT"))
     group = started.processes[0].pid
-    while started.processes[0].is_alive() and not (folder / "epoch").exists():
-        time.sleep(0.05)
+    begun(started)
     began = time.time()
     started.send(signal.SIGINT)
     ended = started.wait()
@@ -270,8 +280,7 @@ def two(bench: Bench) -> Iterator[Outcome]:
     """A second run in the folder of one that is still going."""
     folder = bench.folder / "two"
     first = forked.start(folder, *forked.TRAP)
-    while first.processes[0].is_alive() and not (folder / "epoch").exists():
-        time.sleep(0.05)
+    begun(first)
     second = forked.run(bench.folder / "second", f"paths.output_dir={folder}")
     first.send(signal.SIGKILL)
     first.wait()

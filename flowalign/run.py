@@ -138,6 +138,7 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
 
     from flowalign.loggers import continue_logs
     from flowalign.module import AlignModule
+    from flowalign.strategies.intact import check_intact
     from flowalign.summary import Summary, show_config, show_plan
 
     torch.set_float32_matmul_precision("high")
@@ -146,6 +147,8 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     folder.mkdir(parents=True, exist_ok=True)
     take(folder, cleanup)
     ckpt_path = find_checkpoint(own_checkpoint(folder) if cfg.ckpt_path == "auto" else cfg.ckpt_path)
+    if ckpt_path is not None:
+        check_intact(ckpt_path)
     show_config(cfg, folder)
     with refusals():
         scorer = instantiate(cfg.reward)
@@ -246,9 +249,8 @@ def own_checkpoint(folder: Path) -> str | None:
 
 
 def find_checkpoint(given: str | None) -> str | None:
-    """What to resume from, found to be whole, or a sentence; `last` is the newest last.ckpt under outputs/."""
+    """The file to resume from, or a sentence; `last` is the newest last.ckpt under outputs/."""
     from flowalign.strategies.folders import is_folder, restore
-    from flowalign.strategies.intact import check_intact
 
     if given is None:
         return None
@@ -262,7 +264,6 @@ def find_checkpoint(given: str | None) -> str | None:
     if not Path(given).is_file() and not is_folder(given):
         nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
         raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
-    check_intact(given)
     return given
 
 

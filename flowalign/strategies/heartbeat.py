@@ -79,7 +79,6 @@ class Heartbeat(threading.Thread):
         reason = self.ended() or self._silent() if self.rank == 0 and self.judging else ""
         if reason:
             self._set(REASON, reason)
-            time.sleep(2 * self.period)  # the others are to read it before the store ends with this process
         return reason
 
     def _silent(self) -> str:
@@ -109,4 +108,6 @@ class Heartbeat(threading.Thread):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         logging.shutdown()
+        if self.rank == 0:
+            time.sleep(2 * self.period)  # the others are to read it before the store ends with this process
         os._exit(1)  # the main thread may wait in a collective that never returns
