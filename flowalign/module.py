@@ -180,12 +180,12 @@ class AlignModule(Evaluating):
     def _consult_frozen(self) -> None:
         """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
         r, points = self.recipe, self.buffer.points
-        points.kl_weight = self._kl_weight(points)
+        weight = points.kl_weight = self._kl_weight(points)
         for name in r.algorithm.frozen:
             if name in r.same_as_live:
                 continue
-            some = points.kl_weight is not None and name == "reference"
-            rows = points.kl_weight.nonzero().flatten() if some else torch.arange(len(points.x))
+            everywhere = weight is None or name != "reference"
+            rows = torch.arange(len(points.x)) if everywhere else weight.nonzero().flatten()
             velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
             with self.live.use(name):
                 for part in rows.split(r.rollout.batch_size):
