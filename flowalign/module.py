@@ -184,8 +184,8 @@ class AlignModule(Evaluating):
         for name in r.algorithm.frozen:
             if name in r.same_as_live:
                 continue
-            everywhere = weight is None or name != "reference"
-            rows = torch.arange(len(points.x)) if everywhere else weight.nonzero().flatten()
+            all_of_them = torch.arange(len(points.x))
+            rows = all_of_them if weight is None or name != "reference" else weight.nonzero().flatten()
             velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
             with self.live.use(name):
                 for part in rows.split(r.rollout.batch_size):
