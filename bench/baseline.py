@@ -188,7 +188,7 @@ def row(workload: str, compiled: bool, seen: Any) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Markdown."""
-    heads = [name for name in asdict(rows[0])]
+    heads = list(asdict(rows[0]))
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     return "\n".join(lines + [f"| {' | '.join(str(value) for value in asdict(row).values())} |" for row in rows])
 

@@ -50,19 +50,18 @@ def vae() -> Any:
     """Pictures of 64 × 64 to latents of 16 × 16 × 16."""
     from diffusers import AutoencoderKL
 
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    return normal(
-        AutoencoderKL(
-            block_out_channels=(16, 32, 32),
-            layers_per_block=1,
-            latent_channels=16,
-            norm_num_groups=8,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            shift_factor=0.0,
-            **blocks,
-        )
-    )
+    config: dict[str, Any] = {
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "layers_per_block": 1,
+        "latent_channels": 16,
+        "norm_num_groups": 8,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "shift_factor": 0.0,
+    }
+    return normal(AutoencoderKL(**config))
 
 
 def write(size: str, folder: Path) -> Path:

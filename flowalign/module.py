@@ -191,12 +191,12 @@ class AlignModule(Evaluating):
     def _consult_frozen(self) -> None:
         """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
         r, points = self.recipe, self.buffer.points
-        points.kl_weight = self._kl_weight(points)
+        weight = points.kl_weight = self._kl_weight(points)
         for name in r.algorithm.frozen:
             if name in r.same_as_live:
                 continue
-            weight = points.kl_weight if name == "reference" else None
-            rows = torch.arange(len(points.x)) if weight is None else weight.nonzero().flatten()
+            all_of_them = torch.arange(len(points.x))
+            rows = all_of_them if weight is None or name != "reference" else weight.nonzero().flatten()
             velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
             with self.live.use(name):
                 for part in rows.split(r.rollout.batch_size):

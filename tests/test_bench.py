@@ -39,6 +39,20 @@ def test_the_bench_measures_floor_and_epoch(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_an_epoch_is_given_in_bare_forwards(tmp_path: Path):
+    """The workload of the other systems, cut short: 8 pictures in 3 steps, 2 of them trained on."""
+    few = ("batch.prompts=1", "batch.updates=1", "rollout.num_steps=3")
+    command = [sys.executable, "bench/baseline.py", "--epochs", "1", "--only", "nft_lora", "--to", str(tmp_path), *few]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    (row,) = json.loads((tmp_path / "baseline.json").read_text())["rows"]
+    assert (row["workload"], row["epochs"], row["compiled"]) == ("nft_lora", 1, False)
+    assert row["units"] == pytest.approx(row["rollout_units"] + row["optimise_units"], abs=0.2)
+    assert row["rollout_units"] > 2  # three forwards, on a machine that others disturb
+    assert row["units"] == pytest.approx(row["epoch_s"] / row["forward_s"], rel=0.05)
+    assert row["first_epoch_s"] > 0
+
+
+@pytest.mark.slow
 def test_the_check_of_large_models_runs_at_small_sizes(tmp_path: Path):
     command = [sys.executable, "bench/gpu_check.py", "--tiny", "--to", str(tmp_path), "trainer.accelerator=cpu"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=600)
