@@ -56,8 +56,8 @@ def _check_every_epoch(geometry: Geometry, steps: Steps, num_steps: int, epochs:
     for epoch in range(min(epochs if isinstance(epochs, int) and epochs > 0 else LOOKED_AT, LOOKED_AT)):
         if (points := steps(epoch, num_steps).points) != geometry.points_per_sample:
             raise ConfigError(
-                f"steps trains {geometry.points_per_sample} steps of a picture in epoch 0 and {points} in epoch {epoch}, "
-                "while the batches of a run are of one size: use steps=window, whose windows are always full."
+                f"steps trains {geometry.points_per_sample} steps of a picture in epoch 0 and {points} in epoch "
+                f"{epoch}, while the batches of a run are of one size: use steps=window, whose windows are always full."
             )
 
 

@@ -31,7 +31,10 @@ def test_a_plan_is_refused_from_the_config_alone(compose: Callable[..., Any], wo
     [
         ("batch.prompts=many", "^batch.prompts: expected an integer, got 'many'"),
         ("batch.micro=0", r"^batch: batch.micro must be at least 1 \(got 0\)"),
-        ("rollout.num_steps=1", r"a window of 2 does not fit into 1 steps .* use steps.width=1, or rollout.num_steps=4"),
+        (
+            "rollout.num_steps=1",
+            r"a window of 2 does not fit into 1 steps .* use steps.width=1, or rollout.num_steps=4",
+        ),
     ],
 )
 def test_the_parts_of_a_plan_are_refused_in_their_own_words(compose: Callable[..., Any], word: str, sentence: str):

@@ -151,5 +151,3 @@ def mistakes(seed: int, number: int) -> list[Mistake]:
 
 
 SORTS = (of_keys, of_groups, of_options, of_values, of_enums, of_grammar)
-
-

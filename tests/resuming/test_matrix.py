@@ -1,6 +1,6 @@
 """Four epochs equal two and two, for every algorithm, kind of tuning and strategy, to the last bit.
 
-    python -m pytest tests/resuming -m "slow or not slow"
+python -m pytest tests/resuming -m "slow or not slow"
 """
 
 from __future__ import annotations
