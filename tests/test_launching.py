@@ -178,8 +178,8 @@ def test_a_refused_run_does_not_end_a_sweep_of_joblib(tmp_path: Path):
 def test_a_search_gets_its_numbers_and_survives_a_trial(tmp_path: Path):
     """fast_dev_run logs no metrics, hence a real epoch."""
     words = settled(*TINY, "logger=none", "callbacks=none", "test=false")
-    search = ("hparams_search=optuna", "hydra.sweeper.n_trials=5")
-    swept = ("data.val.limit=choice(0,4)", "hydra.sweeper.sampler.seed=1")
+    search = ("hparams_search=optuna", "hydra.sweeper.n_trials=3")
+    swept = ("data.val.limit=choice(0,4)", "hydra.sweeper.sampler.seed=7")
     done = shell(tmp_path, "-m", *words, *search, *swept, "hydra.sweep.dir=sweep")
     assert done.returncode == 2, done.stderr[-3000:]
     best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
