@@ -6,8 +6,9 @@ import functools
 import json
 import logging
 import shlex
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from flowalign.checks.errors import one_line
 
 log = logging.getLogger("flowalign")
 RECORD = "failure.json"
-_folders: list[Path] = []
-"""Of the sweeps that this process has started."""
+_sweeps: dict[Path, set[str]] = {}
+"""Folders of the sweeps that this process has started, with the words that all runs of each have in common."""
 
 
 class Remember(Callback):
@@ -30,7 +31,11 @@ class Remember(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """See the base class."""
         del kwargs
-        _folders.append(Path(config.hydra.sweep.dir).absolute())
+        folder = Path(config.hydra.sweep.dir).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.hydra.sweeper.get("storage"):
+            Path("outputs").mkdir(exist_ok=True)  # where hparams_search=optuna keeps its data base
+        _sweeps[folder] = {word.lower() for word in config.hydra.overrides.task}
 
 
 @dataclass(frozen=True)
@@ -77,21 +82,22 @@ def _failed(error: BaseException, refused: bool) -> None:
 
 
 def failures() -> dict[str, Failure]:
-    """By the run's folder within its sweep, of all sweeps of this process."""
-    found = [(path, folder) for folder in _folders for path in sorted(folder.rglob(RECORD))]
-    return {str(path.parent.relative_to(folder)): Failure(**json.loads(path.read_text())) for path, folder in found}
+    """By the run's folder within its sweep, of all sweeps of this process; of the words those that were its own."""
+    found = {}
+    for folder, common in _sweeps.items():
+        for path in sorted(folder.rglob(RECORD)):
+            held = Failure(**json.loads(path.read_text()))
+            own = [word for word in held.words if word.lower() not in common]  # true is handed on as True
+            found[str(path.parent.relative_to(folder))] = replace(held, words=own)
+    return found
 
 
 def report() -> int:
-    """Shows the table of failures. The exit code: 0 without any, 2 if all were refusals, otherwise 1."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Shows the failures as a table. The exit code: 0 without any, 2 if all were refusals, otherwise 1."""
     failed = failures()
     if not failed:
         return 0
-    table = Table("run", "options", "why", title=f"{len(failed)} failed", show_lines=True)
+    print(f"{len(failed)} failed:", file=sys.stderr)
     for name, failure in failed.items():
-        table.add_row(name, shlex.join(failure.words), failure.why)
-    Console(stderr=True, highlight=False).print(table)
+        print(f"  {name:>4}  {shlex.join(failure.words)}  {failure.why}", file=sys.stderr)
     return 2 if all(failure.refused for failure in failed.values()) else 1

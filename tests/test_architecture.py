@@ -38,8 +38,19 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     )
     + ("report", "collect", "generate", "media", "guards", "strategies"),
     ("recipe", "memory", "evaluating", "module", "callbacks", "loggers"),
-    ("planning", "compatibility", "launching", "sweeps", "summary", "curves", "run")
-    + ("serving", "commands", "cli", "programs"),
+    (
+        "planning",
+        "compatibility",
+        "launching",
+        "sweeps",
+        "summary",
+        "curves",
+        "run",
+        "serving",
+        "commands",
+        "cli",
+        "programs",
+    ),
 )
 """From the ground up. Files of one floor see those named before them, which keeps circles out."""
 

@@ -50,19 +50,26 @@ def named(sentence: str) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"batch\.(\w+)=(\d+)", advice)}
 
 
+def refused(*given: Any) -> PlanError | None:
+    try:
+        planned(*given)
+    except PlanError as refusal:
+        return refusal
+    return None
+
+
 def judged(given: tuple[Any, ...]) -> tuple[bool, int]:
     """Whether a geometry is accepted as it is, and how many values a refusal named."""
     batch, *rest = given
-    try:
+    if (refusal := refused(batch, *rest)) is None:
         check_even(planned(batch, *rest))
         return True, 0
-    except PlanError as refusal:
-        sentence, changes = str(refusal), named(str(refusal))
-        assert changes == refusal.changes
-        assert changes.items().isdisjoint(asdict(batch).items())  # nothing that was so already
-        assert ("together" in sentence.rpartition(": use ")[2]) == (len(changes) > 1)
-        check_even(planned(replace(batch, **changes), *rest))
-        return False, len(changes)
+    sentence, changes = str(refusal), named(str(refusal))
+    assert changes == refusal.changes
+    assert changes.items().isdisjoint(asdict(batch).items())  # nothing that was so already
+    assert ("together" in sentence.rpartition(": use ")[2]) == (len(changes) > 1)
+    check_even(planned(replace(batch, **changes), *rest))
+    return False, len(changes)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -75,7 +82,6 @@ def test_a_plan_is_even_or_names_one_that_is(kind: tuple[Any, ...]):
 
 
 def test_one_value_is_named_where_one_is_enough():
-    """A refused plan whose single change would do is not told to change others: the first check that fails decides."""
     with pytest.raises(PlanError, match=r"batch.micro=7: use batch.micro=8\.$"):
         Geometry(Batch(prompts=4, group_size=4, micro=7), 1)
 
@@ -83,23 +89,14 @@ def test_one_value_is_named_where_one_is_enough():
 @pytest.mark.parametrize("kind", ["updates", "prompts"])
 def test_the_nearest_plan_is_no_further_than_any_other(kind: str):
     """Of the value that is at fault, by trying all of them."""
+    rest = (1, 4, "point", None, False, 1)
     for wanted in range(1, 40):
         batch = replace(Batch(prompts=6, group_size=6, micro=1), **{kind: wanted})
-        try:
-            Geometry(batch, 1, world_size=4)
-        except PlanError as refusal:
-            if (found := refusal.changes.get(kind)) is None:
-                continue
-            fitting = [n for n in range(1, 80) if fits(replace(batch, **(refusal.changes | {kind: n})))]
-            assert abs(found - wanted) == min(abs(n - wanted) for n in fitting)
-
-
-def fits(batch: Batch) -> bool:
-    try:
-        Geometry(batch, 1, world_size=4)
-    except PlanError:
-        return False
-    return True
+        refusal = refused(batch, *rest)
+        if refusal is None or kind not in refusal.changes:
+            continue
+        others = [n for n in range(1, 80) if not refused(replace(batch, **(refusal.changes | {kind: n})), *rest)]
+        assert abs(refusal.changes[kind] - wanted) == min(abs(n - wanted) for n in others)
 
 
 def test_a_group_is_a_whole_number_of_trunks():

@@ -61,7 +61,8 @@ def fitting(given: list[str]) -> list[str]:
     try:
         check_plan(cfg)
     except ConfigError as error:
-        assert isinstance(error.__cause__, PlanError)
+        if not isinstance(error.__cause__, PlanError):
+            raise
         return settled(*given, *(f"batch.{name}={value}" for name, value in error.__cause__.changes.items()))
     return given
 
@@ -130,7 +131,7 @@ def scalars(job: Job) -> dict[str, Counter[tuple[int, float]]]:
 
 
 def check_equal(straight: Job, resumed: Job) -> None:
-    """To the last bit: weights, copies, moments, schedule, loops, callbacks, counters, config; and every logged value."""
+    """To the last bit: weights, copies, moments, schedule, loops, callbacks, counters, config, and what was logged."""
     one, other = held(straight), held(resumed)
     assert differing(one, other) == []
     assert one["epoch"] == EPOCHS - 1
