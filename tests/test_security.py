@@ -22,8 +22,9 @@ SOURCES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in [*(ROOT / "flowalign").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), ROOT / "train.py"]
 }
-PICKLES = {"flowalign/rewards/workers.py"}
-"""A reward goes to a process of our own, and its errors come back: nothing from elsewhere."""
+PICKLES = {"flowalign/rewards/workers.py", "flowalign/strategies/intact.py", "bench/faults.py"}
+"""Processes of our own exchange a reward and its errors; an index is read with nothing allowed but plain values; and the
+faults are made with one."""
 EVALUATES = {"flowalign/checks/signatures.py"}
 """The annotations of imported classes, as typing.get_type_hints does."""
 
