@@ -184,8 +184,14 @@ def test_every_algorithm_trains_with_all_that_is_shown_and_kept(
     assert trainer.callback_metrics["val/reward"].isfinite()
 
 
-@pytest.mark.parametrize("dynamics", DYNAMICS)
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algo", "dynamics"),
+    [
+        pytest.param(a, d, marks=() if a in ("grpo", "nft") or d in ("flow_sde", "ode") else pytest.mark.slow)
+        for a in ALGORITHMS
+        for d in DYNAMICS
+    ],
+)
 def test_every_combination_trains_an_epoch_or_is_refused_with_one_that_would(
     tiny: Callable[..., DictConfig],
     options: dict[str, dict[str, DictConfig]],

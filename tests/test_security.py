@@ -23,8 +23,8 @@ SOURCES = {
     for path in [*(ROOT / "flowalign").rglob("*.py"), *(ROOT / "bench").rglob("*.py"), ROOT / "train.py"]
 }
 PICKLES = {"flowalign/rewards/workers.py", "flowalign/strategies/intact.py", "bench/faults.py"}
-"""Processes of our own exchange a reward and its errors; an index is read with nothing allowed but plain values; and the
-faults are made with one."""
+"""Processes of our own exchange a reward and its errors; an index is read with nothing but plain values allowed; and
+the faults are made with one."""
 EVALUATES = {"flowalign/checks/signatures.py"}
 """The annotations of imported classes, as typing.get_type_hints does."""
 
