@@ -103,8 +103,8 @@ def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Any]:
 
         cfg = tiny(
             "callbacks=[checkpoint,preemption]", f"paths.output_dir={tmp_path / folder}", "trainer.max_epochs=3",
-            "trainer.check_val_every_n_epoch=3", "rollout.batch_size=2", "rollout.num_steps=2", "batch.micro=2", "reward=brightness",
-            "~reward.held_out", "evaluation.num_val=2", "evaluation.sampling.num_steps=1", *words,
+            "trainer.check_val_every_n_epoch=3", "rollout.batch_size=2", "rollout.num_steps=2", "batch.micro=2",
+            "reward=brightness", "~reward.held_out", "evaluation.num_val=2", "evaluation.sampling.num_steps=1", *words,
         )  # fmt: skip
         (tmp_path / folder).mkdir(exist_ok=True)
         recipe = build_recipe(cfg)
