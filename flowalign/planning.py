@@ -8,7 +8,7 @@ from typing import Any
 
 import hydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flowalign.checks import ConfigError, check_signatures, refusals
 from flowalign.checks.errors import one_line
@@ -90,7 +90,7 @@ def devices(given: Any) -> int:
     """How many `trainer.devices` asks for on a node: a number, a list of them, or all that there are."""
     if isinstance(given, int) and given > 0:
         return given
-    if OmegaConf.is_list(given):
+    if isinstance(given, (list, ListConfig)):
         return len(given)
     import torch
 
