@@ -26,7 +26,9 @@ def accepts(hint: Any, value: Any) -> bool:
         return _is_sequence(value) and _items_fit(origin or hint, args, value)
     if (origin or hint) in (dict, Mapping):
         return isinstance(value, Mapping) and (not args or all(accepts(args[1], item) for item in value.values()))
-    return True
+    return not (
+        _is_ours(hint) and (value is None or isinstance(value, bool | int | float | str) or _is_sequence(value))
+    )
 
 
 def describe(hint: Any) -> str:
@@ -44,6 +46,8 @@ def describe(hint: Any) -> str:
         return "a list" + (f" of {describe(inner[0])}" if len(inner) == 1 else f" of {len(inner)}" if inner else "")
     if (origin or hint) in (dict, Mapping):
         return "a mapping"
+    if _is_ours(hint):
+        return f"a section with the _target_ of a {hint.__name__}"
     return getattr(hint, "__name__", str(hint))
 
 
@@ -61,6 +65,11 @@ def _bare(hint: Any) -> Any:
             hint = hint.__value__
         else:
             return type(None) if hint is None else hint
+
+
+def _is_ours(hint: Any) -> bool:
+    """A class of this package, which no plain value can be; of others' classes some are made of text, as paths are."""
+    return isinstance(hint, type) and hint.__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def _is_plain(kind: type, value: Any) -> bool:

@@ -62,6 +62,14 @@ def test_what_the_class_would_not_take_is_refused(node: dict[str, Any], sentence
     assert sentence in refusal(node)
 
 
+def test_a_plain_value_is_no_object_of_ours():
+    solver = "node.solver: expected a section with the _target_ of a Solver, got"
+    for value in (5, "euler", None, [1]):
+        node = {"_target_": "flowalign.sampler.Sampling", "num_steps": 4, "solver": value}
+        assert solver in refusal(node)
+    check_signatures({"node": {"_target_": "flowalign.sampler.Sampling", "solver": {"_target_": "math.prod"}}})
+
+
 def test_our_own_classes_are_judged_before_libraries():
     assert "flowalign" in refusal({"_target_": "no_such_package.X"}, ours={"_target_": "flowalign.checks.ConfigErorr"})
 
