@@ -151,17 +151,17 @@ class Summary:
             change = f"{after[key] - before[key]:+.3f}" if key in before and key in after else ""
             table.add_row(key, *cells, change)
         _console.print(table)
-        _console.print(f"folder    {self.folder}", soft_wrap=True)
         last = self.folder / "checkpoints" / "last.ckpt"
+        lines = [f"folder    {self.folder}"]
         if last.exists():
-            _console.print(f"sample    flowalign sample ckpt={last} prompt='two red circles'", soft_wrap=True)
-            _console.print(f"export    flowalign export ckpt={last} to={self.folder / 'export'}", soft_wrap=True)
-            _console.print(
+            lines += [
+                f"sample    flowalign sample ckpt={last} prompt='two red circles'",
+                f"export    flowalign export ckpt={last} to={self.folder / 'export'}",
                 f"go on     python train.py {self._again()} ckpt_path={last} "
                 f"trainer.max_epochs={2 * (trainer.max_epochs or 1)}",
-                soft_wrap=True,
-            )
-        _console.print("watch     tensorboard --logdir outputs")
+            ]
+        for line in [*lines, "watch     tensorboard --logdir outputs"]:
+            _console.print(line, soft_wrap=True, markup=False)  # a command has brackets of its own
 
 
 def _rank(key: str) -> tuple[bool, bool, str]:
