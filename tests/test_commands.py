@@ -35,6 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     done = train(folder, *WORDS, "logger=[csv,tensorboard]")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (folder / "said.txt").write_text(done.stdout)
     return folder
 
 
@@ -47,6 +48,11 @@ def test_a_run_leaves_its_config_its_checkpoints_and_its_pictures(trained: Path)
     assert list((trained / "checkpoints").glob("best_epoch*.ckpt"))
     assert not list((trained / "checkpoints").glob(".*"))  # nothing half written
     assert (trained / "csv" / "metrics.csv").read_text().count("\n") > 1
+
+
+def test_the_command_to_go_on_with_is_whole(trained: Path):
+    line = next(line for line in (trained / "said.txt").read_text().splitlines() if line.startswith("go on"))
+    assert {"'logger=[csv,tensorboard]'", f"ckpt_path={trained}/checkpoints/last.ckpt"} <= set(line.split())
 
 
 def test_the_summary_says_what_was_promised(trained: Path):
