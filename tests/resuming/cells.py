@@ -122,12 +122,12 @@ def rows(job: Job) -> list[tuple[tuple[str, str], ...]]:
     return [tuple(sorted((k, v) for k, v in row.items() if k not in BY_THE_CLOCK)) for row in found]
 
 
-def scalars(job: Job) -> dict[str, Counter[tuple[int, float]]]:
-    """Steps and values of every tag that TensorBoard shows of a folder, by how often it shows them."""
+def scalars(job: Job) -> dict[str, Counter[tuple[int, str]]]:
+    """Steps and values, as text since NaN is no number, of every tag that TensorBoard shows, by how often it does."""
     board = EventAccumulator(str(Path(job.folder) / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
     tags = [tag for tag in board.Tags()["scalars"] if tag not in BY_THE_CLOCK]
-    return {tag: Counter((event.step, event.value) for event in board.Scalars(tag)) for tag in tags}
+    return {tag: Counter((event.step, repr(event.value)) for event in board.Scalars(tag)) for tag in tags}
 
 
 def check_equal(straight: Job, resumed: Job) -> None:
