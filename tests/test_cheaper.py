@@ -238,6 +238,7 @@ def test_with_a_penalty_every_point_is_seen(fit: Fit):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiling takes minutes where others work too
 def test_compiled_blocks_predict_the_same_and_are_compiled_once(tiny: Callable[..., DictConfig]):
     """Rollout, frozen copies and training of two epochs, with adapters merged, exchanged and apart."""
     from lightning import Callback
