@@ -93,7 +93,9 @@ def rollouts(job: Job) -> list[dict[str, str]]:
     """What was logged of each rollout: rewards of all ranks together."""
     logged = read(Path(job.folder) / "csv" / "metrics.csv")
     local = ("rollout/diversity", *BY_THE_CLOCK)  # of rank 0 alone
-    return [{k: v for k, v in row.items() if k not in local} for row in logged if "rollout/reward" in row]
+    found = [{k: v for k, v in row.items() if k not in local} for row in logged if "rollout/reward_mean" in row]
+    assert found
+    return found
 
 
 def test_a_run_goes_on_with_other_ranks_and_its_next_rollout_is_exact(tmp_path: Path):
