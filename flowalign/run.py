@@ -51,7 +51,8 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
     from flowalign.recipe import Recipe
 
     make = instantiate
-    with without_weights(not reads_weights(cfg)):
+    scorer = scorer or make(cfg.reward)
+    with without_weights(not (reads_weights(cfg) or scorer.binds)):
         model = make(cfg.model)
     plain = OmegaConf.to_container(cfg, resolve=True)
     return Recipe(
@@ -61,7 +62,7 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         steps=make(cfg.steps),
         times=make(cfg.times),
         credit=make(cfg.credit),
-        scorer=scorer or make(cfg.reward),
+        scorer=scorer,
         tune=make(cfg.tune),
         data={stage: make(cfg.data[stage]) for stage in ("train", "val", "test")},
         batch=make(cfg.batch),
@@ -82,7 +83,8 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
 
 
 def reads_weights(cfg: DictConfig) -> bool:
-    """Whether this process reads the trained networks' files: of a sharded run only rank 0, which sends them round."""
+    """Whether this process has to read the trained networks' files: of a sharded run only rank 0, which sends them
+    round. A reward that is made of the model's own parts needs them on every rank."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     return not is_sharded(cfg) or rank_zero_only.rank == 0
