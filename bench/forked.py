@@ -112,7 +112,7 @@ def _program(words: Sequence[str], rank: int, environment: Mapping[str, str], ou
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # Whoever has forked us may have put objects of his own in their place, as pytest does.
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ.update(environment)
     rank_zero_only.rank = rank  # Lightning has looked for it when it was imported
     os.chdir(ROOT)
