@@ -328,8 +328,8 @@ def memory(bench: Bench) -> Iterator[Outcome]:
 CASES: dict[str, Callable[[Bench], Iterator[Outcome]]] = {
     function.__name__: function
     for function in (
-        *(killed, dead_rank, launched, torchrun, terminated, requeued, interrupted, disk, checkpoints, another_base, cache, two),
-        *(not_finite, memory),
+        *(killed, dead_rank, launched, torchrun, terminated, requeued, interrupted, disk, checkpoints, another_base),
+        *(cache, two, not_finite, memory),
     )
 }
 
