@@ -25,6 +25,7 @@ from flowalign.points import drawn
 from flowalign.policy import Policy
 from flowalign.policy.base import identity
 from flowalign.recipe import Recipe, batch_plan
+from flowalign.scoring import Turns
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
 from flowalign.tensors import whole
@@ -157,14 +158,15 @@ class AlignModule(Evaluating):
         started = time.perf_counter()
         g = self.geometry
         self.report.begin("rollout", g.samples_local)
-        with self._precision():
+        with self._precision(), Turns(self.recipe.scorer.ahead) as turns:
             sampler = self.recipe.algorithm.samples_with
             asked = None if sampler in self.recipe.same_as_live else sampler
             with memory_of("rollout"), self.live.use(asked):
-                got = self.collect(self.current_epoch, self.replica, self.device, self._gather, self._rolled)
+                got = self.collect(self.current_epoch, self.replica, self.device, turns, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
+            self._consult_frozen()  # which knows nothing of rewards: the last ones are scored meanwhile
+            got.settle()
             self.report.end("rollout")
-            self._consult_frozen()
         self.counts["samples"] += g.samples
         self.counts["rollout"] += int(self._everyones(torch.tensor(got.calls, device=self.device)).sum())
         self.rollout_shown = got.images
