@@ -133,6 +133,8 @@ class AlignModule(Evaluating):
     def configure_optimizers(self) -> Any:
         r = self.recipe
         optimizer = r.optimizer(list(self.live.trained().values()))
+        # A fused step would unscale float16's gradients itself, when they have been judged and clipped already.
+        optimizer._step_supports_amp_scaling = False
         total = self.geometry.steps_per_epoch * (self.trainer.max_epochs or 1)
         if self.trainer.max_steps > 0:
             total = min(total, self.trainer.max_steps)
