@@ -202,11 +202,14 @@ class AlignModule(Evaluating):
             all_of_them = torch.arange(len(points.x))
             rows = all_of_them if weight is None or name != "reference" else weight.nonzero().flatten()
             velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
+            self.report.begin("frozen", len(rows))
             with self.live.use(name):
-                for part in rows.split(r.rollout.batch_size):
+                for i, part in enumerate(rows.split(r.rollout.batch_size)):
                     p, cond = self.buffer.gather(part)
                     velocity[part] = self._velocity(p.x, p.sigma, cond)
+                    self.report.advance("frozen", i * r.rollout.batch_size + len(part))
                     self.between_batches()
+            self.report.end("frozen")
             points.frozen[name] = velocity
             self.counts["frozen"] += len(rows) * self.replicas
 
