@@ -265,7 +265,8 @@ class FlowModel(ABC):
     def decode(self, x: Tensor) -> Tensor:
         """Latents to pictures (B, 3, H, W), or videos (B, F, 3, H, W), float32 in [0, 1]."""
         vae = self.pipe.vae
-        return (vae.decode(self.denormalised(x).to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        media = vae.decode(self.denormalised(x).to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5
+        return media.clamp(0, 1).contiguous()  # running.vae_channels_last leaves them otherwise
 
     @torch.no_grad()
     def encode_images(self, media: Tensor) -> Tensor:
