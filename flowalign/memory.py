@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
+from flowalign.models.quantised import pieces
 from flowalign.policy import Policy
 from flowalign.policy.merge import adapted as adapted_layers
 from flowalign.recipe import Recipe
@@ -32,7 +33,7 @@ class Share:
 
 def held(tensors: Iterable[Tensor]) -> int:
     """Bytes of distinct storages on this rank."""
-    storages = [local(t).untyped_storage() for t in tensors]
+    storages = [piece.untyped_storage() for t in tensors for piece in pieces(local(t))]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -54,14 +55,15 @@ def kept_for_backward(
 
     With gradient checkpointing these are the inputs of the blocks; one block's inside comes on top on the way back.
     """
-    own = {local(p).untyped_storage().data_ptr() for d in model.denoisers().values() for p in d.parameters()}
+    held_by_model = [local(p) for d in model.denoisers().values() for p in d.parameters()]
+    own = {piece.untyped_storage().data_ptr() for p in held_by_model for piece in pieces(p)}
     seen: dict[int, int] = {}
 
     def count(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
+        storages = [piece.untyped_storage() for piece in pieces(t)]
         gathered = isinstance(t if t._base is None else t._base, nn.Parameter)  # whole for as long as its block runs
-        if storage.data_ptr() not in own and not gathered:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if not gathered:
+            seen.update({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own})
         return t
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
