@@ -90,7 +90,7 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
     adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     lines = [
-        Share("denoisers", sum(map(weights, model.denoisers().values())), "model.train_dtype=bfloat16"),
+        Share("denoisers", sum(map(weights, model.denoisers().values())), _narrower(recipe)),
         Share("two blocks in one piece", whole_blocks(model)),
         Share("adapted weights, merged", adapted if policy.merge else 0, "running.merge_adapters=false"),
         Share("text encoders", 0 if recipe.encoding.release else text, "encoding.release=true"),
@@ -109,6 +109,12 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
         ),
     ]  # fmt: skip
     return [line for line in lines if line.size]
+
+
+def _narrower(recipe: Recipe) -> str:
+    if recipe.model.quantised is None:
+        return "model.train_dtype=bfloat16" + ("" if recipe.tune.kind == "full" else ", or model.quantised=int8")
+    return "model.quantised=nf4" if recipe.model.quantised == "int8" else ""
 
 
 def advice(lines: list[Share], available: int) -> list[str]:
