@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, refusals
@@ -21,6 +22,7 @@ from flowalign.evaluating import Evaluating
 from flowalign.exhausted import memory_of
 from flowalign.guards import Finite, check_ratio
 from flowalign.memory import GIB, Share, plan
+from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
 from flowalign.policy import Policy
 from flowalign.policy.base import identity
@@ -88,6 +90,13 @@ class AlignModule(Evaluating):
                 merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
             )  # fmt: skip
             r.running.apply(r.model)
+        if r.model.quantised is not None:
+            self._keep_from_ddp()
+
+    def _keep_from_ddp(self) -> None:
+        """DDP sends rank 0's weights round, which it cannot do with codes; every rank has read the same files."""
+        names = [name for name, p in self.named_parameters() if is_quantised(p)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def setup(self, stage: str) -> None:
         del stage
@@ -347,9 +356,11 @@ class AlignModule(Evaluating):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint.get("flowalign", {})
         if kept.get("base", self.base) != self.base:
+            then, now = kept["config"]["model"], self.recipe.model
             raise ConfigError(
-                f"the checkpoint was trained on another base than model.pretrained={self.recipe.model.pretrained} "
-                f"holds: on model.pretrained={kept['config']['model']['pretrained']}, as it was then."
+                f"the checkpoint was trained on another base than model.pretrained={now.pretrained} with "
+                f"model.quantised={now.quantised or 'null'} is: on model.pretrained={then['pretrained']} with "
+                f"model.quantised={then.get('quantised') or 'null'}, as it was then."
             )
         self.finite.skipped = kept.get("skipped", 0)
         self.baseline = dict(kept.get("baseline", {}))

@@ -213,6 +213,9 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*torch.distributed.nn.functional.all_gather is deprecated.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # see Csv
+    warnings.filterwarnings("ignore", message=".*instantiated without `get_apply_tensor_subclass`.*")
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):  # whose parts may be absent
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.callbacks.model_checkpoint", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
