@@ -60,4 +60,4 @@ class IndexLoader:
                 points = samples[:, None] * g.points_per_sample + steps
                 # Step-major, so that a micro-batch spans samples rather than the neighbouring states of one, unless
                 # the loss wants to see all states of a sample.
-                yield from (points if g.together == "sample" else points.T).flatten().split(g.batch.micro)
+                yield from (points if g.together == "sample" else points.T).flatten().split(g.micro)

@@ -169,8 +169,8 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         log.info("resuming from %s", ckpt_path)
         tidy(Path(ckpt_path).parents[1])
     if cfg.train:
-        # Not before: a resumed run has no baseline, and the plan is made when the trainer first sees the module.
-        trainer.callbacks.append(LambdaCallback(on_fit_start=show_plan))  # type: ignore
+        # Not before: a resumed run has no baseline, and batch.micro=auto is settled with the loader.
+        trainer.callbacks.append(LambdaCallback(on_train_start=show_plan))  # type: ignore
         trainer.fit(module, ckpt_path=ckpt_path)
         summary.trained()
         summary.final(evaluate(trainer, module, cfg.test))
