@@ -84,7 +84,8 @@ def of_points(recipe: Recipe, geometry: Geometry) -> int:
     """Bytes of the training points of an epoch on this rank."""
     # Both ends of a step, and its mean if asked; or the state, the sample and the noise. Then frozen velocities.
     algorithm, velocities = recipe.algorithm, len({*recipe.algorithm.frozen} - recipe.same_as_live)
-    fields = (2 + algorithm.keeps_mean if algorithm.point == "transition" else 3) + velocities
+    states = 2 if recipe.rollout.kept_in is None else 1  # of half the size each
+    fields = (states + algorithm.keeps_mean if algorithm.point == "transition" else 3) + velocities
     return int(geometry.trained_local * geometry.points_per_sample * fields * of_latent(recipe))
 
 

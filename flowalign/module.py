@@ -194,7 +194,7 @@ class AlignModule(Forward):
                 continue
             all_of_them = torch.arange(len(points.x))
             rows = all_of_them if weight is None or name != "reference" else weight.nonzero().flatten()
-            velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
+            velocity = torch.zeros_like(points.x, dtype=torch.float32)  # which it stays where nobody asks
             with self.live.use(name):
                 for part in rows.split(r.rollout.batch_size):
                     p, cond = self.buffer.gather(part)

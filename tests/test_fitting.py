@@ -11,19 +11,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowalign import fitting
+from flowalign import fitting as memory
+from flowalign.checks import ConfigError
 from flowalign.exhausted import NoMemoryError
 from flowalign.fitting import SHARE, counted, largest, search, tried
 from flowalign.geometry import Batch, Geometry
 from flowalign.models.sd3 import SD3
 from flowalign.module import AlignModule
+from flowalign.planning import check_plan
 from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
 from flowalign.strategies import folders
+from tests.conftest import settled
+from tests.resuming.cells import ALGORITHMS, CHOSEN, fitting
 from tests.strategies.jobs import Job, together
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+MASKED = ("algo=flowawr", "algo.mask_zero=true")
 CPU = torch.device("cpu")
 SIZES = [1, 2, 3, 4, 6, 8, 9, 12, 18, 24, 36, 72]
 
@@ -77,10 +82,10 @@ def test_a_container_may_have_less_than_its_machine(tmp_path: Path):
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
-    assert fitting._free_of_container(tmp_path) == 400
+    assert memory._free_of_container(tmp_path) == 400
     (tmp_path / "memory.max").write_text("max\n")
-    assert fitting._free_of_container(tmp_path) == float("inf")
-    assert 0 < fitting.room(CPU, 2) < fitting.room(CPU, 1)
+    assert memory._free_of_container(tmp_path) == float("inf")
+    assert 0 < memory.room(CPU, 2) < memory.room(CPU, 1)
 
 
 # ------------------------------------------------------------ trying
@@ -216,11 +221,33 @@ def test_little_memory_of_the_machine_makes_small_micro_batches(
     lines = {line.name: line.size for line in module.memory_plan()}
     row = lines["kept for backward, 6 points"] / 6
     besides = lines["gradients"] + lines["optimiser: two moments"] + lines["12 training points"]
-    monkeypatch.setattr(fitting, "_free_of_machine", lambda: (besides + 2.5 * row) / SHARE)
+    monkeypatch.setattr(memory, "_free_of_machine", lambda: (besides + 2.5 * row) / SHARE)
     assert fit("batch.micro=auto", "trainer.max_epochs=1").geometry.micro == 2
-    monkeypatch.setattr(fitting, "_free_of_machine", lambda: (besides + 0.5 * row) / SHARE)
+    monkeypatch.setattr(memory, "_free_of_machine", lambda: (besides + 0.5 * row) / SHARE)
     with pytest.raises(NoMemoryError, match=r"the smallest micro-batch, of 1 point\(s\), does not fit"):
         fit("batch.micro=auto")
+
+
+@pytest.mark.parametrize("words", [("algo=crd",), MASKED])
+def test_a_loss_with_means_over_the_micro_batch_is_refused(words: tuple[str, ...], compose: Callable[..., DictConfig]):
+    with pytest.raises(ConfigError, match=r"would let the device choose the result, .* give batch.micro a number"):
+        check_plan(compose(*words, "batch.micro=auto"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [*((f"algo={name}",) for name in ALGORITHMS), ("algo=grpo_guard", "algo.parity=true"), MASKED],
+    ids=" ".join,
+)
+def test_the_micro_batch_matters_only_where_the_algorithm_says_so(fit: Callable[..., AlignModule], words: Any):
+    """Two updates, the second one off policy, of the smallest and of the largest micro-batches."""
+    name = words[0].removeprefix("algo=")
+    words = [*settled("trainer.max_epochs=1", "batch.updates=1", "batch.passes=2", *CHOSEN.get(name, ()), *words)]
+    smallest, largest = (fit(*fitting([*words, f"batch.micro={micro}"])) for micro in (1, 9999))
+    assert smallest.geometry.micro < largest.geometry.micro == largest.geometry.micros()[-1]
+    gap = apart(smallest, largest)
+    assert gap > 1e-4 if largest.recipe.algorithm.micro_matters else gap < 2e-5
 
 
 class KilledError(Exception):
