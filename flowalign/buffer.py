@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from flowalign.flow import at_least_float32
 from flowalign.geometry import Geometry
 from flowalign.keyed import keyed_generator
 from flowalign.types import Conditioning, Point
@@ -27,9 +29,11 @@ class Buffer:
         self.epoch, self.points, self.cond, self.prompt_of_point = epoch, points, cond, prompt_of_point
 
     def gather(self, idx: Tensor) -> tuple[Point, Conditioning]:
-        """Points and their conditioning; idx (b,) on any device."""
+        """Points, their states in float32 whatever they are kept in, and their conditioning; idx (b,) on any device."""
         idx = idx.to(self.points.x.device)
-        return self.points.index(idx), self.cond.index(self.prompt_of_point[idx])
+        p = self.points.index(idx)
+        x_next = None if p.x_next is None else at_least_float32(p.x_next)
+        return replace(p, x=at_least_float32(p.x), x_next=x_next), self.cond.index(self.prompt_of_point[idx])
 
 
 class IndexLoader:
@@ -60,4 +64,4 @@ class IndexLoader:
                 points = samples[:, None] * g.points_per_sample + steps
                 # Step-major, so that a micro-batch spans samples rather than the neighbouring states of one, unless
                 # the loss wants to see all states of a sample.
-                yield from (points if g.together == "sample" else points.T).flatten().split(g.batch.micro)
+                yield from (points if g.together == "sample" else points.T).flatten().split(g.micro)

@@ -224,7 +224,10 @@ class Collector:
                 return self.model.velocity(x, sigma, cond.index(rows), self.sampling.guidance)
 
             noise = Noise(self.seed, share.epoch, samples, shape, share.device, alike)
-            part = walk(velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean)
+            part = walk(
+                velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean,
+                self.sampling.kept_in,
+            )  # fmt: skip
             media, shown = self._decoded(part.x0, self._first_of_groups(samples), SHOWN - len(images))
             parts.append(part)
             images += shown

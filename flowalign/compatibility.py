@@ -51,6 +51,7 @@ def check_groups(cfg: DictConfig) -> None:
     _check_strategy(cfg)
     _check_quantised(cfg)
     _check_noise(cfg, algorithm, dynamics)
+    _check_kept(cfg, algorithm)
     if (steps := _built(cfg.steps)) is not None:
         _check_steps(cfg, steps, algorithm, dynamics)
 
@@ -124,6 +125,15 @@ def _check_noise(cfg: DictConfig, algorithm: Any, dynamics: Any) -> None:
         raise ConfigError(
             f"rollout.same_noise=true with dynamics={choice('dynamics', cfg)}, which adds no noise, makes the "
             "pictures of a group equal: use rollout.same_noise=false, or dynamics=flow_sde."
+        )
+
+
+def _check_kept(cfg: DictConfig, algorithm: Any) -> None:
+    """A type for recorded states wants an algorithm that has them."""
+    if cfg.rollout.get("keep_in") in ("bfloat16", "float16") and algorithm.point != "transition":
+        raise ConfigError(
+            f"rollout.keep_in={cfg.rollout.keep_in} rounds the states of recorded steps, and "
+            f"algo={choice('algo', cfg)} records none: use rollout.keep_in=float32, or algo=grpo."
         )
 
 

@@ -14,6 +14,8 @@ REMEDIES = {
     "encode": "a smaller encoding.batch_size, encoding.release=true",
     "rollout": "a smaller rollout.batch_size, running.vae_slicing=true, encoding.release=true",
     "frozen copies": "a smaller rollout.batch_size, policy.device_of_frozen=cpu",
+    "fit": "running.gradient_checkpointing=true, tune=lora, policy.device_of_frozen=cpu, strategy=fsdp, "
+    "a smaller resolution",
     "optimise": "a smaller batch.micro, running.gradient_checkpointing=true, policy.device_of_frozen=cpu, tune=lora",
     "evaluate": "a smaller evaluation.sampling.batch_size, running.vae_slicing=true, running.vae_tiling=true",
 }
@@ -30,14 +32,23 @@ def memory_of(phase: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_exhaustion(error):
+        if not is_exhaustion(error):
             raise
         raise NoMemoryError(
             f"out of memory in the phase '{phase}' ({_first_words(error)}); what helps, most first: {REMEDIES[phase]}."
         ) from error
 
 
-def _is_exhaustion(error: BaseException) -> bool:
+def nothing_fits(micro: int) -> NoMemoryError:
+    """batch.micro=auto has found that not even its smallest micro-batch fits."""
+    return NoMemoryError(
+        f"batch.micro=auto: the smallest micro-batch, of {micro} point(s), does not fit into the memory that is left; "
+        f"what helps, most first: {REMEDIES['fit']}. batch.micro={micro} tries it all the same."
+    )
+
+
+def is_exhaustion(error: BaseException) -> bool:
+    """Whether it says that memory does not suffice."""
     # The CPU's allocator raises a plain RuntimeError.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 

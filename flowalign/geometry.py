@@ -11,11 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What an epoch is made of. `micro` counts training points (sample × step) in one forward and backward pass."""
+    """What an epoch is made of. `micro` counts training points (sample × step) in one forward and backward pass.
+
+    micro="auto" leaves it open until the device is known: Geometry.settled.
+    """
 
     prompts: int
     group_size: int
-    micro: int
+    micro: int | Literal["auto"]
     updates: int = 1
     passes: int = 1
 
@@ -26,7 +29,7 @@ class Batch:
                 "least 2 (8 to 24 are usual)."
             )
         for name in ("prompts", "micro", "updates", "passes"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"batch.{name} must be at least 1 (got {getattr(self, name)}).")
 
 
@@ -43,9 +46,14 @@ Misfit = tuple[str, str, int]
 """Why a plan does not fit, the value of `batch` that is at fault, and the nearest one that is not."""
 
 
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
 def nearest_divisor(number: int, wanted: float) -> int:
     """The divisor of `number` closest to `wanted`, the larger of two."""
-    return nearest_of((d for d in range(1, number + 1) if number % d == 0), wanted)
+    return nearest_of(divisors(number), wanted)
 
 
 def nearest_of(numbers: Iterable[int], wanted: float) -> int:
@@ -113,12 +121,26 @@ class Geometry:
         return why, "updates", nearest_divisor(units, updates)
 
     def _unfit_micro(self) -> Misfit | None:
-        micro, points, coupled = self.batch.micro, self.points_per_update, self.coupled
-        if points % micro == 0 and micro % coupled == 0:
+        if self.micro in (fitting := self.micros()):
             return None
-        rows = f" of whole {self.together}s of {coupled} points" if coupled > 1 else ""
-        why = f"{points} training points of an update cannot be cut into batch.micro={micro}{rows}"
-        return why, "micro", coupled * nearest_divisor(points // coupled, micro / coupled)
+        rows = f" of whole {self.together}s of {self.coupled} points" if self.coupled > 1 else ""
+        why = f"{self.points_per_update} training points of an update cannot be cut into batch.micro={self.micro}{rows}"
+        return why, "micro", nearest_of(fitting, self.micro)
+
+    def micros(self) -> list[int]:
+        """What `batch.micro` may be, ascending: parts of an update, of rows that belong together."""
+        return [self.coupled * count for count in divisors(self.points_per_update // self.coupled)]
+
+    @property
+    def micro(self) -> int:
+        """Points of a micro-batch; the fewest that may be while it is open."""
+        return self.coupled if self.batch.micro == "auto" else self.batch.micro
+
+    def settled(self, micro: int | None) -> Geometry:
+        """With this micro-batch where it is open and may be so; as it is otherwise. Nothing else follows from it."""
+        if self.batch.micro != "auto" or micro not in self.micros():
+            return self
+        return replace(self, batch=replace(self.batch, micro=micro))
 
     @property
     def _product(self) -> str:
@@ -173,7 +195,7 @@ class Geometry:
     @property
     def accumulate(self) -> int:
         """Micro-batches of one optimiser step."""
-        return self.points_per_update // self.batch.micro
+        return self.points_per_update // self.micro
 
     @property
     def steps_per_epoch(self) -> int:
@@ -203,5 +225,5 @@ class Geometry:
             "training points": f"{self.trained_local} × {self.points_per_sample} steps = "
             f"{self.trained_local * self.points_per_sample}",
             "optimiser steps per epoch": f"{b.updates} updates × {b.passes} pass(es) = {self.steps_per_epoch}",
-            "one optimiser step": f"{self.accumulate} micro-batches × {b.micro} points",
+            "one optimiser step": f"{self.accumulate} micro-batches × {self.micro} points",
         }

@@ -72,20 +72,37 @@ def kept_for_backward(
     return sum(seen.values())
 
 
+def of_trained(policy: Policy) -> int:
+    """Bytes of what is trained on this rank, and so of its gradients."""
+    return sum(local(p).numel() * p.element_size() for p in policy.trained().values())
+
+
+def of_latent(recipe: Recipe) -> int:
+    """Bytes of one in float32."""
+    return math.prod(recipe.model.latent_shape(*recipe.train_size.area)) * 4
+
+
+def of_points(recipe: Recipe, geometry: Geometry) -> int:
+    """Bytes of the training points of an epoch on this rank."""
+    # Both ends of a step, and its mean if asked; or the state, the sample and the noise. Then frozen velocities.
+    algorithm, velocities = recipe.algorithm, len({*recipe.algorithm.frozen} - recipe.same_as_live)
+    states = 2 if recipe.rollout.kept_in is None else 1  # of half the size each
+    fields = (states + algorithm.keeps_mean if algorithm.point == "transition" else 3) + velocities
+    return int(geometry.trained_local * geometry.points_per_sample * fields * of_latent(recipe))
+
+
+def of_row(recipe: Recipe, cond: Conditioning) -> int:
+    """Bytes that one training point keeps for its backward pass; cond: one row."""
+    x = torch.zeros(1, *recipe.model.latent_shape(*recipe.train_size.area), device=next(iter(cond.values())).device)
+    wanted = recipe.optimisation
+    return kept_for_backward(recipe.model, x, cond, wanted.guidance, wanted.cfg_gradient == "both")
+
+
 def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning) -> list[Share]:
     """The lines of the plan for one rank; cond: one row, already on the device of the network."""
-    model, trained = recipe.model, list(policy.trained().values())
-    moving = sum(local(p).numel() * p.element_size() for p in trained)
+    model, moving, micro = recipe.model, of_trained(policy), geometry.micro
     copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)
-    latent = math.prod(model.latent_shape(*recipe.train_size.area)) * 4
-    x = torch.zeros(1, *model.latent_shape(*recipe.train_size.area), device=next(iter(cond.values())).device)
-    wanted = recipe.optimisation
-    row = kept_for_backward(model, x, cond, wanted.guidance, wanted.cfg_gradient == "both")
     points = geometry.trained_local * geometry.points_per_sample
-    replays = recipe.algorithm.point == "transition"
-    # Both ends of a step, and its mean if asked; or the state, the sample and the noise. Then frozen velocities.
-    velocities = len({*recipe.algorithm.frozen} - recipe.same_as_live)
-    fields = (2 + recipe.algorithm.keeps_mean if replays else 3) + velocities
     text = sum(map(weights, model.text_encoders().values()))
     adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
@@ -99,13 +116,13 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
         Share("optimiser: two moments", 2 * moving, adapters),
         Share(f"{copies} frozen copies", copies * moving, "policy.device_of_frozen=cpu"),
         Share(
-            f"kept for backward, {geometry.batch.micro} points", row * geometry.batch.micro,
+            f"kept for backward, {micro} points", micro * of_row(recipe, cond),
             "running.gradient_checkpointing=true, or a smaller batch.micro",
         ),
-        Share(f"{points} training points", points * fields * latent, "fewer pictures or points an epoch"),
+        Share(f"{points} training points", of_points(recipe, geometry), "fewer pictures or points an epoch"),
         Share(
-            f"latents of a rollout batch, {recipe.rollout.batch_size}", 4 * recipe.rollout.batch_size * latent,
-            "a smaller rollout.batch_size",
+            f"latents of a rollout batch, {recipe.rollout.batch_size}",
+            4 * recipe.rollout.batch_size * of_latent(recipe), "a smaller rollout.batch_size",
         ),
     ]  # fmt: skip
     return [line for line in lines if line.size]

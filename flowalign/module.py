@@ -18,23 +18,23 @@ from torch.nn.parallel import DistributedDataParallel
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, refusals
 from flowalign.collect import Collector
-from flowalign.evaluating import Evaluating
 from flowalign.exhausted import memory_of
+from flowalign.forward import Forward
 from flowalign.guards import Finite, check_ratio
-from flowalign.memory import GIB, Share, plan
+from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
 from flowalign.policy import Policy
 from flowalign.policy.base import identity
-from flowalign.recipe import Recipe, batch_plan
+from flowalign.recipe import Recipe
 from flowalign.scoring import Turns
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
 from flowalign.tensors import whole
-from flowalign.types import Conditioning, Point, given
+from flowalign.types import Point, given
 
 
-class AlignModule(Evaluating):
+class AlignModule(Forward):
     """Trains `recipe.model` by `recipe.algorithm`. All randomness is keyed by recipe.seed and the epoch."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -101,13 +101,14 @@ class AlignModule(Evaluating):
     def setup(self, stage: str) -> None:
         del stage
         r = self.recipe
-        self.geometry = batch_plan(r, self.replicas)
+        self.geometry = self._plan()
         check_tokens(r.model, (r.train_size, r.eval_size), self.alike)
         self.collect = Collector(
             r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
             self.conditioner, self.geometry, r.train_size, r.seed,
         )  # fmt: skip
-        if self.trainer.accumulate_grad_batches != self.geometry.accumulate and self.trainer.training:
+        planned = r.batch.micro != "auto" and self.trainer.training
+        if planned and self.trainer.accumulate_grad_batches != self.geometry.accumulate:
             raise ValueError(
                 f"trainer.accumulate_grad_batches follows from the batch plan ({self.geometry.accumulate}): leave "
                 "it unset, and set batch.micro and batch.updates."
@@ -133,12 +134,6 @@ class AlignModule(Evaluating):
             self.report.end("encode")
         r.model.release_text_encoders()
 
-    def memory_plan(self) -> list[Share]:
-        """What the run will take of this rank's device."""
-        cond = self.conditioner(self.recipe.data["train"].prompts[:1], self.device, self.recipe.train_size.area)
-        with self._precision():
-            return plan(self.recipe, self.live, self.geometry, cond)
-
     def configure_optimizers(self) -> Any:
         r = self.recipe
         optimizer = r.optimizer(list(self.live.trained().values()))
@@ -151,6 +146,8 @@ class AlignModule(Evaluating):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def train_dataloader(self) -> IndexLoader:
+        if self.recipe.batch.micro == "auto":
+            self._settle()
         return IndexLoader(self.geometry, self.recipe.seed, self.replica)
 
     # ------------------------------------------------------------ rollout phase
@@ -210,7 +207,7 @@ class AlignModule(Evaluating):
                 continue
             all_of_them = torch.arange(len(points.x))
             rows = all_of_them if weight is None or name != "reference" else weight.nonzero().flatten()
-            velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
+            velocity = torch.zeros_like(points.x, dtype=torch.float32)  # which it stays where nobody asks
             self.report.begin("frozen", len(rows))
             with self.live.use(name):
                 for i, part in enumerate(rows.split(r.rollout.batch_size)):
@@ -230,10 +227,6 @@ class AlignModule(Evaluating):
         return drawn(r.seed, self.current_epoch, given(points.sample, "sample"), r.optimisation.kl_share)
 
     # ------------------------------------------------------------ optimisation phase
-
-    def _velocity(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
-        wanted = self.recipe.optimisation
-        return self.recipe.model.velocity(x, sigma, cond, wanted.guidance, wanted.cfg_gradient == "both")
 
     @memory_of("optimise")
     def training_step(self, idx: Tensor, batch_idx: int) -> Tensor:
@@ -265,17 +258,6 @@ class AlignModule(Evaluating):
             return idx
         kept = idx[(self.buffer.points.advantage[idx.to(self.device)] != 0).to(idx.device)]
         return kept if len(kept) else idx[:1]
-
-    def _judged(self, point: Point, v: Tensor, cond: Conditioning) -> Tensor:
-        """(B,) with gradients; 0 for points of given pictures, which nobody judges."""
-        x, sigma = self.recipe.algorithm.lands(point, v)
-        reward = torch.zeros_like(sigma)
-        rows = torch.arange(len(x), device=x.device) if point.real is None else (~point.real).nonzero().flatten()
-        if not len(rows):
-            return reward
-        return reward.index_copy(
-            0, rows, self.recipe.scorer.of_noisy(x[rows], sigma[rows], cond.index(rows), self.current_epoch)
-        )
 
     @memory_of("optimise")
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -351,6 +333,7 @@ class AlignModule(Evaluating):
             "baseline": self.baseline,
             "counts": self.counts,
             "skipped": self.finite.skipped,
+            "micro": self.geometry.micro,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -362,6 +345,7 @@ class AlignModule(Evaluating):
                 f"model.quantised={now.quantised or 'null'} is: on model.pretrained={then['pretrained']} with "
                 f"model.quantised={then.get('quantised') or 'null'}, as it was then."
             )
+        self.micro = kept.get("micro")
         self.finite.skipped = kept.get("skipped", 0)
         self.baseline = dict(kept.get("baseline", {}))
         self.counts = dict(kept.get("counts", self.counts))

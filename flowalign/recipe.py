@@ -104,6 +104,11 @@ class Planned(Protocol):
 def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
     """The batches of one rank: a picture's points are the recorded steps of its walk, or its re-noised points."""
     algorithm, num_steps = recipe.algorithm, recipe.rollout.num_steps
+    if recipe.batch.micro == "auto" and algorithm.micro_matters:
+        raise ValueError(
+            f"batch.micro=auto would let the device choose the result, since {type(algorithm).__name__} takes means "
+            "over a micro-batch here: give batch.micro a number."
+        )
     replays = algorithm.point == "transition"
     plan = recipe.steps(0, num_steps) if replays else None
     sources = 2 if algorithm.source == "both" else 1

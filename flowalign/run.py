@@ -51,8 +51,8 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
     from flowalign.recipe import Recipe
 
     make = instantiate
-    scorer = scorer or make(cfg.reward)
-    with without_weights(not (reads_weights(cfg) or scorer.binds)):
+    chosen: Scorer = scorer or make(cfg.reward)
+    with without_weights(not (reads_weights(cfg) or chosen.binds)):
         model = make(cfg.model)
     plain = OmegaConf.to_container(cfg, resolve=True)
     return Recipe(
@@ -62,7 +62,7 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         steps=make(cfg.steps),
         times=make(cfg.times),
         credit=make(cfg.credit),
-        scorer=scorer,
+        scorer=chosen,
         tune=make(cfg.tune),
         data={stage: make(cfg.data[stage]) for stage in ("train", "val", "test")},
         batch=make(cfg.batch),
@@ -171,8 +171,8 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         log.info("resuming from %s", ckpt_path)
         tidy(Path(ckpt_path).parents[1])
     if cfg.train:
-        # Not before: a resumed run has no baseline, and the plan is made when the trainer first sees the module.
-        trainer.callbacks.append(LambdaCallback(on_fit_start=show_plan))  # type: ignore
+        # Not before: a resumed run has no baseline, and batch.micro=auto is settled with the loader.
+        trainer.callbacks.append(LambdaCallback(on_train_start=show_plan))  # type: ignore
         trainer.fit(module, ckpt_path=ckpt_path)
         summary.trained()
         summary.final(evaluate(trainer, module, cfg.test))

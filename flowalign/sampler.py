@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from flowalign.types import Rollout
 class Sampling:
     """How pictures are made: number of steps, classifier-free guidance (1 = off), ODE solver, pictures at a time.
 
-    same_noise: the members of a group start from the same noise.
+    same_noise: the members of a group start from the same noise. keep_in: type in which recorded states are kept.
     """
 
     num_steps: int
@@ -32,11 +33,17 @@ class Sampling:
     guidance: float = 1.0
     batch_size: int = 64
     same_noise: bool = False
+    keep_in: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)}).")
+
+    @property
+    def kept_in(self) -> torch.dtype | None:
+        """As `walk` takes it: None leaves states as they are, which is float32."""
+        return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.keep_in]
 
 
 @dataclass(frozen=True)
@@ -106,18 +113,21 @@ def walk(
     solver: Solver,
     noise: Noise,
     keep_mean: bool = False,
+    keep_in: torch.dtype | None = None,
 ) -> Rollout:
     """Walks `sigmas` (T+1,) from keyed noise to x0, and records the steps that are trained.
 
     velocity(x, sigma, rows) is asked for the distinct samples only: x (b, …) at sigma (0-d), which are `rows` of the
     batch. With a tail in the plan, sigmas is the shortened schedule, and a second-order solver takes over after the
     last stochastic step. The log-probability is taken from the very tensors that are stored, so that the ratio is 1 on
-    policy.
+    policy. keep_in: the type they are stored in, if another; the walk then goes on from the rounded states.
     """
-    x, distinct, record = noise(INITIAL), Distinct(noise.starts()), Record(keep_mean)
+    x, distinct, record = noise(INITIAL), Distinct(noise.starts()), Record(keep_mean, keep_in)
     state = solver.start()
     last, last_noisy = len(sigmas) - 2, plan.last_noisy
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        if i in plan.trained:
+            x = rounded(x, keep_in)
         v = distinct(velocity, x, sigma)
         if plan.tail is not None and i == last_noisy:
             state = DPM2().start()  # pushed to below: the first step after this one has a history
@@ -133,17 +143,27 @@ def walk(
         some: Rows = slice(None) if every else torch.tensor(rows, device=x.device)
         z = (noise if every else noise.of(rows))(STEP + i)
         step = dynamics.step(x_before[some], v[some], sigma, sigma_next, sigmas[1], z)
+        if i in plan.trained:
+            step = step._replace(x_next=rounded(step.x_next, keep_in))
         x = step.x_next if every else x.index_copy(0, some, step.x_next)  # type: ignore[arg-type]
         if i in plan.trained:
             record(i, rows, x_before[some], step, dynamics.log_prob(step.x_next, step.mean, step.std))
     return record.rollout(x, sigmas)
 
 
-class Record:
-    """The trained steps of a walk as they come, each for some of the samples, and at the end by sample."""
+def rounded(x: Tensor, keep_in: torch.dtype | None) -> Tensor:
+    """What is left of x when it is kept in another type, in its own type; None: x itself."""
+    return x if keep_in is None else x.to(keep_in).to(x.dtype)
 
-    def __init__(self, keep_mean: bool) -> None:
-        self.keep_mean = keep_mean
+
+class Record:
+    """The trained steps of a walk as they come, each for some of the samples, and at the end by sample.
+
+    States are stored in `keep_in` (None: as they come), which loses nothing of rounded ones.
+    """
+
+    def __init__(self, keep_mean: bool, keep_in: torch.dtype | None) -> None:
+        self.keep_mean, self.keep_in = keep_mean, keep_in
         self.rows: list[int] = []
         self.parts: dict[str, list[Tensor]] = {}
 
@@ -151,7 +171,8 @@ class Record:
         """Step i of the samples at `rows`."""
         self.rows += rows
         number = torch.full((len(rows),), i, device=x.device)
-        parts = {"steps": number, "x": x, "x_next": step.x_next, "log_prob": log_prob, "std": step.std.flatten()}
+        x, x_next = x.to(self.keep_in or x.dtype), step.x_next.to(self.keep_in or x.dtype)
+        parts = {"steps": number, "x": x, "x_next": x_next, "log_prob": log_prob, "std": step.std.flatten()}
         for name, part in (parts | ({"mean": step.mean} if self.keep_mean else {})).items():
             self.parts.setdefault(name, []).append(part)
 

@@ -61,6 +61,8 @@ def _show_batches(trainer: Trainer, module: AlignModule) -> None:
     table = Table(title="batch plan", show_header=False)
     for name, value in module.geometry.table().items():
         table.add_row(name, value)
+    if module.recipe.batch.micro == "auto":
+        table.add_row("batch.micro=auto", f"{module.geometry.micro} of {module.geometry.micros()}")
     numbers = module.live.numbers()
     table.add_row("parameters", f"{numbers['trained']:,} trained of {numbers['parameters']:,}")
     table.add_row("frozen copies", ", ".join(module.live.copies) or "none")

@@ -66,7 +66,7 @@ class Rollout:
     steps: Tensor | None = None
     """(B, S) long: the recorded steps of each row as indices into the schedule, ascending; None = nothing recorded."""
     x: Tensor | None = None
-    """(B, S, …) state before each recorded step."""
+    """(B, S, …) state before each recorded step, rounded to 16 bits if the walk was to keep it so."""
     x_next: Tensor | None = None
     """(B, S, …) state after it."""
     log_prob: Tensor | None = None

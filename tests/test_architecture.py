@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "scoring",
     )
     + ("report", "collect", "generate", "media", "guards", "strategies"),
-    ("recipe", "memory", "evaluating", "module", "callbacks", "loggers"),
+    ("recipe", "memory", "fitting", "evaluating", "forward", "module", "callbacks", "loggers"),
     (
         "planning",
         "compatibility",

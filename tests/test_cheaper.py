@@ -16,6 +16,7 @@ from flowalign.points import drawn
 from flowalign.policy.follow import Average, Follow
 from flowalign.recipe import Recipe
 from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
+from flowalign.types import given
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -255,6 +256,37 @@ def test_a_default_that_another_optimiser_does_not_know_is_refused_with_the_way_
     ):
         check_signatures(tiny(*words))
     check_signatures(tiny(*words, "~optimizer.fused"))
+
+
+# ------------------------------------------------------------ states in 16 bits
+
+
+@pytest.mark.parametrize(
+    ("algo", "keep_in"),
+    [
+        (("algo=grpo", "dynamics=cps"), "bfloat16"),
+        pytest.param(("algo=grpo_guard", "algo.kl_beta=0.1"), "bfloat16", marks=pytest.mark.slow),
+        pytest.param(("algo=grpo",), "float16", marks=pytest.mark.slow),
+    ],
+)
+def test_states_kept_in_16_bits_take_half_and_are_on_policy(fit: Fit, algo: tuple[str, ...], keep_in: str):
+    words = (*algo, "running.merge_adapters=false")
+    short, full = fit(*words, f"rollout.keep_in={keep_in}"), fit(*words)
+    assert short.metrics["train/on_policy_gap"] < 1e-6
+    bytes_of = [p.x.nbytes + given(p.x_next, "x_next").nbytes for p in (short.buffer.points, full.buffer.points)]
+    assert 2 * bytes_of[0] == bytes_of[1]
+    assert all(v.dtype == torch.float32 for v in short.buffer.points.frozen.values())
+    points = f"{len(full.buffer.points.x)} training points"
+    planned = [{line.name: line.size for line in module.memory_plan()}[points] for module in (short, full)]
+    assert planned[1] - planned[0] == bytes_of[1] - bytes_of[0]
+    assert apart(short, full) > 0
+
+
+def test_a_type_of_states_is_refused_where_it_is_none_or_nothing_is_recorded():
+    with pytest.raises(ValueError, match=r"rollout.keep_in: expected one of .* did you mean bfloat16"):
+        composed("algo=grpo", "rollout.keep_in=bfloat61")
+    with pytest.raises(ValueError, match=r"algo=nft records none: use rollout.keep_in=float32, or algo=grpo"):
+        composed("rollout.keep_in=bfloat16")
 
 
 # ------------------------------------------------------------ compiled blocks

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowalign.buffer import Buffer
 from flowalign.dynamics import CPS, ODE, Dynamics, FlowSDE
 from flowalign.points import transitions
 from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
 from flowalign.solvers import DPM2, Euler
 from flowalign.steps import All, Branch, Fast, Random, StepPlan, Window
 from flowalign.steps.tail import shorten
-from flowalign.types import Rollout, given
+from flowalign.types import Conditioning, Rollout, given
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.0])
 SHAPE = (3, 2)
@@ -67,6 +68,53 @@ def test_only_the_trained_steps_are_kept():
     assert rollout.x.shape == (2, 2, *SHAPE)
     assert rollout.mean is None
     assert sampled(range(2), All()(0, 4), FlowSDE(0.7), keep_mean=True).mean is not None
+
+
+@pytest.mark.parametrize("keep_in", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dynamics", [FlowSDE(0.7), CPS(0.7)])
+def test_a_walk_goes_on_from_the_rounded_states_that_it_keeps(dynamics: Dynamics, keep_in: torch.dtype):
+    seen: list[Tensor] = []
+
+    def told(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        seen.append(x)
+        return field(x, sigma, rows)
+
+    rollout = walk(told, SIGMAS, All()(0, 4), dynamics, Euler(), Noise(5, 0, range(4), SHAPE), keep_in=keep_in)
+    x, x_next = given(rollout.x, "x"), given(rollout.x_next, "x_next")
+    assert x.dtype == x_next.dtype == keep_in
+    assert torch.equal(x[:, 1:], x_next[:, :-1])
+    assert all(torch.equal(x[:, i].float(), seen[i]) for i in range(3))
+    assert seen[-1].dtype == rollout.x0.dtype == torch.float32
+    buffer = Buffer()
+    buffer.fill(0, transitions(rollout, torch.zeros(4)), Conditioning(), torch.zeros(12, dtype=torch.long))
+    p, _ = buffer.gather(torch.arange(12))
+    assert p.x.dtype == given(p.x_next, "x_next").dtype == torch.float32
+    mean, std = dynamics.moments(p.x, field(p.x, p.sigma[:, None, None]), p.sigma, given(p.sigma_next, ""), p.sigma_max)
+    found = dynamics.log_prob(given(p.x_next, "x_next"), mean, std)
+    assert torch.allclose(found, given(p.log_prob, "log_prob"), atol=1e-6)
+    unrounded = sampled(range(4), All()(0, 4), dynamics)
+    assert not torch.equal(given(unrounded.x, "x"), x.float())
+
+
+def test_rounding_to_the_type_that_states_have_changes_nothing():
+    plan, noise = All()(0, 4), Noise(5, 0, range(4), SHAPE)
+    one, other = (walk(field, SIGMAS, plan, FlowSDE(0.7), Euler(), noise, keep_in=k) for k in (None, torch.float32))
+    for name in ("x0", "x", "x_next", "log_prob"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert Sampling(4, Euler()).kept_in is None
+
+
+def test_rounded_pictures_do_not_depend_on_their_batch():
+    """Each is stochastic at a step of its own, and rounded at all that are trained."""
+    plan = Branch(branches=2, num=3, seed=0)(0, 7)
+
+    def walked(samples: range) -> Rollout:
+        noise = Noise(5, 0, samples, SHAPE, alike=6)
+        return walk(field, LONG, plan, FlowSDE(0.7), Euler(), noise, keep_in=torch.bfloat16)
+
+    together, alone = walked(range(6)), join([walked(range(i, i + 1)) for i in range(6)])
+    assert torch.equal(together.x0, alone.x0)
+    assert torch.equal(given(together.x, "x"), given(alone.x, "x"))
 
 
 def test_a_plan_without_noise_is_the_solvers_walk():

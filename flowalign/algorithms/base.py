@@ -58,6 +58,11 @@ class Algorithm(ABC):
         """Whether a point with an advantage of 0 has neither loss nor gradient, nor a part in the loss of others."""
         return False
 
+    @property
+    def micro_matters(self) -> bool:
+        """Whether the loss of a row depends on the others of its micro-batch, whatever they are."""
+        return False
+
     @abstractmethod
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-sample loss (B,) at the live velocity v (B, …), and detached metrics (B,)."""

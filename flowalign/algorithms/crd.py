@@ -49,6 +49,11 @@ class CRD(Algorithm):
         self.temperature = temperature
         self.kl_floor = kl_floor
 
+    @property
+    def micro_matters(self) -> bool:
+        """The centres are means over it."""
+        return True
+
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the base class; p is a noised point."""
         a = self._wanted(p)

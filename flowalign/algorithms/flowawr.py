@@ -27,6 +27,11 @@ class FlowAWR(Algorithm):
         super().__init__(kl_beta, adv_clip)
         self.mask_zero = mask_zero
 
+    @property
+    def micro_matters(self) -> bool:
+        """Where the mean is one over what is kept of it."""
+        return self.mask_zero
+
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the base class; p is a noised point."""
         v, v_old = at_least_float32(v), at_least_float32(p.frozen["old"])

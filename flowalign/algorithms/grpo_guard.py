@@ -38,6 +38,11 @@ class GRPOGuard(GRPO):
         """As in GRPO, unless rows share a shift."""
         return super().silent_at_zero and not self.parity
 
+    @property
+    def micro_matters(self) -> bool:
+        """Where the shift is a mean over it."""
+        return self.parity
+
     def log_ratio(self, p: Point, mean: Tensor, std: Tensor) -> Tensor:
         """log ρ', (B,)."""
         shift = self.dynamics.gaussian_kl(mean, given(p.mean, "mean"), std)

@@ -36,6 +36,8 @@ class Job:
     """The kill comes after the first batch of that epoch instead."""
     keeps: bool = False
     """The points of its first epoch stay in points<rank>.pt."""
+    rooms: list[float] = field(default_factory=list)
+    """Free bytes of the machine as each rank sees them, in this job and those after it; none: as they are."""
     refused: bool = False
     """The job is to raise ValueError, whose sentence is kept in metrics.json."""
 
@@ -61,12 +63,16 @@ def run(job: Job) -> None:
     import torch
     from hydra import compose, initialize_config_dir
 
+    from flowalign import fitting
+
     torch.manual_seed(hash(job.folder) % 1000)  # nothing may depend on it
     words = settled(f"paths.output_dir={job.folder}", *WORDS, *job.words)
     if "tune=full" in words:
         words = [word for word in words if not word.startswith("tune.")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", words)
+    if job.rooms:
+        fitting._free_of_machine = partial(job.rooms.__getitem__, int(os.environ["RANK"]))
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     kept: list[dict[str, float]] = []
     try:

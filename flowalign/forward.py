@@ -1,0 +1,100 @@
+"""The networks' part of a training step, and how many points of a plan it takes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowalign.evaluating import Evaluating
+from flowalign.fitting import counted, room, search, tried
+from flowalign.geometry import Geometry
+from flowalign.memory import Share, of_points, of_row, of_trained, plan
+from flowalign.recipe import Recipe, batch_plan
+from flowalign.strategies.sharded import Sharded
+from flowalign.types import Conditioning, Point
+
+
+class Forward(Evaluating):
+    """Asks the networks for what the loss of `recipe.algorithm` is made of, in micro-batches of `geometry`."""
+
+    geometry: Geometry
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.micro: int | None = None
+        """What batch.micro=auto has found, here or before the run was resumed."""
+
+    def _plan(self) -> Geometry:
+        """With the micro-batch that was found, if one was."""
+        return batch_plan(self.recipe, self.replicas).settled(self.micro)
+
+    def memory_plan(self) -> list[Share]:
+        """What the run will take of this rank's device."""
+        with self._precision():
+            return plan(self.recipe, self.live, self.geometry, self._longest())
+
+    def _longest(self) -> Conditioning:
+        """One row, of the longest prompt: in some families a row is as long as its prompt."""
+        longest = max(self.recipe.data["train"].prompts, key=lambda prompt: len(prompt.text))
+        return self.conditioner([longest], self.device, self.recipe.train_size.area)
+
+    # ------------------------------------------------------------ asking
+
+    def _velocity(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
+        wanted = self.recipe.optimisation
+        return self.recipe.model.velocity(x, sigma, cond, wanted.guidance, wanted.cfg_gradient == "both")
+
+    def _judged(self, point: Point, v: Tensor, cond: Conditioning) -> Tensor:
+        """(B,) with gradients; 0 for points of given pictures, which nobody judges."""
+        x, sigma = self.recipe.algorithm.lands(point, v)
+        reward = torch.zeros_like(sigma)
+        rows = torch.arange(len(x), device=x.device) if point.real is None else (~point.real).nonzero().flatten()
+        if not len(rows):
+            return reward
+        return reward.index_copy(
+            0, rows, self.recipe.scorer.of_noisy(x[rows], sigma[rows], cond.index(rows), self.current_epoch)
+        )
+
+    # ------------------------------------------------------------ batch.micro=auto
+
+    def _settle(self) -> None:
+        """Finds the micro-batch unless it is known; not before all is in place, and a checkpoint read."""
+        if self._plan().batch.micro == "auto":
+            self.micro = search(
+                self.geometry.micros(), self._fits(), partial(self.trainer.strategy.reduce_boolean_decision, all=True)
+            )
+        self.geometry = self._plan()
+        self.trainer.accumulate_grad_batches = self.geometry.accumulate
+
+    def _fits(self) -> Callable[[int], bool]:
+        """Whether a micro-batch of so many points fits beside what an optimisation phase holds."""
+        r, gradients = self.recipe, of_trained(self.live)
+        r.model.to(self.device)
+        cond, besides = self._longest(), of_points(r, self.geometry)
+        if not any(optimizer.state for optimizer in self.trainer.optimizers):
+            besides += 2 * gradients
+        if self._can_try():
+            return tried(partial(self._try, cond), list(self.live.trained().values()), besides, self.device)
+        with self._precision():
+            row = of_row(r, cond)
+        return counted(row, besides + gradients, room(self.device, self.trainer.num_devices))
+
+    def _can_try(self) -> bool:
+        """Not where it could exhaust the machine, nor where a rank that runs out leaves others waiting for shards."""
+        return self.device.type != "cpu" and not isinstance(self.trainer.strategy, Sharded)
+
+    def _try(self, cond: Conditioning, rows: int) -> None:
+        """A forward and backward pass on points of zeros, which adds to the gradients."""
+        x = torch.zeros(rows, *self.recipe.model.latent_shape(*self.recipe.train_size.area), device=self.device)
+        sigma = torch.full((rows,), 0.5, device=self.device)
+        cond = cond.index(torch.zeros(rows, dtype=torch.long, device=self.device))
+        with torch.enable_grad(), self._precision():
+            v = self._velocity(x, sigma, cond)
+            loss = v.square().mean()
+            if self.recipe.algorithm.follows_reward:
+                loss = loss + self._judged(Point(x, sigma, sigma, sigma_next=sigma / 2), v, cond).sum()
+        loss.backward()
