@@ -85,13 +85,10 @@ def check_tasks(environment: Mapping[str, str], number: int, nodes: int) -> None
     """ConfigError where Lightning would wait for tasks that nobody starts, or leave devices out: it counts the tasks of
     SLURM, but for torchrun and interactive shells.
     """
-    tasks = int(environment.get("SLURM_NTASKS", 0))
-    if (
-        not tasks
-        or "TORCHELASTIC_RUN_ID" in environment
-        or environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    ):
+    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_NTASKS" not in environment or "TORCHELASTIC_RUN_ID" in environment or interactive:
         return
+    tasks = int(environment["SLURM_NTASKS"])
     if tasks > 1 and launched_rank(environment) is None:
         raise ConfigError(f"the job has {tasks} tasks of SLURM and this is none of them: write srun python train.py ….")
     if tasks != number * nodes:
