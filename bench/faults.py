@@ -341,6 +341,17 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
+def measure(rows: Iterator[Outcome], to: Path) -> None:
+    """Writes the table `to` and its values beside it, row by row."""
+    outcomes = []
+    for outcome in rows:
+        outcomes.append(outcome)
+        print(table(outcomes).splitlines()[-1], flush=True)
+        to.with_suffix(".json").write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
+        to.write_text(table(outcomes) + "\n")
+    print(to)
+
+
 def prepare() -> None:
     """Imports what every run needs, once."""
     import torch
@@ -362,14 +373,8 @@ def main() -> None:
     folder = (given.to or forked.ROOT / "outputs" / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     prepare()
-    bench, outcomes = Bench(folder, given.kills), []
-    for case in given.only:
-        for outcome in CASES[case](bench):
-            outcomes.append(outcome)
-            print(table(outcomes).splitlines()[-1], flush=True)
-            (folder / "faults.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n")
-            (folder / "faults.md").write_text(table(outcomes) + "\n")
-    print(folder / "faults.md")
+    bench = Bench(folder, given.kills)
+    measure((outcome for case in given.only for outcome in CASES[case](bench)), folder / "faults.md")
 
 
 if __name__ == "__main__":

@@ -59,13 +59,42 @@ def started(environment: Mapping[str, str], rank: int) -> str:
 
 
 def check_launch(cfg: DictConfig, multirun: bool) -> None:
-    """ConfigError for a sweep whose runs would each start processes out of this one: these would repeat the sweep."""
+    """ConfigError for a sweep whose runs would each start processes out of this one: these would repeat the sweep; and
+    for tasks of SLURM that are not the devices of the run.
+    """
     node = HydraConfig.get()
     number = devices(cfg.trainer.devices)
-    here = str(node.launcher._target_).rsplit(".", 1)[-1] in ("BasicLauncher", "JoblibLauncher")
+    launcher = str(node.launcher._target_).rsplit(".", 1)[-1]
+    here = launcher in ("BasicLauncher", "JoblibLauncher")
+    if here:
+        check_tasks(os.environ, number, cfg.trainer.num_nodes)
+    elif launcher == "SlurmLauncher" and (tasks := node.launcher.tasks_per_node) != number:
+        raise ConfigError(
+            f"hydra.launcher.tasks_per_node={tasks} and trainer.devices={number}: every device is a task of SLURM, so "
+            f"write hydra.launcher.tasks_per_node={number}."
+        )
     if number > 1 and here and (multirun or node.mode == RunMode.MULTIRUN) and launched_rank(os.environ) is None:
         raise ConfigError(
             f"a sweep in one process has one device a run (trainer.devices={cfg.trainer.devices}): start it with "
             f"torchrun --nproc-per-node {number} train.py -m …, or give every run a job of its own with "
             "hydra/launcher=submitit_slurm."
         )
+
+
+def check_tasks(environment: Mapping[str, str], number: int, nodes: int) -> None:
+    """ConfigError where Lightning would wait for tasks that nobody starts, or leave devices out: it counts the tasks of
+    SLURM, but for torchrun and interactive shells.
+    """
+    interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_NTASKS" not in environment or "TORCHELASTIC_RUN_ID" in environment or interactive:
+        return
+    tasks = int(environment["SLURM_NTASKS"])
+    if tasks > 1 and launched_rank(environment) is None:
+        raise ConfigError(f"the job has {tasks} tasks of SLURM and this is none of them: write srun python train.py ….")
+    if tasks != number * nodes:
+        raise ConfigError(
+            f"SLURM has {tasks} task(s), and the run {number} device(s) on {nodes} node(s): every device is a task, so "
+            f"write --nodes={nodes} --ntasks-per-node={number}."
+        )
+    if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in environment:
+        raise ConfigError(f"write --ntasks-per-node={number} for SLURM: Lightning does not count on --ntasks alone.")

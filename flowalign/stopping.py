@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -103,15 +103,29 @@ def farewell(stop: Stopped, folder: Path, given: str | None, requeue: bool) -> N
     found = last if last.exists() else given
     way = f"go on with ckpt_path={found}" if found else "nothing was saved yet"
     log.warning("stopped by %s: %s", stop.signal.name, way)
-    job = os.environ.get("SLURM_JOB_ID")
-    if requeue and job and stop.signal == signal.SIGUSR1 and os.environ.get("SLURM_PROCID", "0") == "0":
+    job = slurm_job(os.environ)
+    if requeue and job and stop.signal == signal.SIGUSR1 and _is_first_rank():
         _requeue(job)
     timer = threading.Timer(PATIENCE, os._exit, (stop.code,))
     timer.daemon = True
     timer.start()
 
 
+def slurm_job(environment: Mapping[str, str]) -> str | None:
+    """The job of this process as SLURM's commands call it. The number alone may name all jobs of an array."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID")
+
+
+def _is_first_rank() -> bool:
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    return rank_zero_only.rank == 0  # SLURM_PROCID counts tasks, and one task may have started several ranks
+
+
 def _requeue(job: str) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to what is left of the job; we are about to end
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
         failure = done.stderr.strip() if done.returncode else ""
@@ -124,4 +138,5 @@ def _requeue(job: str) -> None:
 
 
 def _started_by_lightning() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ
+    local = os.environ.get("LOCAL_RANK", "0")  # a task of srun may have been told its own number by this name
+    return local not in ("0", os.environ.get("SLURM_LOCALID")) and "RANK" not in os.environ

@@ -58,7 +58,7 @@ def surviving(run: Callable[[DictConfig], float | None]) -> Callable[[DictConfig
         try:
             return run(cfg)
         except SystemExit as left:
-            if not left.code:
+            if left.code not in (1, 2):  # a signal, whoever obeyed it: the sweep has been asked to stop too
                 raise
             return _failed(left.__context__ or left, refused=left.code == 2)
         except Exception as error:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from flowalign.launching import STARTED, agree, launched_rank, started
+from flowalign.checks import ConfigError
+from flowalign.launching import STARTED, agree, check_tasks, launched_rank, started
 from tests.conftest import ROOT, TINY, settled
 
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
@@ -54,6 +55,40 @@ def test_ranks_of_slurm_name_their_job_and_only_the_first_writes_hydras_files(mo
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert agree(["seed=1"]) == ["seed=1"]
     assert launched_rank(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # sbatch without srun
+
+
+BATCH = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "job.sh"}
+TWO = BATCH | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [
+        ({}, 4),
+        (BATCH, 4),  # a batch script without tasks: Lightning starts the others
+        (BATCH | {"SLURM_NTASKS": "1"}, 1),
+        (TWO | STEP, 2),
+        (TWO | {"SLURM_JOB_NAME": "bash"}, 2),
+        (BATCH | {"SLURM_NTASKS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2),  # srun torchrun
+    ],
+)
+def test_tasks_of_slurm_that_are_the_devices_are_taken(environment: dict[str, str], number: int):
+    check_tasks(environment, number, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "number", "sentence"),
+    [
+        (TWO, 2, "write srun python train.py"),  # would wait for a second process
+        (TWO | STEP, 1, "--ntasks-per-node=1"),
+        (BATCH | {"SLURM_NTASKS": "1"}, 2, "--ntasks-per-node=2"),  # would train on one, with batches for two
+        (BATCH | {"SLURM_NTASKS": "2"} | STEP, 2, "write --ntasks-per-node=2"),
+    ],
+)
+def test_tasks_of_slurm_that_are_not_the_devices_are_refused(environment: dict[str, str], number: int, sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        check_tasks(environment, number, 1)
 
 
 def test_ranks_of_torchrun_take_the_time_of_the_first(monkeypatch: pytest.MonkeyPatch):
@@ -140,6 +175,9 @@ def test_a_failed_run_leaves_a_record_and_the_table_names_it(
     assert sweeps.surviving(refused)(cfg) is None
     assert sweeps.report() == 2
     assert capsys.readouterr().err == "1 failed:\n     1  seed=1  use seed=2.\n"
+    for code in (143, -1):  # a signal that was obeyed by us, by submitit
+        with pytest.raises(SystemExit):
+            sweeps.surviving(lambda cfg, code=code: sys.exit(code))(cfg)
     assert sweeps.surviving(broken)(cfg) is None
     assert sweeps.report() == 1
     cfg.sweeper._target_ = "some.OptunaSweeper"  # which has to know
@@ -199,3 +237,12 @@ def test_jobs_of_slurm_compose(compose: Callable[..., Any]):
         node = hydra_compose("train", words, return_hydra_config=True).hydra
     assert node.launcher._target_.endswith("SlurmLauncher")
     assert node.launcher.tasks_per_node == 4
+
+
+@pytest.mark.skipif(not plugin("hydra_submitit_launcher"), reason="needs the extra slurm")
+def test_a_sweep_whose_jobs_have_other_tasks_than_devices_is_refused(say: Callable[..., tuple[int, str, str]]):
+    from flowalign.run import main
+
+    code, _, err = say(main, "-m", "hydra/launcher=submitit_slurm", "seed=0,1", "trainer.devices=2", "strategy=ddp")
+    assert code == 2
+    assert "write hydra.launcher.tasks_per_node=2." in err

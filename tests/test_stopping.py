@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
-from flowalign.stopping import Requests, Stopped, asked, farewell
+from flowalign.stopping import Requests, Stopped, asked, farewell, slurm_job
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -63,21 +64,50 @@ def test_another_thread_leaves_signals_as_they_are():
     assert seen == [signal.getsignal(signal.SIGTERM)]
 
 
-@pytest.mark.parametrize(("rank", "code"), [("0", 143), ("1", 0)])
-def test_the_launchers_own_processes_end_with_zero(monkeypatch: pytest.MonkeyPatch, rank: str, code: int):
-    for name in ("RANK", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.parametrize(
+    ("rank", "slurm", "code"),
+    [("0", None, 143), ("1", None, 0), ("1", "0", 0), ("1", "1", 143)],  # the last one is a task of srun
+)
+def test_the_launchers_own_processes_end_with_zero(
+    monkeypatch: pytest.MonkeyPatch, rank: str, slurm: str | None, code: int
+):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SLURM_LOCALID", raising=False)
     monkeypatch.setenv("LOCAL_RANK", rank)
+    if slurm is not None:
+        monkeypatch.setenv("SLURM_LOCALID", slurm)
     assert Stopped(signal.SIGTERM).code == code
 
 
+def test_a_job_of_an_array_is_named_by_its_place():
+    """The number of its last job is that of the array: all of them would be started again."""
+    assert slurm_job({}) is None
+    assert slurm_job({"SLURM_JOB_ID": "7"}) == "7"
+    assert slurm_job({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}) == "7_3"
+
+
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("sigterm")
 @pytest.mark.parametrize(
-    ("number", "requeue", "done"),
-    [(signal.SIGUSR1, True, True), (signal.SIGUSR1, False, False), (signal.SIGTERM, True, False)],
+    ("number", "requeue", "rank", "done"),
+    [
+        (signal.SIGUSR1, True, 0, True),
+        (signal.SIGUSR1, False, 0, False),
+        (signal.SIGTERM, True, 0, False),
+        (signal.SIGUSR1, True, 1, False),  # of torchrun in the first task, say, where SLURM_PROCID is 0
+    ],
 )
-def test_a_slurm_job_goes_back_into_its_queue_if_asked_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, requeue: bool, done: bool
+def test_a_slurm_job_goes_back_into_its_queue_once_if_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, requeue: bool, rank: int, done: bool
 ):
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    monkeypatch.setenv("SLURM_PROCID", "0")
     command = tmp_path / "scontrol"
     command.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
     command.chmod(0o755)
@@ -88,6 +118,7 @@ def test_a_slurm_job_goes_back_into_its_queue_if_asked_to(
     assert (tmp_path / "asked").exists() == done
     if done:
         assert (tmp_path / "asked").read_text() == "requeue 17\n"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # SLURM's answer does not cut the end short
 
 
 # ------------------------------------------------------------ in a training
