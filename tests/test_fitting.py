@@ -157,7 +157,7 @@ def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., AlignM
         )  # fmt: skip
         recipe = build_recipe(cfg)
         module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
-        trainer.callbacks.extend(callbacks)
+        trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
         trainer.fit(module, ckpt_path=resume)
         return module
 
