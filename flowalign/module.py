@@ -138,7 +138,7 @@ class AlignModule(Forward):
         r = self.recipe
         optimizer = r.optimizer(list(self.live.trained().values()))
         # A fused step would unscale float16's gradients itself, when they have been judged and clipped already.
-        optimizer._step_supports_amp_scaling = False
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         total = self.geometry.steps_per_epoch * (self.trainer.max_epochs or 1)
         if self.trainer.max_steps > 0:
             total = min(total, self.trainer.max_steps)
