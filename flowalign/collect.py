@@ -85,8 +85,8 @@ class Collected:
     """Without credit (NaN) before `settle`."""
     cond: Conditioning
     prompt_of_point: Tensor
-    stats: dict[str, float]
-    """Of the pictures; those of rewards come with `settle`."""
+    x0: Tensor
+    """(n, …) the final latents of all samples of this rank."""
     images: Tensor
     prompts: list[Prompt]
     calls: int
@@ -97,6 +97,8 @@ class Collected:
     """(n,) the numbers of those whose points are here."""
     earned: Callable[[], Given]
     """Waits for the rewards of all samples."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """Of the rewards, after `settle`."""
 
     def settle(self) -> None:
         """Waits for the last rewards and gives the points their credit; all ranks together, once.
@@ -108,7 +110,7 @@ class Collected:
         weight = earned.valid / earned.valid[self.trained].double().mean()
         for place, credit in ((self.points.advantage, earned.advantage), (given(self.points.weight, "weight"), weight)):
             place.unflatten(0, (len(self.mine), -1)).copy_(credit[self.mine, None])
-        self.stats = earned.stats | self.stats | {"advantage_abs": float(earned.advantage.abs().mean())}
+        self.stats = earned.stats | {"advantage_abs": float(earned.advantage.abs().mean())}
 
 
 @dataclass
@@ -192,7 +194,6 @@ class Collector:
             rewards = Coming(self.scorer, turns, epoch)
             made = self._pictures(share, rewards, report)
             earned = cache(partial(self._earned, rewards, share, chosen, gather, report))
-        stats = {"diversity": diversity(made.rollout.x0, rows)}
         trained = self._trained(earned)
         kept = torch.tensor([i for i, sample in enumerate(local) if trained[sample]])
         mine = torch.tensor(local)[kept]
@@ -202,7 +203,9 @@ class Collector:
             real = self._given(share, which, lambda done, reward: None).rollout.index(kept)
             points = beside(points, self._points(epoch, real, mine, GIVEN), len(kept))
         of_point = rows[kept].repeat_interleave(self.geometry.points_per_sample)
-        return Collected(points, cond, of_point, stats, made.images, share.prompts, made.calls, trained, mine, earned)
+        return Collected(
+            points, cond, of_point, made.rollout.x0, made.images, share.prompts, made.calls, trained, mine, earned
+        )  # fmt: skip
 
     # ------------------------------------------------------------ pictures
 
@@ -366,18 +369,3 @@ class Collector:
 def _stacked(images: list[Tensor]) -> Tensor:
     """(n, …), also of nothing: a rank may have no first picture of a group."""
     return torch.stack(images) if images else torch.empty(0)
-
-
-def diversity(x0: Tensor, group: Tensor) -> float:
-    """Root mean square deviation, over dims and samples x0 (B, …), from the mean of the group (B,): 0 for copies.
-
-    Unbiased, so that it does not depend on how many members of a group are here; groups of one are left out.
-    """
-    member, count = torch.unique(group, return_inverse=True, return_counts=True)[1:]
-    x = x0.flatten(1).double()
-    mean = torch.zeros(len(count), x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, member, x)
-    mean /= count[:, None]
-    total = torch.zeros(len(count), dtype=x.dtype, device=x.device)
-    total.index_add_(0, member, (x - mean[member]).square().mean(dim=1))
-    several = count > 1
-    return float((total[several] / (count[several] - 1)).mean().sqrt()) if several.any() else float("nan")

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, refusals
 from flowalign.collect import Collector
+from flowalign.diversity import diversity
 from flowalign.exhausted import memory_of
 from flowalign.forward import Forward
 from flowalign.guards import Finite, check_ratio
@@ -174,12 +175,13 @@ class AlignModule(Forward):
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self._consult_frozen()  # which knows nothing of rewards: the last ones are scored meanwhile
             got.settle()
+            spread = diversity(got.x0, g.batch.group_size, self._gather)
             self.report.end("rollout")
         self.counts["samples"] += g.samples
         self.counts["rollout"] += int(self._everyones(torch.tensor(got.calls, device=self.device)).sum())
         self.rollout_shown = got.images
         seconds = time.perf_counter() - started
-        self.stats = got.stats | {"seconds": seconds, "images_per_s": g.samples / seconds}
+        self.stats = got.stats | {"diversity": spread, "seconds": seconds, "images_per_s": g.samples / seconds}
         # Straight to the loggers: these values belong to the start of the epoch, self.log would date them at its end.
         for logger in self.trainer.loggers:
             logger.log_metrics({f"rollout/{k}": v for k, v in self.stats.items()}, step=self.global_step)
@@ -190,7 +192,7 @@ class AlignModule(Forward):
         self.between_batches()
 
     def _gather(self, local: Tensor) -> Tensor:
-        """(n,) on every rank to (n · ranks,) in global sample order."""
+        """(n, …) on every rank to (n · ranks, …) in global sample order."""
         return self.geometry.in_order(self._everyones(local))
 
     def _everyones(self, local: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "sampler",
         "evaluation",
         "grid",
+        "diversity",
         "embeddings",
         "conditioner",
         "scoring",

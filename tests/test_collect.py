@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowalign.checks import ConfigError
-from flowalign.collect import Collector, diversity
+from flowalign.collect import Collector
 from flowalign.conditioner import Conditioner
 from flowalign.models.base import FlowModel
 from flowalign.recipe import batch_plan
@@ -315,17 +315,6 @@ def test_rewards_of_latents_decode_only_what_is_looked_at(collect: Callable[...,
     assert sum(decoded) == 8
     assert torch.equal(both.rewards[:, 0], phase.rewards[:, 0])
     assert torch.allclose(both.got.images, phase.got.images, atol=1e-5)
-
-
-def test_diversity_is_the_spread_within_groups_whatever_their_size():
-    generator = torch.Generator().manual_seed(0)
-    group = torch.tensor([0, 1] * 2000)
-    apart = torch.tensor([0.0, 100.0])[group].view(-1, 1, 1)
-    x0 = 0.5 * torch.randn(4000, 2, 3, generator=generator) + apart
-    assert diversity(x0, group) == pytest.approx(0.5, rel=0.02)
-    few = torch.tensor([0, 0] * 2000) + torch.arange(2000).repeat_interleave(2)
-    assert diversity(x0 - apart, few) == pytest.approx(0.5, rel=0.02)
-    assert diversity(x0[:1].expand(4, -1, -1), torch.zeros(4)) == 0
 
 
 @pytest.mark.parametrize(
