@@ -184,8 +184,8 @@ def described(row: Row, module: Any, precision: str) -> None:
 def timed(row: Row, seen: Any, steps: int) -> None:
     """The last epoch; the first one warms up."""
     row.epoch_s = seen.epochs[-1]
-    row.rollout_s, row.frozen_s, row.optimise_s = (seconds[-1] for seconds in seen.seconds.values())
-    row.step_s = row.optimise_s / steps
+    row.rollout_s, row.frozen_s, optimise_s = (seconds[-1] for seconds in seen.seconds.values())
+    row.optimise_s, row.step_s = optimise_s, optimise_s / steps
     row.samples_per_s = row.samples / row.epoch_s  # type: ignore[operator]
 
 

@@ -3,7 +3,8 @@
 plan: a random SD3 in a process of its own for each of grpo and nft, with adapters and full. Planned is the plan that a
 run prints (flowalign/memory.py). Measured is the peak of resident memory while the model is trained, less what was
 resident before the model was loaded. The process trains the embedded model first, so that Python, its libraries and
-their thread pools are in what was before.
+their thread pools are in what was before. Both once with the C library's allocator as it comes, which keeps and splits
+freed memory, and once with every block of 64 KiB or more in a mapping of its own, so that resident is what is in use.
 growth: resident memory after every epoch of a tiny geometry with all callbacks, loggers and evaluations of a usual run.
 buffer: whether the training points of grpo are those of the trained steps, and hold on to nothing else.
 """
@@ -14,7 +15,9 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,6 +42,8 @@ TINY = (
     *COMMON, "batch.group_size=2", "batch.micro=3", "rollout.batch_size=4", "evaluation.sampling.num_steps=2",
     "trainer.check_val_every_n_epoch=10", "callbacks=[checkpoint,preemption,ranks,pictures]",
 )  # fmt: skip
+ALLOCATORS = {"as it comes": {}, "mapped": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}}
+"""Environments in which the C library of Linux starts."""
 FLAT = 0.01
 """Growth between epochs 20 to 40 and the last 20 that counts as none."""
 
@@ -58,13 +63,11 @@ def planned_and_measured(workload: str, model: list[str], folder: str, overrides
     plan, peak, how = _train([*words, *model, *overrides])
     planned, measured = sum(plan.values()), peak - before
     return {
-        "workload": workload,
         "planned_mib": round(planned / MIB, 1),
         "measured_mib": round(measured / MIB, 1),
         "ratio": round(measured / planned, 3),
         "before_mib": round(before / MIB, 1),
         "peak": how,
-        "arenas": os.environ.get("MALLOC_ARENA_MAX", "as they come"),
         "plan_mib": {name: round(size / MIB, 1) for name, size in plan.items()},
     }
 
@@ -88,12 +91,25 @@ def _train(words: Sequence[str]) -> tuple[dict[str, int], int, str]:
     return plan, resident.peak(restarted[0]), how
 
 
+@contextmanager
+def environment(words: dict[str, str]) -> Iterator[None]:
+    """Of processes that are started inside."""
+    before = os.environ.copy()
+    os.environ.update(words)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def plans(given: argparse.Namespace) -> bool:
     rows = Rows(given.to / "memory_plan.json", model=given.model)
-    for workload in given.only:
-        with tempfile.TemporaryDirectory() as folder:
+    for workload, (allocator, words) in product(given.only, ALLOCATORS.items()):
+        with tempfile.TemporaryDirectory() as folder, environment(words):
             model = random_sd3(SIZES[given.model], Path(folder))
-            rows.add(alone(planned_and_measured, workload, model, f"{folder}/out", given.overrides), "workload")
+            found = alone(planned_and_measured, workload, model, f"{folder}/out", given.overrides)
+        rows.add({"workload": workload, "allocator": allocator} | found, "workload", "allocator")
     print(markdown([{k: v for k, v in row.items() if k != "plan_mib"} for row in rows.rows]))
     return True
 

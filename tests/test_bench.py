@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 from lightning import Callback
 
 from bench.growth import FACTORS, fit, fits, plot, report, tokens
-from bench.measuring import alone
-from bench.memory import growth, held_points
+from bench.measuring import told
+from bench.memory import ALLOCATORS, growth, held_points
 from bench.rows import Rows, markdown
 from bench.time_to_quality import figures, reached, standard_error
 from bench.utilisation import flops_a_point, mfu, peak_of
@@ -169,7 +170,7 @@ def trained(cfg: Any, *callbacks: Callback) -> Any:
 
     recipe = build_recipe(cfg)
     module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
-    trainer.callbacks.extend(callbacks)
+    trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
     trainer.fit(module)
     return module
 
@@ -202,20 +203,21 @@ class Census(Callback):
 @pytest.mark.parametrize("algo", ["grpo", "nft"])
 def test_no_epoch_leaves_a_tensor_behind(tiny: Any, algo: str):
     census = Census()
-    trained(
-        tiny(f"algo={algo}", "trainer.max_epochs=5", "data.train.limit=4", "batch.prompts=4", "batch.micro=2"), census
-    )
-    assert len(set(census.counts[2:])) == 1, census.counts  # by then every prompt has been encoded
+    trained(tiny(f"algo={algo}", "trainer.max_epochs=4", "data.train.limit=2", "batch.micro=2"), census)
+    assert len(set(census.counts[1:])) == 1, census.counts  # after the first, where all prompts are encoded
 
 
 @pytest.mark.slow
 def test_the_peak_of_memory_is_measured_beside_its_plan(tmp_path: Path):
     words = ("--parts", "plan", "--only", "grpo_full", "--model", "8M", "--to", str(tmp_path))
     call("memory", *words, "batch.prompts=1", "batch.micro=4", "rollout.num_steps=3")
-    (found,) = rows_of(tmp_path / "memory_plan.json")
-    assert found["ratio"] == pytest.approx(found["measured_mib"] / found["planned_mib"], rel=0.01)
-    assert found["planned_mib"] == pytest.approx(sum(found["plan_mib"].values()), abs=1)
-    assert found["measured_mib"] > 4 * 7.7e6 * 4 / 2**20  # weights, gradients and two moments at the least
+    rows = rows_of(tmp_path / "memory_plan.json")
+    assert [(row["workload"], row["allocator"]) for row in rows] == [("grpo_full", name) for name in ALLOCATORS]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["measured_mib"] / row["planned_mib"], rel=0.01)
+        assert row["planned_mib"] == pytest.approx(sum(row["plan_mib"].values()), abs=1)
+        assert row["measured_mib"] > 4 * 7.7e6 * 4 / 2**20  # weights, gradients and two moments at the least
+    assert rows[1]["ratio"] < 1.5  # where memory that is not in use is not resident
 
 
 @pytest.mark.slow
@@ -257,17 +259,16 @@ def test_a_point_takes_three_forwards_and_checkpointing_adds_none(tiny: Any):
     assert 0.9 * plain < again <= plain
 
 
-def broken(message: str) -> None:
-    class OwnError(Exception):
-        def __init__(self, one: str, two: str) -> None:
-            super().__init__(one)
+def test_an_exception_of_another_process_can_be_read():
+    def breaks() -> None:
+        class OwnError(Exception):  # which cannot be pickled, and hides what happened behind a broken process
+            pass
 
-    raise OwnError(message, "")
+        raise OwnError("no such thing")
 
-
-def test_an_exception_of_another_process_is_told():
-    with pytest.raises(RuntimeError, match="OwnError: no such thing"):
-        alone(broken, "no such thing")
+    with pytest.raises(RuntimeError, match="OwnError: no such thing") as caught:
+        told(breaks)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == "OwnError: no such thing"
 
 
 @pytest.mark.slow
@@ -293,19 +294,15 @@ def test_the_bench_of_large_models_runs_at_small_sizes(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_row_that_fails_says_so_and_the_others_go_on(tmp_path: Path):
-    """A micro-batch of 16 fits the 32 points of a window of two steps twice, and the others' not at all."""
-    words = ("--tiny", "--only", "sd3_5_medium", "--algorithms", "flow_grpo_fast", "mixgrpo", "flowawr")
-    options = ("--tunes", "full", "--peak-tflops", "1", "--to", str(tmp_path))
-    run = ("trainer.accelerator=cpu", "trainer.precision=bf16-mixed", "optimisation.on_policy_tolerance=1")
-    call("gpu", *words, *options, *run, "batch.micro=8", "batch.updates=1", fails=False)
-    before = rows_of(tmp_path / "gpu.json")
-    assert [row["algo"] for row in before] == ["flow_grpo_fast", "mixgrpo", "flowawr"]
-    assert all(0 < row["mfu"] < 1 for row in before)
-    call("gpu", *words, *options, *run, "batch.micro=16", "batch.updates=1", fails=True)
-    fast, window, awr = rows_of(tmp_path / "gpu.json")[3:]
+    """A micro-batch of 16 cuts the 16 points of a window of two steps, and not the 24 of three."""
+    words = ("--tiny", "--only", "sd3_5_medium", "--algorithms", "flow_grpo_fast", "mixgrpo", "--tunes", "full")
+    run = ("trainer.accelerator=cpu", "trainer.precision=bf16-mixed", "batch.micro=16", "batch.updates=1")
+    call("gpu", *words, "--peak-tflops", "1", "--to", str(tmp_path), *run, fails=True)
+    fast, window = rows_of(tmp_path / "gpu.json")
     assert "batch.micro" in fast["failed"]
+    assert fast["epoch_s"] is None
     assert window["failed"] is None
-    assert awr["failed"] is None
+    assert 0 < window["mfu"] < 1
 
 
 # ------------------------------------------------------------ quality, starting
