@@ -40,24 +40,27 @@ class Phases(Checkpoint, Report):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.before()
-        self.stamp = self.clock()
+        self.stamp, self.consulting = self.clock(), 0.0
 
     def begin(self, phase: str, total: int) -> None:
-        if phase == "optimise":
-            self._over("frozen")
+        if phase == "frozen":  # once a copy, while the last rewards of the rollout are on their way
+            self.asked = self.clock()
+        elif phase == "optimise":
+            self.seconds["frozen"].append(self.consulting)
+            self.seconds["rollout"].append(self._lap() - self.consulting)
 
     def end(self, phase: str) -> None:
-        if phase == "rollout":
-            self._over("rollout")
+        if phase == "frozen":
+            self.consulting += self.clock() - self.asked
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._over("optimise")
+        self.seconds["optimise"].append(self._lap())
         self.after()
 
-    def _over(self, phase: str) -> None:
-        now = self.clock()
-        self.seconds[phase].append(now - self.stamp)
-        self.stamp = now
+    def _lap(self) -> float:
+        """Seconds since the last one."""
+        began, self.stamp = self.stamp, self.clock()
+        return self.stamp - began
 
     @property
     def epochs(self) -> list[float]:

@@ -137,6 +137,20 @@ def launched(bench: Bench) -> Iterator[Outcome]:
         yield bench.row(f"Lightning's launcher: {send} to rank {rank} during rollout", [ended], [lost(folder)])
 
 
+def torchrun(bench: Bench) -> Iterator[Outcome]:
+    """Two ranks of a real torchrun: one is killed, one is asked to stop, the launcher itself is asked to stop."""
+    words = (*PAIR, "strategy=ddp")
+    for send, rank in (("SIGKILL", 1), ("SIGTERM", 0), ("SIGTERM", None)):
+        name = f"{send} to {'the launcher' if rank is None else f'rank {rank}'} during rollout"
+        folder = bench.folder / f"torchrun_{send}{rank}"
+        if rank is None:  # it has written a checkpoint by then
+            written = folder / "checkpoints" / "last.ckpt"
+            ended = forked.torchrun(folder, *words, *forked.TRAP, terminated_after=written)
+        else:
+            ended = forked.torchrun(folder, *words, *trapped("rollout", [rank], send))
+        yield bench.row(f"torchrun: {name}", [ended], [lost(folder)], bench.resumed(folder, *words, ranks=2))
+
+
 # ------------------------------------------------------------ signals
 
 
@@ -314,8 +328,8 @@ def memory(bench: Bench) -> Iterator[Outcome]:
 CASES: dict[str, Callable[[Bench], Iterator[Outcome]]] = {
     function.__name__: function
     for function in (
-        *(killed, dead_rank, launched, terminated, requeued, interrupted, disk, checkpoints, another_base, cache, two),
-        *(not_finite, memory),
+        *(killed, dead_rank, launched, torchrun, terminated, requeued, interrupted, disk, checkpoints, another_base),
+        *(cache, two, not_finite, memory),
     )
 }
 

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,8 @@ def _program(words: Sequence[str], rank: int, environment: Mapping[str, str], ou
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    # Whoever has forked us may have put objects of his own in their place, as pytest does.
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ.update(environment)
     rank_zero_only.rank = rank  # Lightning has looked for it when it was imported
     os.chdir(ROOT)
@@ -121,6 +124,40 @@ def _program(words: Sequence[str], rank: int, environment: Mapping[str, str], ou
 def run(folder: Path, *words: str, ranks: int = 1, environment: Mapping[str, str] | None = None) -> Ended:
     """The same, waited for."""
     return start(folder, *words, ranks=ranks, environment=environment).wait()
+
+
+def torchrun(folder: Path, *words: str, ranks: int = 2, terminated_after: Path | None = None) -> Ended:
+    """The same by a real torchrun, whose own exit code is told; SIGTERM to it alone once a file is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+    with (folder / "said0.txt").open("w") as file:
+        agent = subprocess.Popen(
+            [sys.executable, *launcher, *settled(*TINY, *words, f"hydra.run.dir={folder}")],
+            cwd=ROOT, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    while terminated_after is not None and not terminated_after.exists() and agent.poll() is None:
+        time.sleep(0.05)
+    if terminated_after is not None and agent.poll() is None:
+        (folder / "snapped").write_text(str(time.time()))
+        agent.terminate()
+    try:
+        agent.wait(BOUND)
+    except subprocess.TimeoutExpired:
+        hung = True
+    else:
+        hung = bool(of_session(agent.pid))
+    ended = time.time()
+    if hung:
+        os.killpg(agent.pid, signal.SIGKILL)
+    snapped = [float(file.read_text()) for file in folder.glob("snapped*")]
+    said = (folder / "said0.txt").read_text(errors="replace")
+    return Ended((agent.wait(),), hung, ended - min(snapped) if snapped else None, said)
+
+
+def of_session(leader: int) -> list[str]:
+    """Processes that a session has left."""
+    return subprocess.run(["pgrep", "-s", str(leader)], capture_output=True, text=True).stdout.split()
 
 
 def last(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from flowalign.models.base import FlowModel
 from flowalign.points import below, beside, noised, transitions
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
-from flowalign.scoring import Latents, Scorer, Seen, Turns
+from flowalign.scoring import Coming, Latents, Scorer, Seen, Turns
 from flowalign.scoring.stats import statistics
 from flowalign.steps.base import StepPlan, Steps
 from flowalign.steps.tail import shorten
 from flowalign.times import Times
-from flowalign.types import Conditioning, Point, Rollout
+from flowalign.types import Conditioning, Point, Rollout, given
 
 Progress = Callable[[int, float | None], None]
 SHOWN = 16
@@ -59,18 +60,55 @@ class Size:
         return (self.height, self.width, self.frames)
 
 
+@dataclass(frozen=True)
+class Given:
+    """What every sample of an epoch has been given for its rewards."""
+
+    advantage: Tensor
+    """(N,)"""
+    valid: Tensor
+    """(N,) bool; the others are not trained on."""
+    stats: dict[str, float] = field(default_factory=dict)
+    """What the rewards look like."""
+
+    @staticmethod
+    def equal(number: int) -> Given:
+        """1 for everybody."""
+        return Given(torch.ones(number), torch.ones(number, dtype=torch.bool))
+
+
 @dataclass
 class Collected:
-    """What a rollout phase leaves on one rank."""
+    """What a rollout phase leaves on one rank. The last rewards may still be on their way."""
 
     points: Point
+    """Without credit (NaN) before `settle`."""
     cond: Conditioning
     prompt_of_point: Tensor
     stats: dict[str, float]
+    """Of the pictures; those of rewards come with `settle`."""
     images: Tensor
     prompts: list[Prompt]
     calls: int
     """Rows that the network was asked for."""
+    trained: Tensor
+    """(N,) bool: the samples of the epoch whose points there are."""
+    mine: Tensor
+    """(n,) the numbers of those whose points are here."""
+    earned: Callable[[], Given]
+    """Waits for the rewards of all samples."""
+
+    def settle(self) -> None:
+        """Waits for the last rewards and gives the points their credit; all ranks together, once.
+
+        Raises what a reward has raised, and RewardError where too many scores are missing.
+        """
+        earned = self.earned()
+        # The mean over what is in the loss, on all ranks alike.
+        weight = earned.valid / earned.valid[self.trained].double().mean()
+        for place, credit in ((self.points.advantage, earned.advantage), (given(self.points.weight, "weight"), weight)):
+            place.unflatten(0, (len(self.mine), -1)).copy_(credit[self.mine, None])
+        self.stats = earned.stats | self.stats | {"advantage_abs": float(earned.advantage.abs().mean())}
 
 
 @dataclass
@@ -93,24 +131,7 @@ class Pictures:
     rollout: Rollout
     images: Tensor
     """The first picture of each group, of SHOWN at most, on the CPU."""
-    rewards: Tensor
-    """(B, R)"""
     calls: int = 0
-
-
-@dataclass(frozen=True)
-class Given:
-    """What every sample of an epoch has been given for its rewards."""
-
-    advantage: Tensor
-    """(N,)"""
-    valid: Tensor
-    """(N,) bool; the others are not trained on."""
-
-    @staticmethod
-    def equal(number: int) -> Given:
-        """1 for everybody."""
-        return Given(torch.ones(number), torch.ones(number, dtype=torch.bool))
 
 
 @dataclass
@@ -150,10 +171,14 @@ class Collector:
         epoch: int,
         rank: int,
         device: torch.device,
+        turns: Turns,
         gather: Callable[[Tensor], Tensor],
         report: Progress,
     ) -> Collected:
-        """`gather`: local (n,) to the global one in sample order; `report`: pictures done, their mean reward if any."""
+        """`turns`: where rewards wait, of the caller, who cancels them if anything fails before the result is settled.
+
+        `gather`: local (n,) to the global one in sample order; `report`: pictures done, their mean reward if any.
+        """
         group_size = self.geometry.batch.group_size
         chosen = self.prompts.epoch(self.seed, epoch, self.geometry.batch.prompts)
         local = self.geometry.local_samples(rank)
@@ -162,65 +187,53 @@ class Collector:
         which = [chosen[row] for row in rows.tolist()]
         share = Share(epoch, local, [self.prompts.prompts[i] for i in which], cond.index(rows), device)
         if self.algorithm.source == "images":
-            made = self._given(share, which, report)
-            credit, stats = Given.equal(self.geometry.samples), {}
+            made, earned = self._given(share, which, report), partial(Given.equal, self.geometry.samples)
         else:
-            made = self._pictures(share, report)
-            credit, stats = self._credit(gather(made.rewards).cpu(), epoch, chosen)
-        stats["diversity"] = diversity(made.rollout.x0, rows)
-        trained = self._kept(credit)
-        # The mean over what is in the loss, on all ranks alike.
-        weight = credit.valid / credit.valid[trained].double().mean()
+            rewards = Coming(self.scorer, turns, epoch)
+            made = self._pictures(share, rewards, report)
+            earned = cache(partial(self._earned, rewards, share, chosen, gather, report))
+        stats = {"diversity": diversity(made.rollout.x0, rows)}
+        trained = self._trained(earned)
         kept = torch.tensor([i for i, sample in enumerate(local) if trained[sample]])
-        rollout = made.rollout if len(kept) == len(local) else made.rollout.index(kept)
         mine = torch.tensor(local)[kept]
-        given = mine, credit.advantage[mine], weight[mine]
-        points = self._points(epoch, rollout, *given)
+        rollout = made.rollout if len(kept) == len(local) else made.rollout.index(kept)
+        points = self._points(epoch, rollout, mine)
         if self.algorithm.source == "both":
             real = self._given(share, which, lambda done, reward: None).rollout.index(kept)
-            points = beside(points, self._points(epoch, real, *given, GIVEN), len(kept))
-        stats["advantage_abs"] = float(credit.advantage.abs().mean())
+            points = beside(points, self._points(epoch, real, mine, GIVEN), len(kept))
         of_point = rows[kept].repeat_interleave(self.geometry.points_per_sample)
-        return Collected(points, cond, of_point, stats, made.images, share.prompts, made.calls)
+        return Collected(points, cond, of_point, stats, made.images, share.prompts, made.calls, trained, mine, earned)
 
     # ------------------------------------------------------------ pictures
 
-    def _pictures(self, share: Share, report: Progress) -> Pictures:
-        """Walks of the policy, decoded and scored, some at a time."""
+    def _pictures(self, share: Share, rewards: Coming, report: Progress) -> Pictures:
+        """Walks of the policy, decoded and given to the rewards, some at a time."""
         plan = self.plan(share.epoch)
         sigmas, shape = self._schedule(plan), self._latent_shape()
         batch, alike = self._batch(plan)
-        parts, images, scored, calls = [], [], [], 0
+        parts, images, calls = [], [], 0
         unscored: list[tuple[Tensor, Tensor | None]] = []
-        with Turns(self.scorer.ahead) as turns:
-            for start in range(0, len(share.samples), batch):
-                samples = share.samples[start : start + batch]
-                end = start + len(samples)
-                cond = share.cond.index(slice(start, end))
+        for start in range(0, len(share.samples), batch):
+            samples = share.samples[start : start + batch]
+            end = start + len(samples)
+            cond = share.cond.index(slice(start, end))
 
-                def velocity(x: Tensor, sigma: Tensor, rows: Rows, cond: Conditioning = cond) -> Tensor:
-                    nonlocal calls
-                    calls += len(x)
-                    return self.model.velocity(x, sigma, cond.index(rows), self.sampling.guidance)
+            def velocity(x: Tensor, sigma: Tensor, rows: Rows, cond: Conditioning = cond) -> Tensor:
+                nonlocal calls
+                calls += len(x)
+                return self.model.velocity(x, sigma, cond.index(rows), self.sampling.guidance)
 
-                noise = Noise(self.seed, share.epoch, samples, shape, share.device, alike)
-                part = walk(
-                    velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean
-                )
-                media, shown = self._decoded(part.x0, self._first_of_groups(samples), SHOWN - len(images))
-                parts.append(part)
-                images += shown
-                unscored.append((part.x0, media))
-                if self._complete(share.samples, end):
-                    seen, unscored = self._seen(share, unscored, end, plan), []
-                    turns.add(self.scorer.start(seen), lambda scores: scored.append(self.scorer.stacked(scores)))
-                report(end, self._mean(scored, share.epoch))
-        report(len(share.samples), self._mean(scored, share.epoch))
-        return Pictures(join(parts), _stacked(images), torch.cat(scored), calls)
-
-    def _mean(self, scored: list[Tensor], epoch: int) -> float | None:
-        """Of the rewards so far."""
-        return float(self.scorer.combined(torch.cat(scored), epoch).nanmean()) if scored else None
+            noise = Noise(self.seed, share.epoch, samples, shape, share.device, alike)
+            part = walk(velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean)
+            media, shown = self._decoded(part.x0, self._first_of_groups(samples), SHOWN - len(images))
+            parts.append(part)
+            images += shown
+            unscored.append((part.x0, media))
+            if self._complete(share.samples, end):
+                seen, unscored = self._seen(share, unscored, end, plan), []
+                rewards.add(seen)
+            report(end, rewards.mean())
+        return Pictures(join(parts), _stacked(images), calls)
 
     def _batch(self, plan: StepPlan) -> tuple[int, int]:
         """Samples walked together, and how many neighbours start alike: whole groups of what belongs together, if they
@@ -268,7 +281,7 @@ class Collector:
             report(start + len(samples), None)
         x0 = torch.cat(latents)
         given = Rollout(x0, self._schedule(deterministic(0)))
-        return Pictures(given, _stacked(images[:SHOWN]), x0.new_ones(len(x0), 1))
+        return Pictures(given, _stacked(images[:SHOWN]))
 
     def _schedule(self, plan: StepPlan) -> Tensor:
         area = self.size.area
@@ -283,8 +296,16 @@ class Collector:
 
     # ------------------------------------------------------------ credit
 
-    def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> tuple[Given, dict[str, float]]:
-        """The credit of all samples of the epoch for their rewards (N, R), and what these look like."""
+    def _earned(
+        self, rewards: Coming, share: Share, chosen: list[int], gather: Callable[[Tensor], Tensor], report: Progress
+    ) -> Given:
+        """The credit of all samples of the epoch, once the last rewards are there."""
+        scores = rewards.all()
+        report(len(share.samples), rewards.mean())
+        return self._credit(gather(scores).cpu(), share.epoch, chosen)
+
+    def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> Given:
+        """The credit of all samples of the epoch for their rewards (N, R)."""
         weights, names = self.scorer.weights(epoch), list(self.scorer.objective)
         branches = self.plan(epoch).branches
         # The same prompt drawn twice is one group; branches are compared with those of their own step and trunk.
@@ -297,19 +318,23 @@ class Collector:
         valid = self.scorer.missing.valid(rewards, groups, weights, names)
         stats = statistics(rewards, groups, valid, weights, names)
         stats |= self.credit.stats(rewards, groups, valid, weights)
-        return Given(self.credit(rewards, groups, valid, weights), valid), stats
+        return Given(self.credit(rewards, groups, valid, weights), valid, stats)
 
-    def _kept(self, credit: Given) -> Tensor:
-        """(N,) bool: the samples to train on, all or of each group the best and the worst in equal numbers.
+    def _trained(self, earned: Callable[[], Given]) -> Tensor:
+        """(N,) bool: the samples to train on. Rewards are waited for only where they choose."""
+        members = self.geometry.members
+        if members is None:
+            return torch.ones(self.geometry.samples, dtype=torch.bool)
+        return self._best_and_worst(earned(), members)
+
+    def _best_and_worst(self, credit: Given, members: int) -> Tensor:
+        """(N,) bool: so many of each group, the best and the worst in equal numbers.
 
         Who has no score comes between these, and is kept only where its group has too few others.
         """
-        g = self.geometry
-        if g.members is None:
-            return torch.ones_like(credit.valid)
-        worst = g.members // 2
-        best = g.members - worst
-        group_size = g.batch.group_size
+        worst = members // 2
+        best = members - worst
+        group_size = self.geometry.batch.group_size
         scored = credit.advantage.masked_fill(~credit.valid, -torch.inf).unflatten(0, (-1, group_size))
         place = scored.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         place = torch.where(place < best, place, place + group_size)
@@ -319,9 +344,9 @@ class Collector:
 
     # ------------------------------------------------------------ points
 
-    def _points(
-        self, epoch: int, rollout: Rollout, sample: Tensor, advantage: Tensor, weight: Tensor, stream: int = POINT
-    ) -> Point:
+    def _points(self, epoch: int, rollout: Rollout, sample: Tensor, stream: int = POINT) -> Point:
+        """Without credit, whose place is made."""
+        advantage = weight = torch.full((len(sample),), torch.nan)
         group_size = self.geometry.batch.group_size
         group = sample // (self.plan(epoch).branches or group_size)
         if self.algorithm.point == "transition":

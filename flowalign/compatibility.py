@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError
 from flowalign.checks.signatures import locate
-from flowalign.planning import objective
+from flowalign.planning import is_sharded, objective
 from flowalign.steps.base import Steps
 
 OPTIONS = {"FlowSDE": "flow_sde", "DanceSDE": "dance_sde", "CPS": "cps", "ODE": "ode"}
@@ -49,6 +49,7 @@ def check_groups(cfg: DictConfig) -> None:
             "2 (8 to 24 are usual)."
         )
     _check_strategy(cfg)
+    _check_quantised(cfg)
     _check_noise(cfg, algorithm, dynamics)
     if (steps := _built(cfg.steps)) is not None:
         _check_steps(cfg, steps, algorithm, dynamics)
@@ -97,6 +98,22 @@ def _check_strategy(cfg: DictConfig) -> None:
         raise ConfigError(
             f"model={choice('model', cfg)} has several denoisers, and not every batch asks each of them: use "
             "trainer.strategy=ddp_find_unused_parameters_true, or strategy=fsdp."
+        )
+
+
+def _check_quantised(cfg: DictConfig) -> None:
+    """Quantised weights are frozen, and every device holds all of them."""
+    if (kind := cfg.model.get("quantised")) is None:
+        return
+    if locate(cfg.tune["_target_"]).kind == "full":
+        raise ConfigError(
+            f"model.quantised={kind} freezes the denoiser's weights, and tune={choice('tune', cfg)} trains them: use "
+            "tune=lora."
+        )
+    if is_sharded(cfg):
+        raise ConfigError(
+            f"model.quantised={kind} cannot be cut into shards, and every device holds all of it: use strategy=ddp, or "
+            "model.quantised=null."
         )
 
 

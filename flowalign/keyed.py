@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowalign.transfer import room, sent
+
 INITIAL = 0
 """Stream of the noise a walk starts from."""
 STEP = 1000
@@ -57,7 +59,7 @@ def keyed_randn(
 ) -> Tensor:
     """Standard normal noise (B, *shape) in float32, drawn on the CPU so that every device sees the same numbers."""
     samples = ids(sample_ids)
-    noise = torch.empty(len(samples), *shape)
+    noise = room((len(samples), *shape), device)
     for row, sample in zip(noise, samples, strict=True):
         row.normal_(generator=keyed_generator(seed, epoch, sample, stream))
-    return noise.to(device)
+    return sent(noise, device)

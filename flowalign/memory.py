@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
+from flowalign.models.quantised import pieces
 from flowalign.policy import Policy
 from flowalign.policy.merge import adapted as adapted_layers
 from flowalign.recipe import Recipe
@@ -32,7 +33,7 @@ class Share:
 
 def held(tensors: Iterable[Tensor]) -> int:
     """Bytes of distinct storages on this rank."""
-    storages = [local(t).untyped_storage() for t in tensors]
+    storages = [piece.untyped_storage() for t in tensors for piece in pieces(local(t))]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -54,14 +55,15 @@ def kept_for_backward(
 
     With gradient checkpointing these are the inputs of the blocks; one block's inside comes on top on the way back.
     """
-    own = {local(p).untyped_storage().data_ptr() for d in model.denoisers().values() for p in d.parameters()}
+    held_by_model = [local(p) for d in model.denoisers().values() for p in d.parameters()]
+    own = {piece.untyped_storage().data_ptr() for p in held_by_model for piece in pieces(p)}
     seen: dict[int, int] = {}
 
     def count(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
+        storages = [piece.untyped_storage() for piece in pieces(t)]
         gathered = isinstance(t if t._base is None else t._base, nn.Parameter)  # whole for as long as its block runs
-        if storage.data_ptr() not in own and not gathered:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if not gathered:
+            seen.update({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own})
         return t
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
@@ -88,7 +90,7 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
     adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     lines = [
-        Share("denoisers", sum(map(weights, model.denoisers().values())), "model.train_dtype=bfloat16"),
+        Share("denoisers", sum(map(weights, model.denoisers().values())), _narrower(recipe)),
         Share("two blocks in one piece", whole_blocks(model)),
         Share("adapted weights, merged", adapted if policy.merge else 0, "running.merge_adapters=false"),
         Share("text encoders", 0 if recipe.encoding.release else text, "encoding.release=true"),
@@ -107,6 +109,12 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
         ),
     ]  # fmt: skip
     return [line for line in lines if line.size]
+
+
+def _narrower(recipe: Recipe) -> str:
+    if recipe.model.quantised is None:
+        return "model.train_dtype=bfloat16" + ("" if recipe.tune.kind == "full" else ", or model.quantised=int8")
+    return "model.quantised=nf4" if recipe.model.quantised == "int8" else ""
 
 
 def advice(lines: list[Share], available: int) -> list[str]:

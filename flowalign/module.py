@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, refusals
@@ -21,10 +22,12 @@ from flowalign.evaluating import Evaluating
 from flowalign.exhausted import memory_of
 from flowalign.guards import Finite, check_ratio
 from flowalign.memory import GIB, Share, plan
+from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
 from flowalign.policy import Policy
 from flowalign.policy.base import identity
 from flowalign.recipe import Recipe, batch_plan
+from flowalign.scoring import Turns
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
 from flowalign.tensors import whole
@@ -87,6 +90,13 @@ class AlignModule(Evaluating):
                 merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
             )  # fmt: skip
             r.running.apply(r.model)
+        if r.model.quantised is not None:
+            self._keep_from_ddp()
+
+    def _keep_from_ddp(self) -> None:
+        """DDP sends rank 0's weights round, which it cannot do with codes; every rank has read the same files."""
+        names = [name for name, p in self.named_parameters() if is_quantised(p)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def setup(self, stage: str) -> None:
         del stage
@@ -132,6 +142,8 @@ class AlignModule(Evaluating):
     def configure_optimizers(self) -> Any:
         r = self.recipe
         optimizer = r.optimizer(list(self.live.trained().values()))
+        # A fused step would unscale float16's gradients itself, when they have been judged and clipped already.
+        optimizer._step_supports_amp_scaling = False
         total = self.geometry.steps_per_epoch * (self.trainer.max_epochs or 1)
         if self.trainer.max_steps > 0:
             total = min(total, self.trainer.max_steps)
@@ -157,14 +169,15 @@ class AlignModule(Evaluating):
         started = time.perf_counter()
         g = self.geometry
         self.report.begin("rollout", g.samples_local)
-        with self._precision():
+        with self._precision(), Turns(self.recipe.scorer.ahead) as turns:
             sampler = self.recipe.algorithm.samples_with
             asked = None if sampler in self.recipe.same_as_live else sampler
             with memory_of("rollout"), self.live.use(asked):
-                got = self.collect(self.current_epoch, self.replica, self.device, self._gather, self._rolled)
+                got = self.collect(self.current_epoch, self.replica, self.device, turns, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
+            self._consult_frozen()  # which knows nothing of rewards: the last ones are scored meanwhile
+            got.settle()
             self.report.end("rollout")
-            self._consult_frozen()
         self.counts["samples"] += g.samples
         self.counts["rollout"] += int(self._everyones(torch.tensor(got.calls, device=self.device)).sum())
         self.rollout_shown = got.images
@@ -198,11 +211,14 @@ class AlignModule(Evaluating):
             all_of_them = torch.arange(len(points.x))
             rows = all_of_them if weight is None or name != "reference" else weight.nonzero().flatten()
             velocity = torch.zeros_like(points.x)  # which it stays where nobody asks
+            self.report.begin("frozen", len(rows))
             with self.live.use(name):
-                for part in rows.split(r.rollout.batch_size):
+                for i, part in enumerate(rows.split(r.rollout.batch_size)):
                     p, cond = self.buffer.gather(part)
                     velocity[part] = self._velocity(p.x, p.sigma, cond)
+                    self.report.advance("frozen", i * r.rollout.batch_size + len(part))
                     self.between_batches()
+            self.report.end("frozen")
             points.frozen[name] = velocity
             self.counts["frozen"] += len(rows) * self.replicas
 
@@ -340,9 +356,11 @@ class AlignModule(Evaluating):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = checkpoint.get("flowalign", {})
         if kept.get("base", self.base) != self.base:
+            then, now = kept["config"]["model"], self.recipe.model
             raise ConfigError(
-                f"the checkpoint was trained on another base than model.pretrained={self.recipe.model.pretrained} "
-                f"holds: on model.pretrained={kept['config']['model']['pretrained']}, as it was then."
+                f"the checkpoint was trained on another base than model.pretrained={now.pretrained} with "
+                f"model.quantised={now.quantised or 'null'} is: on model.pretrained={then['pretrained']} with "
+                f"model.quantised={then.get('quantised') or 'null'}, as it was then."
             )
         self.finite.skipped = kept.get("skipped", 0)
         self.baseline = dict(kept.get("baseline", {}))

@@ -7,7 +7,7 @@ class Report:
     """Says nothing; callbacks/progress.py listens."""
 
     def begin(self, phase: str, total: int) -> None:
-        """A phase starts: "rollout", "optimise" or "evaluate", with so many units of work."""
+        """A phase starts, with so many units of work: "encode", "rollout", "frozen", "optimise" or "evaluate"."""
 
     def advance(self, phase: str, done: int, **values: float) -> None:
         """`done` units are finished; values are shown beside the bar."""

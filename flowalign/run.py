@@ -51,7 +51,8 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
     from flowalign.recipe import Recipe
 
     make = instantiate
-    with without_weights(not reads_weights(cfg)):
+    scorer = scorer or make(cfg.reward)
+    with without_weights(not (reads_weights(cfg) or scorer.binds)):
         model = make(cfg.model)
     plain = OmegaConf.to_container(cfg, resolve=True)
     return Recipe(
@@ -61,7 +62,7 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         steps=make(cfg.steps),
         times=make(cfg.times),
         credit=make(cfg.credit),
-        scorer=scorer or make(cfg.reward),
+        scorer=scorer,
         tune=make(cfg.tune),
         data={stage: make(cfg.data[stage]) for stage in ("train", "val", "test")},
         batch=make(cfg.batch),
@@ -82,7 +83,8 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
 
 
 def reads_weights(cfg: DictConfig) -> bool:
-    """Whether this process reads the trained networks' files: of a sharded run only rank 0, which sends them round."""
+    """Whether this process has to read the trained networks' files: of a sharded run only rank 0, which sends them
+    round. A reward that is made of the model's own parts needs them on every rank."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     return not is_sharded(cfg) or rank_zero_only.rank == 0
@@ -206,8 +208,14 @@ def quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Of ours, what is logged without it is the same on all ranks already.
+    warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting.*")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.nn.functional.all_gather is deprecated.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # see Csv
+    warnings.filterwarnings("ignore", message=".*instantiated without `get_apply_tensor_subclass`.*")
+    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):  # whose parts may be absent
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.callbacks.model_checkpoint", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

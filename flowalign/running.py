@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
 
@@ -25,6 +28,8 @@ class Running:
     """Decode large pictures tile by tile. Seams are blended, hence pixels differ slightly."""
     vae_slicing: bool = False
     """Decode the pictures of a batch one by one."""
+    vae_channels_last: bool = False
+    """Keep the VAE's weights and activations with the channels last in memory."""
 
     def apply(self, model: FlowModel) -> None:
         """To the pipeline as the policy has prepared it. Raises ValueError for what the family cannot do."""
@@ -46,3 +51,14 @@ class Running:
                 if not hasattr(model.pipe.vae, switch):
                     raise ValueError(f"the VAE of {type(model).__name__} has no {switch}().")
                 getattr(model.pipe.vae, switch)()
+        if self.vae_channels_last:
+            _channels_last(model)
+
+
+def _channels_last(model: FlowModel) -> None:
+    if any(isinstance(part, nn.Conv3d) for part in model.pipe.vae.modules()):
+        raise ValueError(
+            f"the VAE of {type(model).__name__} has 3-d convolutions, and running.vae_channels_last is for 2-d ones: "
+            "use running.vae_channels_last=false."
+        )
+    model.pipe.vae.to(memory_format=torch.channels_last)

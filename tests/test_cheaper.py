@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithms.decay import Decay
+from flowalign.checks import ConfigError, check_signatures
 from flowalign.module import AlignModule
 from flowalign.points import drawn
 from flowalign.policy.follow import Average, Follow
@@ -232,6 +233,28 @@ def test_with_a_penalty_every_point_is_seen(fit: Fit):
     module = fit("algo=grpo", "algo.kl_beta=0.1", "optimisation.skip_zero=true", "reward=brightness")
     assert not module.recipe.algorithm.silent_at_zero
     assert module.counts["train"] == len(module.buffer.points.x)
+
+
+# ------------------------------------------------------------ a fused optimiser
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fused_step_is_that_of_the_loop(fit: Fit, precision: str):
+    """With a norm that clips, which Lightning refuses in 16 bits where a step would unscale gradients itself."""
+    words = ("algo=nft", f"trainer.precision={precision}", "trainer.gradient_clip_val=0.01")
+    fused, loop = (fit(*words, f"optimizer.fused={value}") for value in ("true", "false"))
+    assert fused.trainer.optimizers[0].param_groups[0]["fused"] is True
+    assert 0.01 < fused.metrics["train/grad_norm"] == pytest.approx(loop.metrics["train/grad_norm"], rel=1e-3)  # type: ignore
+    assert apart(fused, loop) < 1e-6
+
+
+def test_a_default_that_another_optimiser_does_not_know_is_refused_with_the_way_out(tiny: Callable[..., DictConfig]):
+    words = ["optimizer._target_=torch.optim.Adamax"]
+    with pytest.raises(
+        ConfigError, match=r"^optimizer\.fused: Adamax has no parameter fused; .*; ~optimizer\.fused takes"
+    ):
+        check_signatures(tiny(*words))
+    check_signatures(tiny(*words, "~optimizer.fused"))
 
 
 # ------------------------------------------------------------ compiled blocks

@@ -16,7 +16,7 @@ from flowalign.conditioner import Conditioner
 from flowalign.models.base import FlowModel
 from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, size_of
-from flowalign.scoring import Scorer
+from flowalign.scoring import Scorer, Turns
 from flowalign.types import Conditioning, given
 
 if TYPE_CHECKING:
@@ -33,6 +33,14 @@ class Phase:
     collector: Collector
     rewards: Tensor
     """(n, R) of this rank, as the scorer gave them."""
+
+
+def settled(collector: Collector, gather: Callable[[Tensor], Tensor], epoch: int = 0, rank: int = 0) -> Collected:
+    """A whole rollout phase."""
+    with Turns(collector.scorer.ahead) as turns:
+        got = collector(epoch, rank, torch.device("cpu"), turns, gather, lambda done, reward: None)
+        got.settle()
+    return got
 
 
 @pytest.fixture
@@ -58,7 +66,7 @@ def collect(tiny: Callable[..., DictConfig]) -> Callable[..., Phase]:
             return everyone.expand(-1, rewards.shape[1])
 
         with torch.no_grad():
-            got = collector(epoch, rank, torch.device("cpu"), gather, lambda done, reward: None)
+            got = settled(collector, gather, epoch, rank)
         return Phase(got, collector, torch.cat(mine) if mine else torch.empty(0))
 
     return collected
@@ -185,7 +193,7 @@ def test_who_has_no_score_is_trained_on_only_where_its_group_has_too_few_others(
     rewards[[0, 7, 3, 8, 9, 10, 12, 13, 15]] = torch.nan
     phase.collector.scorer = Scorer(lambda media, *_: torch.zeros(len(media)), max_missing=1)
     with torch.no_grad():
-        got = phase.collector(0, 0, torch.device("cpu"), lambda _: rewards, lambda done, reward: None)
+        got = settled(phase.collector, lambda _: rewards)
     samples = given(got.points.sample, "sample")[::3]
     scored = got.points.counts[::3]
     assert samples[:5].tolist() == [1, 2, 4, 5, 6]
@@ -221,7 +229,7 @@ def test_an_epoch_without_a_single_score_is_refused(collect: Callable[..., Phase
     collector = collect("algo=nft").collector
     nothing = torch.full((8, 1), torch.nan)
     with torch.no_grad(), pytest.raises(RuntimeError, match="not a single picture"):
-        collector(0, 0, torch.device("cpu"), lambda _: nothing, lambda done, reward: None)
+        settled(collector, lambda _: nothing)
 
 
 def test_several_rewards_reach_the_credit_apart(collect: Callable[..., Phase]):
@@ -231,7 +239,7 @@ def test_several_rewards_reach_the_credit_apart(collect: Callable[..., Phase]):
     advantages, stats = {}, {}
     for name, rewards in {"opposed": torch.stack([one, -one], 1), "constant": torch.stack([one, 0 * one], 1)}.items():
         with torch.no_grad():
-            got = collector(0, 0, torch.device("cpu"), lambda _, everyone=rewards: everyone, lambda done, reward: None)
+            got = settled(collector, lambda _, everyone=rewards: everyone)
         advantages[name], stats[name] = got.points.advantage[::3], got.stats
     assert advantages["opposed"].abs().max() == 0
     assert advantages["constant"].reshape(2, 4).diff(dim=1).min() > 0  # in the order of the first

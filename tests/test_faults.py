@@ -51,6 +51,13 @@ def test_what_lightning_has_started_ends_with_the_first_process(bench: Bench):
     assert [row.codes for row in stopped] == ["143", "143"]
 
 
+def test_torchrun_ends_and_its_ranks_with_it(bench: Bench):
+    """Whichever rank dies or is asked to stop; the exit code is torchrun's own."""
+    for row in outcomes(bench, "torchrun"):
+        assert (row.codes, row.equal) == ("1", "1 of 1"), row
+        assert float(row.seconds) < 60, row
+
+
 def test_slurm_is_asked_to_start_the_job_again(bench: Bench):
     (row,) = outcomes(bench, "requeued")
     assert (row.codes, row.equal) == ("138", "1 of 1")

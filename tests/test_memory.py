@@ -12,6 +12,7 @@ from flowalign.memory import Share, advice, held, kept_for_backward, plan
 from flowalign.models.sd3 import SD3
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.running import Running
+from tests.models.tiny.parts import wan_vae
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +57,26 @@ def test_a_family_that_checkpointing_changes_is_refused(sd3: SD3):
     sd3.checkpointing_is_exact = False  # type: ignore[misc]
     with pytest.raises(ValueError, match="use running.gradient_checkpointing=false"):
         Running(gradient_checkpointing=True).apply(sd3)
+
+
+def test_channels_last_decode_the_same_pictures(tiny: Callable[..., DictConfig]):
+    model = build_recipe(tiny()).model
+    x = torch.randn(3, *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(0))
+    before = model.decode(x)
+    Running(vae_channels_last=True).apply(model)
+    convolutions = [part.weight for part in model.pipe.vae.modules() if isinstance(part, torch.nn.Conv2d)]
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in convolutions)
+    after = model.to(torch.device("cpu")).decode(x)
+    assert before.std() > 0.1
+    assert torch.allclose(before, after, atol=1e-4)
+    assert after.is_contiguous()  # as rewards know them
+    assert torch.allclose(model.encode_images(before), model.encode_images(after), atol=1e-3)
+
+
+def test_channels_last_are_refused_where_convolutions_have_three_dimensions(sd3: SD3):
+    sd3.pipe.register_modules(vae=wan_vae())
+    with pytest.raises(ValueError, match="3-d convolutions, .* use running.vae_channels_last=false"):
+        Running(vae_channels_last=True).apply(sd3)
 
 
 def test_storages_are_counted_once():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +14,10 @@ import torch
 from torch import Tensor
 
 from flowalign.checks.errors import RunError
+from flowalign.collect import Collected
+from flowalign.rewards.base import RewardError
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
-from flowalign.scoring import Scorer
+from flowalign.scoring import Scorer, Turns
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -119,7 +123,9 @@ def test_samples_without_a_score_are_survived_and_teach_nothing(prepared: Callab
 
 
 @pytest.mark.parametrize("algo", ["grpo", "nft", "dgpo"])
-def test_what_could_not_be_scored_leaves_no_trace_in_the_weights(prepared: Callable[..., Run], algo: str):
+def test_what_could_not_be_scored_leaves_no_trace_in_the_weights(
+    prepared: Callable[..., Run], algo: str, monkeypatch: pytest.MonkeyPatch
+):
     """Whatever the frozen copies say of such a sample: the penalty would pull at it without a weight of 0."""
     trained = []
     for nonsense in (0.0, 100.0):
@@ -127,18 +133,19 @@ def test_what_could_not_be_scored_leaves_no_trace_in_the_weights(prepared: Calla
         run = prepared(f"algo={algo}", *words)
         run.recipe.scorer = Scorer(Reward(lambda seen: seen in (1, 2)))
         module, trainer = run.build()
-        consult = module._consult_frozen
+        settle = Collected.settle
 
-        def spoilt(module: Any = module, consult: Any = consult, nonsense: float = nonsense) -> None:
-            consult()
-            points = module.buffer.points
+        def spoilt(self: Any, settle: Any = settle, nonsense: float = nonsense) -> None:
+            settle(self)
+            points = self.points
             assert points.counts.reshape(8, -1)[:, 0].tolist() == [True, False, False, *[True] * 5]
             assert float(points.weight.mean()) == pytest.approx(1)
             for velocity in points.frozen.values():
                 velocity[~points.counts] += nonsense
 
-        module._consult_frozen = spoilt  # type: ignore[method-assign]
+        monkeypatch.setattr(Collected, "settle", spoilt)
         trainer.fit(module)
+        monkeypatch.undo()
         trained.append({name: p.detach().clone() for name, p in module.live.trained().items()})
         assert trainer.callback_metrics["train/kl"] < 1
     assert all(torch.equal(p, trained[1][name]) for name, p in trained[0].items())
@@ -294,6 +301,99 @@ def test_scoring_beside_sampling_changes_nothing(prepared: Callable[..., Run]):
     assert torch.equal(shown.images, also.images)
     assert shown.prompts == also.prompts
     assert all(torch.equal(values, also.scores[name]) for name, values in shown.scores.items())
+
+
+class Slow:
+    """The mean brightness of pictures, when it is let and a while later."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.open = seconds, threading.Event()
+        self.open.set()
+
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        if not self.open.wait(20):
+            raise RewardError("nobody opened.")
+        time.sleep(self.seconds)
+        return media.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("words", ["algo=nft", "algo=grpo algo.kl_beta=0.1", "algo=dpo batch.group_size=4"])
+def test_frozen_copies_consulted_beside_scoring_say_the_same(prepared: Callable[..., Run], words: str):
+    """Of dpo, rewards choose the points, so that they are waited for."""
+    found = []
+    for ahead, seconds in ((0, 0.0), (1, 0.0), (1, 0.2)):
+        run = prepared(*words.split(), "batch.micro=2", "rollout.batch_size=2")
+        run.recipe.scorer = Scorer(Slow(seconds), ahead=ahead)
+        module = run.fit()
+        points = vars(module.buffer.points)
+        tensors = {name: t for name, t in (points | points["frozen"]).items() if isinstance(t, Tensor)}
+        stats = {name: value for name, value in module.stats.items() if name not in ("seconds", "images_per_s")}
+        weights = {name: p.detach().clone() for name, p in module.live.trained().items()}
+        found.append((tensors, weights, stats, run.trainer.callback_metrics))
+        run.recipe.scorer.close()
+    for others in found[1:]:
+        for mine, other in zip(found[0], others, strict=True):
+            assert list(mine) == list(other)
+            assert all(torch.equal(torch.as_tensor(mine[name]), torch.as_tensor(other[name])) for name in mine)
+    assert found[0][2]["advantage_abs"] > 0
+
+
+def test_frozen_copies_are_asked_before_the_last_score_is_there(prepared: Callable[..., Run]):
+    """The reward waits for the first velocity of a frozen copy; in turn it would wait in vain."""
+    run = prepared("algo=nft", "frozen.old.every=rollout", "frozen.old.decay.kind=1")
+    reward = Slow()
+    reward.open.clear()
+    run.recipe.scorer = Scorer(reward, ahead=1)
+    module, trainer = run.build()
+    velocity, seen = module._velocity, []
+
+    def opening(*args: Any) -> Tensor:
+        seen.append(reward.open.is_set())
+        reward.open.set()
+        return velocity(*args)
+
+    module._velocity = opening  # type: ignore[method-assign]
+    trainer.fit(module)
+    assert seen[0] is False
+    assert module.buffer.points.advantage.isfinite().all()
+
+
+class Failing(Slow):
+    """One that raises instead."""
+
+    def __call__(self, *args: Any) -> Tensor:
+        super().__call__(*args)
+        raise ValueError("the server is gone")
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_reward_that_fails_beside_frozen_copies_ends_the_run_in_its_sentence(
+    prepared: Callable[..., Run], ahead: int
+):
+    run = prepared("algo=nft")
+    run.recipe.scorer = Scorer(Failing(), ahead=ahead)
+    with pytest.raises(RewardError, match="scoring 4 samples failed with ValueError: the server is gone"):
+        run.fit()
+    assert run.trainer.global_step == 0
+
+
+def test_what_frozen_copies_raise_leaves_no_score_waiting(prepared: Callable[..., Run], monkeypatch: Any):
+    run = prepared("algo=nft")
+    reward, made = Slow(), []
+    reward.open.clear()
+    run.recipe.scorer = Scorer(reward, ahead=1)
+    monkeypatch.setattr("flowalign.module.Turns", lambda ahead: made.append(Turns(ahead)) or made[-1])
+    module, trainer = run.build()
+
+    def failing(*args: Any) -> Tensor:
+        assert made[0].waiting
+        raise KeyError("velocity")
+
+    module._velocity = failing  # type: ignore[method-assign]
+    with pytest.raises(KeyError, match="velocity"):
+        trainer.fit(module)
+    assert not made[0].waiting
+    reward.open.set()
 
 
 # ------------------------------------------------------------ evaluation

@@ -85,16 +85,22 @@ COMMON = ("evaluation.weights=ema", "schedule.kind=cosine", "optimizer.lr=0.003"
 
 
 @pytest.mark.parametrize(
-    ("algo", "tune"),
+    ("algo", "tune", "quantised"),
     [
-        ("grpo", "lora"),
-        ("nft", "full"),
-        pytest.param("grpo", "full", marks=pytest.mark.slow),
-        pytest.param("nft", "lora", marks=pytest.mark.slow),
+        ("grpo", "lora", "null"),
+        ("nft", "full", "null"),
+        ("nft", "lora", "nf4"),
+        pytest.param("grpo", "full", "null", marks=pytest.mark.slow),
+        pytest.param("nft", "lora", "null", marks=pytest.mark.slow),
+        pytest.param("grpo", "lora", "int8", marks=pytest.mark.slow),
     ],
 )
-def test_an_interrupted_run_equals_the_uninterrupted_one(fit: Callable[..., Fit], tmp_path: Path, algo: str, tune: str):
-    overrides = (*RECIPES[algo], f"tune={tune}", *COMMON)
+def test_an_interrupted_run_equals_the_uninterrupted_one(
+    fit: Callable[..., Fit], tmp_path: Path, algo: str, tune: str, quantised: str
+):
+    if quantised != "null":
+        pytest.importorskip("torchao")
+    overrides = (*RECIPES[algo], f"tune={tune}", f"model.quantised={quantised}", *COMMON)
     straight, trainer, metrics = fit("straight", *overrides, seed=1)
     with pytest.raises(KilledError):
         fit("killed", *overrides, seed=2, kill=True)

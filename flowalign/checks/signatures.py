@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks.errors import ConfigError, one_line
 from flowalign.checks.hints import accepts, describe, nearest_literal
-from flowalign.checks.suggest import suggest
+from flowalign.checks.suggest import nearest, suggest
 
 INSTRUCTIONS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}  # to hydra.utils.instantiate
 
@@ -80,7 +80,9 @@ def _check_value(path: str, target: Any, parameters: dict[str, Any], key: str, v
         if "**" in parameters:
             return
         name = getattr(target, "__name__", str(target))
-        raise ConfigError(f"{full}: {name} has no parameter {key}; {suggest(key, parameters)}")
+        # It may come from a default that was written for another class.
+        away = "" if "[" in full or nearest(key, parameters) else f"; ~{full} takes it away"
+        raise ConfigError(f"{full}: {name} has no parameter {key}; {suggest(key, parameters)}{away}")
     hint = parameters[key]
     if not accepts(hint, value):
         near = nearest_literal(hint, value)

@@ -21,6 +21,11 @@ def export(ckpt: str, to: str, weights: str = "live", merge: bool = False) -> No
     if weights == "base":
         raise ValueError("weights=base are the pipeline's own: there is nothing to export.")
     saved = opened(ckpt, weights, device="cpu")
+    if merge and saved.model.quantised is not None:
+        raise ValueError(
+            f"merge=true: the base of ckpt={ckpt} is held in {saved.model.quantised}, to which nothing can be added: "
+            "use merge=false, and fuse_lora() of diffusers on the whole base."
+        )
     if weights != "live":
         saved.policy.copy_into_live(weights)
     lora = saved.config.tune["_target_"].endswith("Lora")
@@ -93,7 +98,7 @@ def _facts(saved: Saved) -> dict[str, str]:
     rewards = [objective] if "_target_" in objective else objective.values()
     size = saved.size()
     return {
-        "base": f"`{saved.model.pretrained}`",
+        "base": f"`{saved.model.pretrained}`" + (f", in {kind}" if (kind := saved.model.quantised) else ""),
         "recipe": f"{algorithm} with {dynamics}, {saved.epoch} epochs of {config.batch.prompts} prompts × "
         f"{config.batch.group_size}, seed {config.seed}; whole in flowalign.json",
         "weights": saved.weights,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flowalign.models import schedule
 from flowalign.models.loading import READERS, VIEWERS, fingerprint, load_pipeline
+from flowalign.models.quantised import Kind, packing, quantise
 from flowalign.types import Conditioning
 
 NEGATIVE = "neg."
@@ -83,10 +84,12 @@ class FlowModel(ABC):
         max_sequence_length: int | None = None,
         absent: Sequence[str] = (),
         embedded_guidance: float | None = None,
+        quantised: Kind | None = None,
     ) -> None:
         """max_sequence_length counts text tokens (null = the family's default); `absent` components are not loaded.
 
         embedded_guidance is the input of a guidance-distilled network, in rollouts, training and evaluation alike.
+        quantised: the denoisers' blocks are held in so many bits, frozen; they still compute in `train_dtype`.
         """
         if embedded_guidance is not None and self.default_embedded_guidance is None:
             raise ValueError(
@@ -96,6 +99,8 @@ class FlowModel(ABC):
         given = self.default_embedded_guidance if embedded_guidance is None else embedded_guidance
         self.embedded_guidance = given or 0.0  # 0 where the network takes none
         self.pretrained, self.revision, self.absent = pretrained, revision, tuple(absent)
+        self.quantised = quantised
+        pack = None if quantised is None else packing(quantised)  # refused before anything is read
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
         self.pipe = load_pipeline(
@@ -105,6 +110,8 @@ class FlowModel(ABC):
             if denoiser.dtype != torch_dtype(train_dtype):  # diffusers warns of every cast, also of an empty one
                 denoiser.to(torch_dtype(train_dtype))
             denoiser.eval().requires_grad_(False)
+        if quantised is not None and pack is not None:
+            quantise(self.blocks(), quantised, pack)
         for component in self.frozen_components():
             component.eval().requires_grad_(False)
 
@@ -265,7 +272,8 @@ class FlowModel(ABC):
     def decode(self, x: Tensor) -> Tensor:
         """Latents to pictures (B, 3, H, W), or videos (B, F, 3, H, W), float32 in [0, 1]."""
         vae = self.pipe.vae
-        return (vae.decode(self.denormalised(x).to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        media = vae.decode(self.denormalised(x).to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5
+        return media.clamp(0, 1).contiguous()  # running.vae_channels_last leaves them otherwise
 
     @torch.no_grad()
     def encode_images(self, media: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flowalign.models.quantised import is_quantised
 from flowalign.tensors import is_sharded
 
 
@@ -22,7 +23,9 @@ def adapted(network: nn.Module) -> list[Any]:
 def can_merge(network: nn.Module) -> bool:
     """Whether a merged weight would say what both say: not in 16 bits, not of quantised weights, not of shards."""
     weights = [layer.get_base_layer().weight for layer in adapted(network)]
-    return bool(weights) and all(w.dtype == torch.float32 and not is_sharded(w) for w in weights)
+    return bool(weights) and all(
+        w.dtype == torch.float32 and not is_sharded(w) and not is_quantised(w) for w in weights
+    )
 
 
 @contextmanager

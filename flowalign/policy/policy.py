@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from flowalign.policy.merge import can_merge, merged
 from flowalign.policy.tune import Tune
-from flowalign.tensors import local
+from flowalign.tensors import is_sharded, local
+from flowalign.transfer import exchange
 
 Place = Literal["same", "cpu"]
 
@@ -31,6 +32,12 @@ class Copy(nn.ParameterDict):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Copy:
         return self if self.place == "cpu" else super()._apply(fn, recurse)
+
+    def page_lock(self) -> None:
+        """Once, for quick transfers. Each value then takes up to twice its memory; those in shards stay as they are."""
+        for value in self.values():
+            if not (is_sharded(value) or value.is_pinned()):
+                value.data = value.data.pin_memory()
 
 
 class Policy(nn.Module):
@@ -107,10 +114,9 @@ class Policy(nn.Module):
             self._exchange(name)
 
     def _exchange(self, name: str) -> None:
-        for live, copy in zip(*self._pairs(name), strict=True):
-            held = live.clone()
-            live.copy_(copy)
-            copy.copy_(held)
+        if self.device_of_frozen == "cpu" and any(p.is_cuda for p in self.trained().values()):
+            self.copies[name].page_lock()  # type: ignore[operator]
+        exchange(*self._pairs(name))
 
     @torch.no_grad()
     def follow(self, name: str, decay: float) -> None:

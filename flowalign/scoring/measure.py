@@ -72,9 +72,14 @@ class Measure:
         """The reward's own self-check; RewardError if it is not in working order."""
         self._optional("self_check")
 
+    @property
+    def binds(self) -> bool:
+        """Whether the reward is made of the policy's own parts."""
+        return hasattr(self.reward, "bind")
+
     def bind(self, model: Any, check: bool) -> None:
         """The model's adapter, for a reward that is made of the policy's own parts; it can be checked only now."""
-        if hasattr(self.reward, "bind"):
+        if self.binds:
             self._optional("bind", model)
             if check:
                 self.check()

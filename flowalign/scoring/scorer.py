@@ -96,6 +96,11 @@ class Scorer:
         """Whether a reward of the objective needs decoded pictures."""
         return not all(measure.sees_latents for measure in self.objective.values())
 
+    @property
+    def binds(self) -> bool:
+        """Whether a reward is made of the policy's own parts, and needs their values."""
+        return any(measure.binds for measure in self.every.values())
+
     def weights(self, epoch: float = math.inf) -> Tensor:
         """(R,) float64, of the rewards of the objective in an epoch; the last ones unless an epoch is given."""
         given = [measure.weight for measure in self.objective.values()]
@@ -111,7 +116,7 @@ class Scorer:
         """The self-checks of all rewards but those that wait for `bind`; RewardError with the first one's reason."""
         if self.self_check:
             for measure in self.every.values():
-                if not hasattr(measure.reward, "bind"):
+                if not measure.binds:
                     measure.check()
 
     def bind(self, model: Any) -> None:

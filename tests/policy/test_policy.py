@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowalign.policy import Full, Lora, Policy
 from flowalign.policy.follow import Average, Follow
+from flowalign.policy.policy import Copy
 
 TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 
@@ -208,3 +209,18 @@ def test_copies_on_the_cpu_stay_there_and_do_the_same(transformer: Any, kind: st
 def test_an_unknown_place_for_copies_is_refused(transformer: Any):
     with pytest.raises(ValueError, match="same"):
         Policy({"transformer": transformer}, Full(), TARGETS, [], "gpu")  # type: ignore[arg-type]
+
+
+def test_a_page_locked_copy_has_the_same_values_in_the_same_parameters(monkeypatch: pytest.MonkeyPatch):
+    """Where there is no CUDA, memory can be said to be locked only."""
+    locked: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "is_pinned", lambda t: any(t.data_ptr() == other.data_ptr() for other in locked))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda t: locked.append(t.clone()) or locked[-1])
+    copy = Copy({"a.b": nn.Parameter(torch.arange(3.0)), "c": nn.Parameter(torch.ones(2, 2))}, "cpu")
+    before = list(copy.values())
+    for _ in range(2):
+        copy.page_lock()
+    assert len(locked) == 2
+    assert all(now is then and now.is_pinned() for now, then in zip(copy.values(), before, strict=True))
+    assert copy["a/b"].tolist() == [0, 1, 2]
+    assert copy["c"].sum() == 4

@@ -327,3 +327,20 @@ def test_rewards_without_a_gradient_are_refused_and_the_advice_works(tiny: Calla
         check_groups(tiny("algo=nft", f"reward={reward}"))
     check_groups(tiny("algo=prfl", "reward=latent"))
     check_groups(tiny("algo=prfl"))
+
+
+@pytest.mark.parametrize(("reward", "empty"), [("latent", False), ("brightness", True)])
+def test_a_rank_without_values_reads_them_where_a_reward_is_made_of_them(
+    tiny: Callable[..., DictConfig], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, reward: str, empty: bool
+):
+    """Of shards, rank 0 sends the others theirs, but only once the reward has taken its part of the network."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    from flowalign.module import AlignModule
+    from flowalign.run import build_recipe
+
+    chosen = words if reward == "latent" else (words[0], words[1], f"reward={reward}")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    recipe = build_recipe(tiny("algo=nft", *chosen, "strategy=fsdp", "tune=full"))
+    assert {p.is_meta for p in recipe.model.denoisers()["transformer"].parameters()} == {empty}
+    AlignModule(recipe)  # binds

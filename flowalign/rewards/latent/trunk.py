@@ -46,6 +46,11 @@ class Trunk(nn.Module):
 
     def __init__(self, model: FlowModel, blocks: int) -> None:
         super().__init__()
+        if model.quantised is not None:
+            raise ValueError(
+                f"a latent reward is made of whole blocks, and these are held in {model.quantised}: use "
+                "model.quantised=null, or another reward."
+            )
         denoisers = model.denoisers()
         whole = list(denoisers.values())[-1]
         every = main_blocks(whole)
