@@ -69,9 +69,12 @@ class Phases:
 
     def rollout(self) -> None:
         """Pictures, rewards and points of an epoch."""
+        from flowalign.scoring import Turns
+
         module = self.module
-        with module.live.use(None):
-            got = module.collect(1, 0, module.device, lambda local: local, lambda done, reward: None)
+        with Turns(module.recipe.scorer.ahead) as turns, module.live.use(None):
+            got = module.collect(1, 0, module.device, turns, lambda local: local, lambda done, reward: None)
+            got.settle()
         self.calls = got.calls
 
     def optimise(self) -> None:
