@@ -10,7 +10,7 @@ TORCH := torch>=2.9,<2.14
 PYTHON ?=
 ARGS ?=
 
-.PHONY: help setup train test test-full lint format bench gpu-check compare pretrain clean
+.PHONY: help setup train test test-full lint format bench bench-gpu growth compare pretrain clean
 
 help: ## print this text
 	@echo 'make <target> [ARGS="algo=grpo seed=1"] [PYTHON=/path/to/python3]'
@@ -40,8 +40,11 @@ format: $(STAMP) ## let ruff format and repair what it can
 bench: $(STAMP) ## time one epoch
 	$(BIN)/python bench/epoch.py $(ARGS)
 
-gpu-check: $(STAMP) ## one epoch of the large models at full size, with random weights, on an accelerator
-	$(BIN)/python bench/gpu_check.py $(ARGS)
+bench-gpu: $(STAMP) ## speed, memory and utilisation of large models with random weights, on an accelerator
+	$(BIN)/python bench/gpu.py $(ARGS)
+
+growth: $(STAMP) ## how the cost of an epoch grows with tokens, steps, pictures, rank, width and depth
+	$(BIN)/python bench/growth.py $(ARGS)
 
 compare: $(STAMP) ## run every algorithm on the embedded model (hours); an interrupted comparison continues
 	$(BIN)/python bench/compare.py $(ARGS)

@@ -9,26 +9,26 @@ epoch is given in these. The first epoch, with all compilation, is told apart.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import resource
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.measuring import QUIET, alone, built, composed, cpu  # noqa: E402
+from bench.rows import Rows, markdown, place  # noqa: E402
+
 COMMON = (
-    "model.absent=[]", "model.max_sequence_length=32", "reward=brightness", "reward.self_check=false",
+    "reward=brightness", "reward.self_check=false",
     "credit=global_std", "data.train.limit=4", "batch.prompts=4", "batch.group_size=8", "batch.micro=8",
     "batch.updates=2", "rollout.num_steps=10", "rollout.batch_size=8", "times.num=null",
     "evaluation.num_val=2", "evaluation.num_test=2",
-    "logger=none", "callbacks=none", "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=9999",
+    "trainer.accelerator=cpu", *QUIET,
 )  # fmt: skip
 GRPO = ("algo=grpo", "steps=all", "rollout.same_noise=false", "algo.clip=1e-4")
 NFT = ("algo=nft", "frozen.old.every=always")
@@ -71,48 +71,35 @@ class Row:
     peak_rss_mb: float
 
 
-def cpu() -> float:
-    """CPU seconds of this process so far."""
-    return time.process_time()
-
-
 def with_children() -> float:
     """The same with compilers that have ended."""
     own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
 
 
-def watch(module: Any, bare: Callable[[], None]) -> Any:
-    """A callback: CPU seconds of both phases of every epoch, and of bare forwards around it."""
-    from lightning import Callback
+class Around:
+    """Bare forwards before and after every epoch, and all CPU seconds of the first."""
 
-    class Watch(Callback):
-        def __init__(self) -> None:
-            self.forwards: list[float] = []
-            self.rollouts: list[float] = []
-            self.epochs: list[float] = []
-            self.first = 0.0
+    def __init__(self, bare: Callable[[], None]) -> None:
+        self.bare = bare
+        self.forwards: list[float] = []
+        self.all: list[float] = []
 
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            self._forwards()
-            self.began, self.all_began = cpu(), with_children()
-            module._ensure_rollout()
-            self.rollouts.append(cpu() - self.began)
+    def before(self) -> None:
+        self._forwards()
+        self.all.append(with_children())
 
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            self.epochs.append(cpu() - self.began)
-            self.first = self.first or with_children() - self.all_began
-            self._forwards()
+    def after(self) -> None:
+        self.all.append(with_children())
+        self._forwards()
 
-        def _forwards(self) -> None:
-            times = []
-            for _ in range(5):
-                began = cpu()
-                bare()
-                times.append(cpu() - began)
-            self.forwards.append(median(times))
-
-    return Watch()
+    def _forwards(self) -> None:
+        times = []
+        for _ in range(5):
+            began = cpu()
+            self.bare()
+            times.append(cpu() - began)
+        self.forwards.append(median(times))
 
 
 def bare_forward(recipe: Any) -> Callable[[], None]:
@@ -135,41 +122,37 @@ def bare_forward(recipe: Any) -> Callable[[], None]:
     return call
 
 
-def measure(workload: str, folder: str, compiled: bool, epochs: int, overrides: list[str]) -> Row:
+def words(workload: str) -> list[str]:
+    """Its overrides, but for the model."""
+    return [*COMMON, *(word for part in WORKLOADS[workload] for word in part)]
+
+
+def measure(workload: str, model: list[str], folder: str, compiled: bool, epochs: int, overrides: list[str]) -> Row:
     """Some epochs after one that warms up."""
     import torch
-    from hydra import compose, initialize_config_dir
 
-    from flowalign.module import AlignModule
-    from flowalign.run import CONF, build_recipe, build_trainer, plan_accumulation, quieten
+    from bench.clocks import Phases
 
     torch.set_num_threads(1)
-    quieten()
-    words = [
-        *COMMON, *(word for part in WORKLOADS[workload] for word in part), f"model.pretrained={folder}",
-        f"paths.output_dir={folder}/out", f"trainer.max_epochs={epochs + 1}",
-        f"running.compile={str(compiled).lower()}",
-    ]  # fmt: skip
-    words = {word.partition("=")[0]: word for word in [*words, *overrides]}
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", list(words.values()))
-    recipe = build_recipe(cfg)
-    module = AlignModule(recipe)
-    trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
-    seen = watch(module, bare_forward(recipe))
+    ours = (
+        f"paths.output_dir={folder}", f"trainer.max_epochs={epochs + 1}", f"running.compile={str(compiled).lower()}",
+    )  # fmt: skip
+    module, trainer = built(composed([*words(workload), *model, *ours, *overrides]))
+    around = Around(bare_forward(module.recipe))
+    seen = Phases(cpu, around.before, around.after)
     trainer.callbacks.append(seen)  # type: ignore
     trainer.fit(module)
-    return row(workload, compiled, seen)
+    return row(workload, compiled, seen, around)
 
 
-def row(workload: str, compiled: bool, seen: Any) -> Row:
+def row(workload: str, compiled: bool, seen: Any, around: Around) -> Row:
     """Each epoch but the first, in the bare forwards just before and after it."""
-    around = [(a + b) / 2 for a, b in zip(seen.forwards[2::2], seen.forwards[3::2], strict=True)]
+    forwards = [(a + b) / 2 for a, b in zip(around.forwards[2::2], around.forwards[3::2], strict=True)]
 
     def units(seconds: list[float]) -> list[float]:
-        return [s / forward for s, forward in zip(seconds[1:], around, strict=True)]
+        return [s / forward for s, forward in zip(seconds[1:], forwards, strict=True)]
 
-    epochs, rollouts = units(seen.epochs), units(seen.rollouts)
+    epochs, optimise = units(seen.epochs), units(seen.seconds["optimise"])
     return Row(
         workload=workload,
         compiled=compiled,
@@ -177,20 +160,13 @@ def row(workload: str, compiled: bool, seen: Any) -> Row:
         units=round(median(epochs), 1),
         units_range=(round(min(epochs), 1), round(max(epochs), 1)),
         rivals_units=RIVALS[workload],
-        rollout_units=round(median(rollouts), 1),
-        optimise_units=round(median(e - r for e, r in zip(epochs, rollouts, strict=True)), 1),
+        rollout_units=round(median(e - o for e, o in zip(epochs, optimise, strict=True)), 1),
+        optimise_units=round(median(optimise), 1),
         epoch_s=round(median(seen.epochs[1:]), 3),
-        forward_s=round(median(around), 4),
-        first_epoch_s=round(seen.first, 1),
+        forward_s=round(median(forwards), 4),
+        first_epoch_s=round(around.all[1] - around.all[0], 1),
         peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
     )
-
-
-def table(rows: list[Row]) -> str:
-    """Markdown."""
-    heads = list(asdict(rows[0]))
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(str(value) for value in asdict(row).values())} |" for row in rows])
 
 
 def main() -> None:
@@ -199,23 +175,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="WORKLOAD")
     parser.add_argument("--epochs", type=int, default=5, help="measured epochs, after one to warm up")
     parser.add_argument("--compile", action="store_true", help="block by block (running.compile)")
-    parser.add_argument("--to", type=Path, default=ROOT / "outputs" / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S"))
+    parser.add_argument("--to", type=Path, default=place())
     given = parser.parse_intermixed_args()
-    given.to.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows = Rows(given.to / "baseline.json")
     with tempfile.TemporaryDirectory() as folder:
-        from random_sd3 import write
+        from bench.random_sd3 import SIZES, random_sd3
 
-        write("8M", Path(folder))
+        model = random_sd3(SIZES["8M"], Path(folder))
         for workload in given.only:
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                rows.append(process.apply(measure, (workload, folder, given.compile, given.epochs, given.overrides)))
-            (given.to / "baseline.json").write_text(
-                json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n"
-            )
-            print(table(rows[-1:]), flush=True)
-    print(table(rows))
-    print(given.to / "baseline.json")
+            found = alone(measure, workload, model, f"{folder}/out", given.compile, given.epochs, given.overrides)
+            rows.add(asdict(found), "workload", "compiled")
+            print(markdown(rows.rows[-1:]), flush=True)
+    print(markdown(rows.rows))
+    print(rows.path)
 
 
 if __name__ == "__main__":

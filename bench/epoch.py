@@ -8,8 +8,6 @@ of its own, since peak memory only ever rises.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import resource
 import sys
 import tempfile
@@ -20,8 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.measuring import QUIET, alone, built, composed  # noqa: E402
+from bench.rows import BENCHES, Rows, place  # noqa: E402
+
 WORKLOADS = {
     f"{algo}_{tune}": (f"algo={algo}", f"tune={tune}")
     for algo in ("grpo", "nft", "awm", "flowawr")
@@ -103,46 +104,32 @@ class Floor:
         )
 
 
-def stopwatch(module: Any, repeats: int) -> Any:
-    """A callback: wall time of every epoch, and the floor measured after each."""
-    import lightning
-
-    class Stopwatch(lightning.Callback):
-        def __init__(self) -> None:
-            self.epochs: list[float] = []
-            self.floor: Floor | None = None
-
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            self.epochs.append(time.perf_counter() - self.began)
-            self.floor = self.floor or Floor(module)
-            for _ in range(repeats):
-                self.floor.measure()
-
-    return Stopwatch()
-
-
 def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
     """Warm up for an epoch, then time `epochs` more."""
-    from hydra import compose, initialize_config_dir
+    from bench.clocks import Phases
 
-    from flowalign.module import AlignModule
-    from flowalign.run import CONF, build_recipe, build_trainer, plan_accumulation, quieten
+    module, trainer = built(
+        composed(
+            [
+                *WORKLOADS[workload],
+                *QUIET,
+                f"paths.output_dir={BENCHES}",
+                f"trainer.max_epochs={epochs + 1}",
+                *overrides,
+            ]
+        )
+    )
+    found: list[Floor] = []
 
-    quieten()
+    def measure_floor() -> None:
+        found.extend([] if found else [Floor(module)])
+        for _ in range(3):
+            found[0].measure()
 
-    quiet = ["logger=none", "callbacks=none", "trainer.check_val_every_n_epoch=9999", "paths.output_dir=outputs/bench"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [*WORKLOADS[workload], *quiet, f"trainer.max_epochs={epochs + 1}", *overrides])
-    recipe = build_recipe(cfg)
-    module = AlignModule(recipe)
-    trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
-    watch = stopwatch(module, repeats=3)
+    watch = Phases(after=measure_floor)
     trainer.callbacks.append(watch)  # type: ignore
     trainer.fit(module)
-    actual, floor = median(watch.epochs[1:]), watch.floor.seconds()
+    actual, floor = median(watch.epochs[1:]), found[0].seconds()
     return Row(
         workload=workload,
         floor_s=round(floor, 4),
@@ -150,7 +137,7 @@ def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
         efficiency=round(floor / actual, 4),
         images_per_s=round(module.geometry.samples / actual, 3),
         peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        raw_fwd_units=round(actual / watch.floor.cost("forward"), 2),
+        raw_fwd_units=round(actual / found[0].cost("forward"), 2),
     )
 
 
@@ -158,20 +145,20 @@ def random_model(name: str, folder: Path) -> list[str]:
     """Overrides that choose it, once it is made; none for the embedded one."""
     if name == "tiny_sd3":
         return []
-    from random_sd3 import TOKENS, write
+    from bench.random_sd3 import SIZES, random_sd3
 
-    return [f"model.pretrained={write(name, folder)}", "model.absent=[]", f"model.max_sequence_length={TOKENS}"]
+    return random_sd3(SIZES[name], folder)
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="One epoch, warm: what the network alone would take, and what it took")
-    for column in asdict(rows[0]):
+    for column in rows[0]:
         table.add_column(column, justify="left" if column == "workload" else "right")
     for row in rows:
-        table.add_row(*(str(value) for value in asdict(row).values()))
+        table.add_row(*(str(value) for value in row.values()))
     Console(width=110).print(table)
 
 
@@ -181,20 +168,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="timed epochs, after one to warm up")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="WORKLOAD")
     parser.add_argument("--model", default="tiny_sd3", help="or a random one: 8M, 30M (parameters)")
-    parser.add_argument("--to", type=Path, default=None, help="folder; outputs/bench/<time> unless given")
+    parser.add_argument("--to", type=Path, default=place())
     given = parser.parse_intermixed_args()
-    spawn = multiprocessing.get_context("spawn")
-    rows = []
-    with tempfile.TemporaryDirectory() as place:
-        overrides = [*random_model(given.model, Path(place)), *given.overrides]
+    rows = Rows(given.to / "bench.json")
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [*random_model(given.model, Path(folder)), *given.overrides]
         for workload in given.only:
-            with spawn.Pool(1) as process:
-                rows.append(process.apply(measure, (workload, given.epochs, overrides)))
-    show(rows)
-    folder = given.to or ROOT / "outputs" / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-    print(folder / "bench.json")
+            rows.add(asdict(alone(measure, workload, given.epochs, overrides)), "workload")
+    show(rows.rows)
+    print(rows.path)
 
 
 if __name__ == "__main__":

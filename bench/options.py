@@ -17,10 +17,13 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+sys.path.insert(0, str(ROOT))
+
+from bench.measuring import QUIET, built, composed  # noqa: E402
+
 COMMON = (
-    "seed=0", "reward=brightness", "reward.self_check=false", "logger=none", "callbacks=none", "trainer.max_epochs=1",
-    "trainer.accelerator=cpu", "trainer.check_val_every_n_epoch=9999", "evaluation.num_val=2", "evaluation.num_test=2",
+    "seed=0", "reward=brightness", "reward.self_check=false", "trainer.max_epochs=1", "trainer.accelerator=cpu",
+    "evaluation.num_val=2", "evaluation.num_test=2", *QUIET,
 )  # fmt: skip
 GROUP = ("algo=grpo", "steps=fast", "steps.width=1", "batch.prompts=2", "batch.group_size=24", "batch.micro=24")
 SMALL = ("batch.prompts=4", "batch.group_size=8", "batch.micro=8", "batch.updates=2", "rollout.batch_size=32")
@@ -60,25 +63,18 @@ class Phases:
     """One run's phases, by themselves."""
 
     def __init__(self, words: tuple[str, ...], model: list[str], folder: str) -> None:
-        from hydra import compose, initialize_config_dir
-
-        from flowalign.module import AlignModule
-        from flowalign.run import CONF, build_recipe, build_trainer, plan_accumulation
-
-        given = {w.partition("=")[0]: w for w in (*COMMON, *words, *model, f"paths.output_dir={folder}")}
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("train", list(given.values()))
-        recipe = build_recipe(cfg)
-        self.module = AlignModule(recipe)
-        self.trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
+        self.module, self.trainer = built(composed([*COMMON, *words, *model, f"paths.output_dir={folder}"]))
         self.trainer.fit(self.module)
         self.calls = 0
 
     def rollout(self) -> None:
         """Pictures, rewards and points of an epoch."""
+        from flowalign.scoring import Turns
+
         module = self.module
-        with module.live.use(None):
-            got = module.collect(1, 0, module.device, lambda local: local, lambda done, reward: None)
+        with Turns(module.recipe.scorer.ahead) as turns, module.live.use(None):
+            got = module.collect(1, 0, module.device, turns, lambda local: local, lambda done, reward: None)
+            got.settle()
         self.calls = got.calls
 
     def optimise(self) -> None:
@@ -133,8 +129,8 @@ def measure(name: str, repeats: int, model: list[str]) -> Row:
 
 def main() -> None:
     import torch
-    from epoch import random_model
 
+    from bench.epoch import random_model
     from flowalign.run import quieten
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

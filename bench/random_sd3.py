@@ -11,8 +11,8 @@ from tests.models.tiny.parts import clip_config, clip_tokenizer, seeded, t5, t5_
 
 TOKENS = 32
 """Text tokens of the CLIPs and of T5 each; a picture of 64 × 64 has 64 more."""
-SIZES = {"8M": (6, 6), "30M": (10, 9)}
-"""Layers, and heads of 32: the width is 192 and 288."""
+SIZES = {"8M": (6, 6), "30M": (10, 9), "100M": (11, 16)}
+"""Layers, and heads of 32: the width is 192, 288 and 512."""
 
 
 def normal(module: torch.nn.Module) -> Any:
@@ -64,15 +64,15 @@ def vae() -> Any:
     return normal(AutoencoderKL(**config))
 
 
-def write(size: str, folder: Path) -> Path:
-    """The pipeline in diffusers layout."""
+def write(size: tuple[int, int], folder: Path) -> Path:
+    """The pipeline in diffusers layout; size: layers and heads of 32."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
     tokenizer = clip_tokenizer()
     tokenizer.model_max_length = TOKENS
     StableDiffusion3Pipeline(
-        transformer=transformer(*SIZES[size]),
+        transformer=transformer(*size),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(),
         text_encoder=seeded(CLIPTextModelWithProjection, clip_config(), seed=1),
@@ -83,3 +83,8 @@ def write(size: str, folder: Path) -> Path:
         tokenizer_3=t5_tokenizer(),
     ).save_pretrained(folder)
     return folder
+
+
+def random_sd3(size: tuple[int, int], folder: Path) -> list[str]:
+    """Overrides that choose one, once it is written."""
+    return [f"model.pretrained={write(size, folder)}", "model.absent=[]", f"model.max_sequence_length={TOKENS}"]

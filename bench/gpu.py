@@ -1,0 +1,242 @@
+"""Large models at full size with random weights: `make bench-gpu`, or with --tiny on any machine.
+
+One warm epoch of every model, algorithm and tune: how fast, which phase takes how long, how much of the device's peak
+the optimisation uses, whether the first ratio is 1 in bfloat16, how near the memory plan comes to the measured peak.
+Every row has a process of its own and is written to gpu.json at once. What does not fit or fails is a row that says so.
+With --to the folder of an earlier call, rows that it has finished with the same overrides are not measured again.
+Overrides: running.compile=true, batch.micro=8, rollout.guidance=4.5, and all others of train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.measuring import QUIET, alone, built, composed  # noqa: E402
+from bench.rows import Rows, markdown, place  # noqa: E402
+from bench.utilisation import flops_a_point, mfu, peak_of  # noqa: E402
+
+GIB = 2**30
+SIZES = {"sd3_5_medium": (512, 512, None), "flux1_dev": (512, 512, None), "wan2_1_t2v": (480, 832, 33)}
+TINY = {"sd3_5_medium": (32, 48, None), "flux1_dev": (32, 48, None), "wan2_1_t2v": (32, 48, 9)}
+ALGORITHMS = {
+    "grpo": ("algo=grpo", "steps=all"),
+    "flow_grpo_fast": ("algo=flow_grpo_fast",),
+    "mixgrpo": ("algo=mixgrpo",),
+    "nft": ("algo=nft",),
+    "flowawr": ("algo=flowawr",),
+}
+"""With the steps that the methods train on: all of them, or a window."""
+TUNES = ("lora", "full")
+
+
+@dataclass
+class Row:
+    """One model, algorithm and tune. Seconds are those of the second epoch; None is what was not measured."""
+
+    model: str
+    algo: str
+    tune: str
+    overrides: str
+    failed: str | None = None
+    """Why there are no figures."""
+    size: str | None = None
+    parameters: int | None = None
+    trained: int | None = None
+    samples: int | None = None
+    points: int | None = None
+    """Training points of an epoch: pictures × trained steps."""
+    micro: int | None = None
+    guidance: float | None = None
+    compiled: bool | None = None
+    epoch_s: float | None = None
+    rollout_s: float | None = None
+    frozen_s: float | None = None
+    optimise_s: float | None = None
+    step_s: float | None = None
+    """Of the optimisation phase, by optimiser step."""
+    samples_per_s: float | None = None
+    tflops_a_point: float | None = None
+    mfu: float | None = None
+    """Model FLOP utilisation of the optimisation phase."""
+    planned_gib: float | None = None
+    peak_gib: float | None = None
+    on_policy_gap: float | None = None
+    device: str | None = None
+    precision: str | None = None
+
+
+class DoesNotFitError(Exception):
+    """The plan is larger than the device."""
+
+
+def pipeline(model: str, tiny: bool, device: Any, dtype: Any) -> Any:
+    if tiny:
+        from importlib import import_module
+
+        name = {"sd3_5_medium": "sd3", "flux1_dev": "flux1", "wan2_1_t2v": "wan2_1"}[model]
+        return import_module(f"tests.models.tiny.{name}").build()
+    from bench import full_size
+
+    return getattr(full_size, model)(device, dtype)
+
+
+def prepared(row: Row, tiny: bool, folder: Path, overrides: list[str]) -> tuple[Any, Any]:
+    """Module and trainer of a short run on the random pipeline."""
+    import torch
+
+    import flowalign.models.base as base
+
+    cuda = torch.cuda.is_available()
+    dtype = "float32" if tiny else "bfloat16"
+    (folder / "prompts.txt").write_text("two red circles\na blue square above a green triangle")
+    cfg = composed([
+        f"model={row.model}", *ALGORITHMS[row.algo], f"tune={row.tune}", "reward=jpeg", *QUIET,
+        f"model.dtype={dtype}", f"model.train_dtype={dtype}", "model.max_sequence_length=128",
+        "batch.prompts=2", "batch.group_size=4", "batch.micro=4", "batch.updates=2", "rollout.batch_size=8",
+        "evaluation.num_val=2", "evaluation.num_test=2", "evaluation.shown=2", "evaluation.sampling.num_steps=2",
+        "trainer.max_epochs=2", f"trainer.accelerator={'gpu' if cuda else 'cpu'}",
+        f"trainer.precision={'32-true' if tiny else 'bf16-mixed'}", f"paths.output_dir={folder}",
+        f"running.gradient_checkpointing={str(not tiny).lower()}", "encoding.cache=null", *overrides,
+    ])  # fmt: skip
+    size = [n for n in (TINY if tiny else SIZES)[row.model] if n is not None]
+    for part in ("train", "eval"):
+        cfg.resolution[part] = size
+    for stage in ("train", "val", "test"):
+        cfg.data[stage] = {"_target_": "flowalign.prompts.PromptSet.read", "path": str(folder / "prompts.txt")}
+    device = torch.device("cuda" if cuda else "cpu")
+    base.load_pipeline = lambda *_: pipeline(row.model, tiny, device, getattr(torch, dtype))  # nothing to download
+    return built(cfg)
+
+
+def synchronised() -> float:
+    """Seconds, once the accelerator has done what it was asked for."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def weigh(module: Any, keep: Callable[[int], None]) -> None:
+    """Tells the planned bytes; raises DoesNotFitError if they are more than the device has."""
+    import torch
+
+    planned = sum(share.size for share in module.memory_plan())
+    keep(planned)
+    if module.device.type != "cuda":
+        return
+    available = torch.cuda.get_device_properties(module.device).total_memory
+    if planned > available:
+        raise DoesNotFitError(f"planned {planned / GIB:.1f} GiB of {available / GIB:.1f} GiB")
+    torch.cuda.reset_peak_memory_stats()
+
+
+def measured(row: Row, tiny: bool, peak: float | None, overrides: list[str]) -> Row:
+    """The row with its figures; peak in FLOP/s, None to look it up."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from bench.clocks import Phases
+
+    planned: list[int] = []
+    gaps: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        module, trainer = prepared(row, tiny, Path(folder), overrides)
+
+        def remember() -> None:
+            gaps.append(float(trainer.callback_metrics.get("train/on_policy_gap", float("nan"))))
+
+        seen = Phases(synchronised, after=remember)
+        weighing = LambdaCallback(on_fit_start=lambda *_: weigh(module, planned.append))
+        trainer.callbacks += [weighing, seen]  # type: ignore
+        trainer.fit(module)
+    described(row, module, str(trainer.precision))
+    timed(row, seen, module.geometry.steps_per_epoch)
+    row.planned_gib = planned[0] / GIB
+    row.on_policy_gap = max(gaps) if max(gaps) == max(gaps) else None  # only a likelihood has a ratio
+    used(row, module, peak)
+    return row
+
+
+def described(row: Row, module: Any, precision: str) -> None:
+    """What was run."""
+    import torch
+
+    r, numbers = module.recipe, module.live.numbers()
+    row.size = "×".join(str(n) for n in r.train_size.area if n is not None)
+    row.parameters, row.trained = numbers["parameters"], numbers["trained"]
+    row.samples = module.geometry.samples_local
+    row.points = module.geometry.trained_local * module.geometry.points_per_sample
+    row.micro, row.guidance, row.compiled = r.batch.micro, r.optimisation.guidance, r.running.compile
+    row.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    row.precision = precision
+
+
+def timed(row: Row, seen: Any, steps: int) -> None:
+    """The last epoch; the first one warms up."""
+    row.epoch_s = seen.epochs[-1]
+    row.rollout_s, row.frozen_s, optimise_s = (seconds[-1] for seconds in seen.seconds.values())
+    row.optimise_s, row.step_s = optimise_s, optimise_s / steps
+    row.samples_per_s = row.samples / row.epoch_s  # type: ignore[operator]
+
+
+def used(row: Row, module: Any, peak: float | None) -> None:
+    """Memory and arithmetic of the device."""
+    import torch
+
+    row.peak_gib = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
+    flops = flops_a_point(module)
+    row.tflops_a_point = None if flops is None else flops / 1e12
+    known = peak or peak_of(str(row.device), str(row.precision))
+    asked = module.counts["train"] * module.geometry.samples // module.counts["samples"]  # of one epoch
+    row.mfu = mfu(flops, asked, row.optimise_s, known)  # type: ignore[arg-type]
+
+
+def attempted(row: Row, given: argparse.Namespace) -> Row:
+    """The row with its figures, or with what went wrong."""
+    try:
+        return alone(measured, row, given.tiny, given.peak_tflops and given.peak_tflops * 1e12, given.overrides)
+    except Exception as error:  # the others are measured all the same
+        row.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        print(f"{row.model}, {row.algo}, {row.tune}: {row.failed}", flush=True)
+        return row
+
+
+def shown(rows: list[dict[str, Any]]) -> str:
+    """The columns that say something."""
+    told = [key for key in (rows[0] if rows else {}) if any(row[key] not in (None, "") for row in rows)]
+    return markdown([{key: row[key] for key in told} for row in rows])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
+    parser.add_argument("--tiny", action="store_true", help="the random pipelines of the tests")
+    parser.add_argument("--only", nargs="+", default=[*SIZES], choices=[*SIZES], metavar="MODEL")
+    parser.add_argument("--algorithms", nargs="+", default=[*ALGORITHMS], choices=[*ALGORITHMS], metavar="ALGORITHM")
+    parser.add_argument("--tunes", nargs="+", default=[*TUNES], choices=TUNES)
+    parser.add_argument("--peak-tflops", type=float, help="of the device in 16 bits, where the table does not know it")
+    parser.add_argument("--to", type=Path, default=place())
+    given = parser.parse_intermixed_args()
+    rows, overrides = Rows(given.to / "gpu.json"), " ".join(given.overrides)
+    for model, algo, tune in product(given.only, given.algorithms, given.tunes):
+        if not rows.has(model=model, algo=algo, tune=tune, overrides=overrides):
+            row = attempted(Row(model, algo, tune, overrides), given)
+            rows.add(asdict(row), "model", "algo", "tune", "overrides")
+            print(shown(rows.rows[-1:]), flush=True)
+    print(shown(rows.rows))
+    print(rows.path)
+    return 1 if any(row["failed"] for row in rows.rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

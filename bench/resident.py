@@ -1,0 +1,44 @@
+"""Resident memory of this process, as Linux counts it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import resource
+from pathlib import Path
+
+PROC = Path("/proc/self")
+
+
+def now() -> int:
+    """Bytes that are resident."""
+    return _status("VmRSS")
+
+
+def settle() -> None:
+    """Gives back what is unreachable, and what the C library keeps for later."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def restart_peak() -> bool:
+    """Whether the peak could be set to what is resident now."""
+    try:
+        (PROC / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak(restarted: bool) -> int:
+    """Bytes; since `restart_peak` where that could be done, of the whole process otherwise."""
+    return _status("VmHWM") if restarted else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
+    assert found is not None, name
+    return int(found[1]) * 1024
