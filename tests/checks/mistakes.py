@@ -135,7 +135,8 @@ def of_grammar(tree: Tree, chance: random.Random) -> Iterator[Mistake]:
         yield Mistake((key, "=", "1"), (key,))
         yield Mistake((f"{section}=5",), (section,))
         yield Mistake((f"+{misspelt('nothing', chance)}{chance.randrange(1000)}=1",), ("nothing reads",))
-        yield Mistake((f"{key}=${{{misspelt('optimizer', chance)}.absent}}",), ("does not exist",))
+        value = chance.choice([k for k in tree.keys if k not in tree.options])  # of a group it would be a choice's name
+        yield Mistake((f"{value}=${{{misspelt('optimizer', chance)}.absent}}",), ("does not exist",))
         yield Mistake(("--" + misspelt("multirun", chance),), ("--multirun",))
 
 
