@@ -45,6 +45,8 @@ WORKLOADS = {
     "grpo_lora_cfg": (GRPO, LORA, ("rollout.guidance=4.5", "optimisation.cfg_gradient=conditional")),
     "grpo_lora_kl": (GRPO, LORA, ("algo.kl_beta=1e-3", "optimisation.kl_share=0.33")),
 }
+UNIT = 8
+"""Rows of a bare forward, which the other systems' batches have, whatever ours have."""
 RIVALS = {
     "grpo_lora": 158, "grpo_full": 152, "nft_lora": 191, "nft_full": 187, "awm_lora": 186, "awm_full": 187,
     "grpo_lora_cfg": 142, "grpo_lora_kl": 194,
@@ -103,7 +105,7 @@ class Around:
 
 
 def bare_forward(recipe: Any) -> Callable[[], None]:
-    """A rollout batch through the network as it comes from its folder."""
+    """UNIT rows through the network as it comes from its folder."""
     import copy
 
     import torch
@@ -111,9 +113,8 @@ def bare_forward(recipe: Any) -> Callable[[], None]:
     model = copy.copy(recipe.model)
     model.pipe = copy.copy(recipe.model.pipe)
     model.pipe.transformer = copy.deepcopy(recipe.model.pipe.transformer)
-    batch = recipe.rollout.batch_size
-    x = torch.randn(batch, *model.latent_shape(*recipe.train_size.area))
-    cond = model.encode(["a red circle"] * batch, [""] * batch)
+    x = torch.randn(UNIT, *model.latent_shape(*recipe.train_size.area))
+    cond = model.encode(["a red circle"] * UNIT, [""] * UNIT)
 
     @torch.no_grad()
     def call() -> None:
