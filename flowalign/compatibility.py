@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
@@ -12,7 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from flowalign.checks import ConfigError
 from flowalign.checks.signatures import locate
 from flowalign.planning import is_sharded, objective
-from flowalign.steps.base import Steps
+
+if TYPE_CHECKING:
+    from flowalign.steps.base import Steps
 
 OPTIONS = {"FlowSDE": "flow_sde", "DanceSDE": "dance_sde", "CPS": "cps", "ODE": "ode"}
 """What the dynamics classes are called in a command."""

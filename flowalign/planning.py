@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.errors import InstantiationException
@@ -13,10 +13,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from flowalign.checks import ConfigError, check_signatures, refusals
 from flowalign.checks.errors import one_line
 from flowalign.checks.signatures import locate
-from flowalign.geometry import Geometry
-from flowalign.recipe import batch_plan
-from flowalign.rewards.base import RewardError
-from flowalign.steps.base import Steps
+from flowalign.rewards.errors import RewardError
+
+if TYPE_CHECKING:  # PyTorch takes longer to import than a help text to be written
+    from flowalign.geometry import Geometry
+    from flowalign.steps.base import Steps
 
 LIGHT = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
 """Fields of a Recipe that a plan follows from, by config group."""
@@ -42,6 +43,8 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 def check_plan(cfg: DictConfig) -> None:
     """Raises ConfigError for a batch plan that does not fit, with the nearest that does, or for one of its parts."""
+    from flowalign.recipe import batch_plan
+
     check_signatures({group: cfg[group] for group in LIGHT.values()})
     parts = {field: instantiate(cfg[group]) for field, group in LIGHT.items()}
     scorer = SimpleNamespace(groupwise=any(map(_is_groupwise, objective(cfg.reward))))

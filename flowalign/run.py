@@ -22,7 +22,7 @@ from flowalign.compatibility import check_groups
 from flowalign.launching import agree, check_launch
 from flowalign.lock import held
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
-from flowalign.rewards.base import RewardError
+from flowalign.rewards.errors import RewardError
 from flowalign.stopping import Stopped, asked, farewell
 from flowalign.sweeps import report, surviving
 

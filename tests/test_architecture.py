@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,3 +224,9 @@ def test_planted_violations_are_found():
     assert vague_constructors("policy.tune", "class A:\n    def __init__(self, **rest): ...")
     assert lengthy("x", "def f():\n" + "    pass\n" * 61)
     assert lengthy("x", "\n" * 401)
+
+
+def test_a_command_line_is_read_without_pytorch():
+    """Help and refusals would have to wait for it."""
+    asked = "import sys, flowalign.run; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT).returncode == 0

@@ -9,11 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowalign.rewards.errors import RewardError as RewardError
+
 Metadata = Sequence[dict[str, Any]]
-
-
-class RewardError(RuntimeError):
-    """A reward that cannot be used, and why, in a sentence."""
 
 
 class Reward(Protocol):
