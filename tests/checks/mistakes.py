@@ -129,7 +129,8 @@ def of_grammar(tree: Tree, chance: random.Random) -> Iterator[Mistake]:
         yield Mistake((key,), (key,))
         yield Mistake((f"{key}=[1,2",), (key,))
         yield Mistake((f"{key}={{a:",), (key,))
-        yield Mistake((f"+{key}=1",), (key,))
+        filled = key if tree.value(key) is not None else "batch.micro"  # Hydra lets null be added to
+        yield Mistake((f"+{filled}=1",), (filled,))
         yield Mistake((f"{key}=1,2",), ("-m",))
         yield Mistake((f"--{key}=1",), (key,))
         yield Mistake((key, "=", "1"), (key,))
