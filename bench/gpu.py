@@ -4,12 +4,14 @@ One warm epoch of every model, algorithm and tune: how fast, which phase takes h
 the optimisation uses, whether the first ratio is 1 in bfloat16, how near the memory plan comes to the measured peak.
 Every row has a process of its own and is written to gpu.json at once. What does not fit or fails is a row that says so.
 With --to the folder of an earlier call, rows that it has finished with the same overrides are not measured again.
-Overrides: running.compile=true, batch.micro=8, rollout.guidance=4.5, and all others of train.py.
+Overrides: running.compile=true, batch.micro=8, rollout.guidance=4.5, and all others of train.py. --trace adds a third
+epoch that is recorded by torch.profiler.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -26,6 +28,8 @@ from bench.rows import Rows, markdown, place  # noqa: E402
 from bench.utilisation import flops_a_point, mfu, peak_of  # noqa: E402
 
 GIB = 2**30
+WARM = 1
+"""Epochs before the one that counts."""
 SIZES = {"sd3_5_medium": (512, 512, None), "flux1_dev": (512, 512, None), "wan2_1_t2v": (480, 832, 33)}
 TINY = {"sd3_5_medium": (32, 48, None), "flux1_dev": (32, 48, None), "wan2_1_t2v": (32, 48, 9)}
 ALGORITHMS = {
@@ -37,6 +41,8 @@ ALGORITHMS = {
 }
 """With the steps that the methods train on: all of them, or a window."""
 TUNES = ("lora", "full")
+WEIGHTS = {"lora": "bfloat16", "full": "float32"}
+"""Of the denoiser. Fully tuned weights want float32: a step of AdamW is smaller than what bfloat16 can tell apart."""
 
 
 @dataclass
@@ -73,6 +79,8 @@ class Row:
     on_policy_gap: float | None = None
     device: str | None = None
     precision: str | None = None
+    weights: str | None = None
+    """In which type the denoiser's weights are."""
 
 
 class DoesNotFitError(Exception):
@@ -90,23 +98,36 @@ def pipeline(model: str, tiny: bool, device: Any, dtype: Any) -> Any:
     return getattr(full_size, model)(device, dtype)
 
 
-def prepared(row: Row, tiny: bool, folder: Path, overrides: list[str]) -> tuple[Any, Any]:
+def preload() -> None:
+    """What every row imports, for processes that are forked: half a minute is then spent once."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a forked process cannot use a driver that its parent has called
+    from importlib import import_module
+
+    for name in ("flowalign.run", "flowalign.module", "bench.full_size", "lightning", "peft"):
+        import_module(name)
+    import diffusers
+
+    for name in ("StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline"):
+        getattr(diffusers, name)  # which imports its parts
+
+
+def prepared(row: Row, tiny: bool, folder: Path) -> tuple[Any, Any]:
     """Module and trainer of a short run on the random pipeline."""
     import torch
 
     import flowalign.models.base as base
 
     cuda = torch.cuda.is_available()
-    dtype = "float32" if tiny else "bfloat16"
+    dtype, weights = ("float32", "float32") if tiny else ("bfloat16", WEIGHTS[row.tune])
     (folder / "prompts.txt").write_text("two red circles\na blue square above a green triangle")
     cfg = composed([
         f"model={row.model}", *ALGORITHMS[row.algo], f"tune={row.tune}", "reward=jpeg", *QUIET,
-        f"model.dtype={dtype}", f"model.train_dtype={dtype}", "model.max_sequence_length=128",
+        f"model.dtype={dtype}", f"model.train_dtype={weights}", "model.max_sequence_length=128",
         "batch.prompts=2", "batch.group_size=4", "batch.micro=4", "batch.updates=2", "rollout.batch_size=8",
         "evaluation.num_val=2", "evaluation.num_test=2", "evaluation.shown=2", "evaluation.sampling.num_steps=2",
-        "trainer.max_epochs=2", f"trainer.accelerator={'gpu' if cuda else 'cpu'}",
+        f"trainer.max_epochs={WARM + 1}", f"trainer.accelerator={'gpu' if cuda else 'cpu'}",
         f"trainer.precision={'32-true' if tiny else 'bf16-mixed'}", f"paths.output_dir={folder}",
-        f"running.gradient_checkpointing={str(not tiny).lower()}", "encoding.cache=null", *overrides,
+        f"running.gradient_checkpointing={str(not tiny).lower()}", "encoding.cache=null", *row.overrides.split(),
     ])  # fmt: skip
     size = [n for n in (TINY if tiny else SIZES)[row.model] if n is not None]
     for part in ("train", "eval"):
@@ -114,6 +135,7 @@ def prepared(row: Row, tiny: bool, folder: Path, overrides: list[str]) -> tuple[
     for stage in ("train", "val", "test"):
         cfg.data[stage] = {"_target_": "flowalign.prompts.PromptSet.read", "path": str(folder / "prompts.txt")}
     device = torch.device("cuda" if cuda else "cpu")
+    row.weights = cfg.model.train_dtype
     base.load_pipeline = lambda *_: pipeline(row.model, tiny, device, getattr(torch, dtype))  # nothing to download
     return built(cfg)
 
@@ -141,16 +163,17 @@ def weigh(module: Any, keep: Callable[[int], None]) -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def measured(row: Row, tiny: bool, peak: float | None, overrides: list[str]) -> Row:
-    """The row with its figures; peak in FLOP/s, None to look it up."""
+def measured(row: Row, tiny: bool, peak: float | None, trace: Path | None) -> Row:
+    """The row with its figures; peak in FLOP/s, None to look it up; trace: a folder for the profiler's files."""
     from lightning.pytorch.callbacks import LambdaCallback
 
     from bench.clocks import Phases
+    from flowalign.callbacks.profiler import Profiler
 
     planned: list[int] = []
     gaps: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        module, trainer = prepared(row, tiny, Path(folder), overrides)
+        module, trainer = prepared(row, tiny, Path(folder))
 
         def remember() -> None:
             gaps.append(float(trainer.callback_metrics.get("train/on_policy_gap", float("nan"))))
@@ -158,6 +181,9 @@ def measured(row: Row, tiny: bool, peak: float | None, overrides: list[str]) -> 
         seen = Phases(synchronised, after=remember)
         weighing = LambdaCallback(on_fit_start=lambda *_: weigh(module, planned.append))
         trainer.callbacks += [weighing, seen]  # type: ignore
+        if trace is not None:
+            trainer.callbacks += [Profiler(str(trace), epochs=[WARM + 1], micro_batches=2)]  # type: ignore
+            trainer.fit_loop.max_epochs = WARM + 2
         trainer.fit(module)
     described(row, module, str(trainer.precision))
     timed(row, seen, module.geometry.steps_per_epoch)
@@ -176,15 +202,15 @@ def described(row: Row, module: Any, precision: str) -> None:
     row.parameters, row.trained = numbers["parameters"], numbers["trained"]
     row.samples = module.geometry.samples_local
     row.points = module.geometry.trained_local * module.geometry.points_per_sample
-    row.micro, row.guidance, row.compiled = r.batch.micro, r.optimisation.guidance, r.running.compile
+    row.micro, row.guidance, row.compiled = module.geometry.micro, r.optimisation.guidance, r.running.compile
     row.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     row.precision = precision
 
 
 def timed(row: Row, seen: Any, steps: int) -> None:
-    """The last epoch; the first one warms up."""
-    row.epoch_s = seen.epochs[-1]
-    row.rollout_s, row.frozen_s, optimise_s = (seconds[-1] for seconds in seen.seconds.values())
+    """The second epoch; the first one warms up."""
+    row.epoch_s = seen.epochs[WARM]
+    row.rollout_s, row.frozen_s, optimise_s = (seconds[WARM] for seconds in seen.seconds.values())
     row.optimise_s, row.step_s = optimise_s, optimise_s / steps
     row.samples_per_s = row.samples / row.epoch_s  # type: ignore[operator]
 
@@ -204,7 +230,9 @@ def used(row: Row, module: Any, peak: float | None) -> None:
 def attempted(row: Row, given: argparse.Namespace) -> Row:
     """The row with its figures, or with what went wrong."""
     try:
-        return alone(measured, row, given.tiny, given.peak_tflops and given.peak_tflops * 1e12, given.overrides)
+        peak = given.peak_tflops and given.peak_tflops * 1e12
+        trace = given.to / "trace" / f"{row.model}_{row.algo}_{row.tune}" if given.trace else None
+        return alone(measured, row, given.tiny, peak, trace, context="fork")
     except Exception as error:  # the others are measured all the same
         row.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         print(f"{row.model}, {row.algo}, {row.tune}: {row.failed}", flush=True)
@@ -225,8 +253,10 @@ def main() -> int:
     parser.add_argument("--algorithms", nargs="+", default=[*ALGORITHMS], choices=[*ALGORITHMS], metavar="ALGORITHM")
     parser.add_argument("--tunes", nargs="+", default=[*TUNES], choices=TUNES)
     parser.add_argument("--peak-tflops", type=float, help="of the device in 16 bits, where the table does not know it")
+    parser.add_argument("--trace", action="store_true", help="profiles of a further epoch, in the folder trace")
     parser.add_argument("--to", type=Path, default=place())
     given = parser.parse_intermixed_args()
+    preload()
     rows, overrides = Rows(given.to / "gpu.json"), " ".join(given.overrides)
     for model, algo, tune in product(given.only, given.algorithms, given.tunes):
         if not rows.has(model=model, algo=algo, tune=tune, overrides=overrides):

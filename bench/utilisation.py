@@ -31,12 +31,12 @@ def flops_a_point(module: Any) -> float | None:
     """FLOPs of a training forward and backward of one point of the last epoch, guidance included, counted as they run.
 
     What gradient checkpointing computes again is not counted. None with an attention backend of another package, in
-    which nothing can be counted.
+    which nothing can be counted; diffusers calls PyTorch's own ones native.
     """
     import torch
 
     r = module.recipe
-    if r.running.attention is not None:
+    if not (r.running.attention or "native").lstrip("_").startswith("native"):
         return None
     parameters = list(module.live.trained().values())
     point, cond = module.buffer.gather(torch.zeros(1, dtype=torch.long))
