@@ -50,12 +50,12 @@ def made(kind: Callable[..., nn.Module], *args: Any, device: torch.device, dtype
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-            if tensor.ndim > 1:
-                tensor.normal_(0, 0.02, generator=generator)
-            elif tensor.is_floating_point():
-                tensor.fill_(0 if name.endswith("bias") else 1)
-            else:
+            if not tensor.is_floating_point():
                 tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))  # position ids
+            elif tensor.ndim > 1:
+                tensor.normal_(0, 0.02, generator=generator)
+            else:
+                tensor.fill_(0 if name.endswith("bias") else 1)
     return network.eval()
 
 

@@ -11,7 +11,6 @@ epoch that is recorded by torch.profiler.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -98,19 +97,6 @@ def pipeline(model: str, tiny: bool, device: Any, dtype: Any) -> Any:
     return getattr(full_size, model)(device, dtype)
 
 
-def preload() -> None:
-    """What every row imports, for processes that are forked: half a minute is then spent once."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a forked process cannot use a driver that its parent has called
-    from importlib import import_module
-
-    for name in ("flowalign.run", "flowalign.module", "bench.full_size", "lightning", "peft"):
-        import_module(name)
-    import diffusers
-
-    for name in ("StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline"):
-        getattr(diffusers, name)  # which imports its parts
-
-
 def prepared(row: Row, tiny: bool, folder: Path) -> tuple[Any, Any]:
     """Module and trainer of a short run on the random pipeline."""
     import torch
@@ -153,6 +139,7 @@ def weigh(module: Any, keep: Callable[[int], None]) -> None:
     """Tells the planned bytes; raises DoesNotFitError if they are more than the device has."""
     import torch
 
+    module.recipe.model.to(module.device)  # as the module itself does a little later
     planned = sum(share.size for share in module.memory_plan())
     keep(planned)
     if module.device.type != "cuda":
@@ -172,11 +159,14 @@ def measured(row: Row, tiny: bool, peak: float | None, trace: Path | None) -> Ro
 
     planned: list[int] = []
     gaps: list[float] = []
+    flops: list[float | None] = []
     with tempfile.TemporaryDirectory() as folder:
         module, trainer = prepared(row, tiny, Path(folder))
 
         def remember() -> None:
             gaps.append(float(trainer.callback_metrics.get("train/on_policy_gap", float("nan"))))
+            if not flops:  # while the network is on the device
+                flops.append(flops_a_point(module))
 
         seen = Phases(synchronised, after=remember)
         weighing = LambdaCallback(on_fit_start=lambda *_: weigh(module, planned.append))
@@ -189,7 +179,7 @@ def measured(row: Row, tiny: bool, peak: float | None, trace: Path | None) -> Ro
     timed(row, seen, module.geometry.steps_per_epoch)
     row.planned_gib = planned[0] / GIB
     row.on_policy_gap = max(gaps) if max(gaps) == max(gaps) else None  # only a likelihood has a ratio
-    used(row, module, peak)
+    used(row, module, flops[0], peak)
     return row
 
 
@@ -215,12 +205,11 @@ def timed(row: Row, seen: Any, steps: int) -> None:
     row.samples_per_s = row.samples / row.epoch_s  # type: ignore[operator]
 
 
-def used(row: Row, module: Any, peak: float | None) -> None:
+def used(row: Row, module: Any, flops: float | None, peak: float | None) -> None:
     """Memory and arithmetic of the device."""
     import torch
 
     row.peak_gib = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
-    flops = flops_a_point(module)
     row.tflops_a_point = None if flops is None else flops / 1e12
     known = peak or peak_of(str(row.device), str(row.precision))
     asked = module.counts["train"] * module.geometry.samples // module.counts["samples"]  # of one epoch
@@ -232,7 +221,7 @@ def attempted(row: Row, given: argparse.Namespace) -> Row:
     try:
         peak = given.peak_tflops and given.peak_tflops * 1e12
         trace = given.to / "trace" / f"{row.model}_{row.algo}_{row.tune}" if given.trace else None
-        return alone(measured, row, given.tiny, peak, trace, context="fork")
+        return alone(measured, row, given.tiny, peak, trace)
     except Exception as error:  # the others are measured all the same
         row.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         print(f"{row.model}, {row.algo}, {row.tune}: {row.failed}", flush=True)
@@ -256,7 +245,6 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="profiles of a further epoch, in the folder trace")
     parser.add_argument("--to", type=Path, default=place())
     given = parser.parse_intermixed_args()
-    preload()
     rows, overrides = Rows(given.to / "gpu.json"), " ".join(given.overrides)
     for model, algo, tune in product(given.only, given.algorithms, given.tunes):
         if not rows.has(model=model, algo=algo, tune=tune, overrides=overrides):

@@ -54,10 +54,10 @@ def built(cfg: DictConfig) -> tuple[AlignModule, Trainer]:
     return AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
 
 
-def alone(call: Callable[..., Result], *arguments: Any, context: str = "spawn") -> Result:
-    """The same in a process of its own, since peak memory only ever rises; context="fork" keeps what is imported here.
-    Raises RuntimeError with the words of what it raises, or BrokenProcessPool if the process was killed."""
-    with ProcessPoolExecutor(1, mp_context=get_context(context)) as pool:
+def alone(call: Callable[..., Result], *arguments: Any) -> Result:
+    """The same in a process of its own, since peak memory only ever rises. Raises RuntimeError with the words of what
+    it raises, or BrokenProcessPool if the process was killed."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(told, call, *arguments).result()
 
 

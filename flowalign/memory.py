@@ -66,7 +66,8 @@ def kept_for_backward(
             seen.update({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own})
         return t
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+    uncompiled = torch.compiler.set_stance("force_eager")  # a version for one row would serve nobody else
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), uncompiled:
         v = model.velocity(x, torch.full((len(x),), 0.5, device=x.device), cond, guidance, through_both)
         del v
     return sum(seen.values())

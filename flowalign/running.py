@@ -11,6 +11,10 @@ from torch import nn
 if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
 
+VERSIONS = 64
+"""Of a block's code that the compiler makes before it runs the rest uncompiled, with nothing but a warning. Kinds of
+blocks × rollout, training and evaluation × batch sizes are soon more than its own limit of 8."""
+
 
 @dataclass(frozen=True)
 class Running:
@@ -44,6 +48,8 @@ class Running:
             if self.attention is not None:
                 denoiser.set_attention_backend(self.attention)  # type: ignore[operator]
         if self.compile:
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, VERSIONS)
             for block in model.blocks():
                 block.compile()
         for wanted, switch in ((self.vae_tiling, "enable_tiling"), (self.vae_slicing, "enable_slicing")):

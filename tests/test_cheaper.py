@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowalign.algorithms.decay import Decay
 from flowalign.checks import ConfigError, check_signatures
@@ -321,3 +322,23 @@ def test_compiled_blocks_predict_the_same_and_are_compiled_once(tiny: Callable[.
     assert 0 < graphs[0] == graphs[1] == graphs[2]
     assert apart(*trained) < 1e-5
     assert trained[0].state_dict().keys() == trained[1].state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_blocks_of_several_kinds_are_compiled_for_every_batch(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Beyond its limit of versions of one function, the compiler runs it uncompiled; here it raises instead."""
+    from tests.models.tiny import sd3
+
+    monkeypatch.setattr(sd3, "TRANSFORMER", sd3.TRANSFORMER | {"num_layers": 4, "dual_attention_layers": (0, 1)})
+    sd3.build().save_pretrained(tmp_path / "pipeline")
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: compile_with(self, backend="eager"))
+    words = (
+        "algo=nft", "algo.kl_beta=0.01", "tune=lora", "batch.group_size=3", "rollout.batch_size=4",
+        "trainer.max_epochs=1", f"model.pretrained={tmp_path / 'pipeline'}", "model.absent=[]", "running.compile=true",
+    )  # fmt: skip
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        fit(*words)
