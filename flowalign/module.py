@@ -7,7 +7,7 @@ exact resumption: noise is keyed, the order of batches is a function of the epoc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -45,8 +45,6 @@ class AlignModule(Forward):
         self.stats: dict[str, float] = {}
         self.finite = Finite(recipe.optimisation.max_skipped)
         self.base = ""
-        self.between_batches: Callable[[], None] = lambda: None
-        """Called by all ranks between the batches of a rollout, for which Lightning has no hook."""
         for size in (recipe.train_size, recipe.eval_size):
             recipe.model.check_size(*size.area)
         self._require_images()
