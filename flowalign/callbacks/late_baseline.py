@@ -13,8 +13,9 @@ from flowalign.module import AlignModule
 class LateBaseline(Callback):
     """Evaluates the test prompts with the weights that the fit began with, and logs that as step 0.
 
-    It does so at the end of the first epoch and before its checkpoint: a continued run has the whole baseline, or repeats
-    that epoch. By then a frozen copy may still hold these weights; if none does, one waits in the machine's memory.
+    It does so at the end of the first epoch and before its checkpoint: a continued run has the whole baseline, or
+    repeats that epoch. By then a frozen copy may still hold these weights; if none does, one waits in the machine's
+    memory.
     """
 
     def __init__(self, told: Callable[[dict[str, float], float], None]) -> None:

@@ -137,7 +137,8 @@ class Watch:
         strategy.agree = counted
 
     def told(self) -> dict[str, Any]:
-        return {"meta": sum(self.meta) / len(self.meta), "asked_for_others": self.asked_for_others, "late": self.late, "at_once": self.at_once}
+        meta = sum(self.meta) / len(self.meta)
+        return {"meta": meta, "asked_for_others": self.asked_for_others, "late": self.late, "at_once": self.at_once}
 
 
 def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
