@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from flowalign.checks import ConfigError, RunError, check_signatures, refusals
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
+from flowalign.imports import uncollected
 from flowalign.launching import agree, check_launch
 from flowalign.lock import held
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
@@ -369,7 +370,8 @@ def main() -> None:
         check(cfg)
         check_launch(cfg, sweeps)
 
-    sys.argv[1:] = agree(preflight_or_exit(sys.argv[1:], CONF, "train", also))
+    with uncollected():
+        sys.argv[1:] = agree(preflight_or_exit(sys.argv[1:], CONF, "train", also))
     _main()
     if code := report():
         raise SystemExit(code)
