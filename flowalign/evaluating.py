@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,8 +38,9 @@ class Evaluating(LightningModule):
         self.baseline: dict[str, float] = {}
         self.shown: dict[str, Shown] = {}
         self.evaluated_at = -1
-        self.between_batches: Callable[[], None] = lambda: None
-        """Called by all ranks between batches for which Lightning has no hook: of a rollout, of `judge`."""
+        self.between_batches: Callable[[float], None] = lambda left: None
+        """Called by all ranks between batches for which Lightning has no hook, with the seconds until the epoch's
+        checkpoint may be written, if they are known to be few: infinity in a rollout."""
         self.turns = Turns(recipe.scorer.ahead)
         self.meters = nn.ModuleDict()
         guided = (
@@ -176,12 +178,13 @@ class Evaluating(LightningModule):
 
         Nothing is logged, and nothing of the training is changed.
         """
-        loader, limit = self.test_dataloader(), self.trainer.limit_test_batches
+        loader, limit, began = self.test_dataloader(), self.trainer.limit_test_batches, time.monotonic()
+        batches = min(limit, len(loader)) if isinstance(limit, int) else int(len(loader) * limit)
         with in_eval_mode(self):
             self._begin_evaluation("test")
-            for positions in islice(loader, limit if isinstance(limit, int) else int(len(loader) * limit)):
+            for done, positions in enumerate(islice(loader, batches), start=1):
                 self._evaluate("test", positions, copy)
-                self.between_batches()
+                self.between_batches((time.monotonic() - began) / done * (batches - done))
             return {key: float(meter.compute()) for key, meter in self._measured("test").items()}
 
 

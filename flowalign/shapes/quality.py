@@ -142,7 +142,8 @@ def quality(image: np.ndarray, tag: str) -> float:
 
 def main() -> None:
     fits = {kind: fit(kind, KEPT_SIZE) for kind in KINDS}
-    np.savez(KEPT, **{f"{kind}/{part}": a for kind in KINDS for part, a in zip(PARTS, fits[kind], strict=True)})
+    parts = {f"{kind}/{part}": a for kind in KINDS for part, a in zip(PARTS, fits[kind], strict=True)}
+    np.savez(KEPT, **parts)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -114,6 +114,21 @@ def test_a_copy_in_the_memory_of_the_device_is_in_the_plan(tiny: Callable[..., D
     assert lines["weights from before training"] == lines["gradients"]
 
 
+def test_who_asks_for_an_end_is_told_how_long_it_will_take(tiny: Callable[..., DictConfig]):
+    from flowalign.module import AlignModule
+
+    cfg = tiny("algo=nft", "evaluation.sampling.batch_size=1")
+    recipe = build_recipe(cfg)
+    module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+    trainer.validate(module, verbose=False)
+    left: list[float] = []
+    module.between_batches = left.append
+    module.judge_test("old")
+    assert len(left) == 4
+    assert min(left[:3]) > 0
+    assert left[3] == 0
+
+
 def test_what_is_not_trained_or_optimised_for_test_prompts_is_evaluated_at_once(tiny: Callable[..., DictConfig]):
     assert postpones(tiny())
     for word in ("train=false", "test=false", "optimized_metric=test/reward"):
