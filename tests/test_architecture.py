@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("imports", "flow", "types", "transfer"),
+    ("flow", "types", "transfer"),
     ("keyed", "dynamics", "solvers", "steps", "times", "credit", "points", "shapes", "rewards"),
     ("algorithms", "models"),
     (
@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     + ("report", "collect", "generate", "media", "guards", "strategies"),
     ("recipe", "memory", "fitting", "evaluating", "forward", "module", "callbacks", "loggers"),
     (
+        "imports",
         "planning",
         "compatibility",
         "launching",

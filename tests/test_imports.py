@@ -20,5 +20,7 @@ def test_the_collector_is_afterwards_as_it_was(on: bool):
         with uncollected():
             assert not gc.isenabled()
         assert gc.isenabled() == on
+        assert gc.get_freeze_count()
     finally:
+        gc.unfreeze()
         gc.enable() if before else gc.disable()

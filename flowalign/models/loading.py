@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from flowalign.imports import uncollected
-
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
@@ -101,8 +99,7 @@ def load_pipeline(
         )
     try:
         with quietly():
-            with uncollected():  # diffusers imports it now
-                pipeline = getattr(diffusers, name)
+            pipeline = getattr(diffusers, name)
             if _without_weights.get():
                 config = pipeline.load_config(where, revision=revision)
                 arguments = arguments | {part: _bare(where, config, part, revision) for part in trained}
