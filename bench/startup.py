@@ -1,7 +1,8 @@
 """How long one waits for `python train.py --help`, and for the first optimiser step: `python bench/startup.py`.
 
 Seconds from the start of the process, each several times in turn; medians, the range in brackets. Of the default run
-also the moments on the way: parts loaded, baseline evaluated (its pictures are most of the waiting), first rollout.
+also the moments on the way: parts loaded, baseline evaluated (of the validation prompts; that of the test prompts comes
+after the first epoch), first rollout.
 """
 
 from __future__ import annotations

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,6 +38,9 @@ class Evaluating(LightningModule):
         self.baseline: dict[str, float] = {}
         self.shown: dict[str, Shown] = {}
         self.evaluated_at = -1
+        self.between_batches: Callable[[float], None] = lambda left: None
+        """Called by all ranks between batches for which Lightning has no hook, with the seconds until the epoch's
+        checkpoint may be written, if they are known to be few: infinity in a rollout."""
         self.turns = Turns(recipe.scorer.ahead)
         self.meters = nn.ModuleDict()
         guided = (
@@ -88,11 +95,11 @@ class Evaluating(LightningModule):
 
     def validation_step(self, positions: Tensor, batch_idx: int) -> None:
         del batch_idx
-        self._evaluate("val", positions)
+        self._evaluate("val", positions, self.recipe.evaluation.copy)
 
     def test_step(self, positions: Tensor, batch_idx: int) -> None:
         del batch_idx
-        self._evaluate("test", positions)
+        self._evaluate("test", positions, self.recipe.evaluation.copy)
 
     def on_validation_epoch_end(self) -> None:
         self._end_evaluation("val")
@@ -118,11 +125,11 @@ class Evaluating(LightningModule):
 
     @memory_of("evaluate")
     @torch.no_grad()
-    def _evaluate(self, stage: str, positions: Tensor) -> None:
+    def _evaluate(self, stage: str, positions: Tensor, copy: str | None) -> None:
         r, sampling = self.recipe, self.recipe.evaluation.sampling
         ids = positions.tolist()
         prompts = [self.eval_prompts[stage][i] for i in ids]
-        with self.live.use(r.evaluation.copy), self._precision():
+        with self.live.use(copy), self._precision():
             cond = self.conditioner(prompts, self.device, r.eval_size.area)
             made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
         self._meter(f"{stage}/velocity_rms").update(made.rms)
@@ -150,14 +157,44 @@ class Evaluating(LightningModule):
         self.report.advance("evaluate", done, reward=float(scores["reward"].nanmean()))
 
     def _end_evaluation(self, stage: str) -> None:
-        self.turns.finish()
-        self.report.end("evaluate")
         self.evaluated_at = self.current_epoch
-        for key, meter in self.meters.items():
-            if key.startswith(f"{stage}/") and not (key.endswith("/not_scored") and not self._meter(key).compute()):
-                self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")  # type: ignore
+        for key, meter in self._measured(stage).items():
+            self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")
         if before := self.baseline.get(f"{stage}/velocity_rms"):
             self.log(f"{stage}/velocity_growth", self._meter(f"{stage}/velocity_rms").compute() / before)
         if stage == "val":
             reward = self._meter("val/reward")
             self.log("hp/val_reward", reward, on_step=False, on_epoch=True, metric_attribute="meters.val/reward")
+
+    def _measured(self, stage: str) -> dict[str, MeanMetric]:
+        """What an evaluation has found, once its last scores are there; shares that are not scored only if any."""
+        self.turns.finish()
+        self.report.end("evaluate")
+        found = {key: self._meter(key) for key in self.meters if key.startswith(f"{stage}/")}
+        return {key: meter for key, meter in found.items() if not key.endswith("/not_scored") or meter.compute()}
+
+    def judge_test(self, copy: str) -> dict[str, float]:
+        """What `trainer.test` would find if the live weights were this copy's, for asking within a training.
+
+        Nothing is logged, and nothing of the training is changed.
+        """
+        loader, limit, began = self.test_dataloader(), self.trainer.limit_test_batches, time.monotonic()
+        batches = min(limit, len(loader)) if isinstance(limit, int) else int(len(loader) * limit)
+        with in_eval_mode(self):
+            self._begin_evaluation("test")
+            for done, positions in enumerate(islice(loader, batches), start=1):
+                self._evaluate("test", positions, copy)
+                self.between_batches((time.monotonic() - began) / done * (batches - done))
+            return {key: float(meter.compute()) for key, meter in self._measured("test").items()}
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Inside, as in the Trainer's own evaluations; then every part has its own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode

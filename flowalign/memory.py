@@ -102,10 +102,12 @@ def of_row(recipe: Recipe, cond: Conditioning) -> int:
 def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning) -> list[Share]:
     """The lines of the plan for one rank; cond: one row, already on the device of the network."""
     model, moving, micro = recipe.model, of_trained(policy), geometry.micro
+    device = next(iter(cond.values())).device
     copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)
     points = geometry.trained_local * geometry.points_per_sample
     text = sum(map(weights, model.text_encoders().values()))
     adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
+    passing = [t for copy in policy.passing.values() for t in copy.values() if t.device == device]
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     lines = [
         Share("denoisers", sum(map(weights, model.denoisers().values())), _narrower(recipe)),
@@ -116,6 +118,7 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
         Share("gradients", moving, adapters),
         Share("optimiser: two moments", 2 * moving, adapters),
         Share(f"{copies} frozen copies", copies * moving, "policy.device_of_frozen=cpu"),
+        Share("weights from before training", held(passing), "test=false"),
         Share(
             f"kept for backward, {micro} points", micro * of_row(recipe, cond),
             "running.gradient_checkpointing=true, or a smaller batch.micro",

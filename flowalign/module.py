@@ -6,8 +6,9 @@ exact resumption: noise is keyed, the order of batches is a function of the epoc
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -45,8 +46,6 @@ class AlignModule(Forward):
         self.stats: dict[str, float] = {}
         self.finite = Finite(recipe.optimisation.max_skipped)
         self.base = ""
-        self.between_batches: Callable[[], None] = lambda: None
-        """Called by all ranks between the batches of a rollout, for which Lightning has no hook."""
         for size in (recipe.train_size, recipe.eval_size):
             recipe.model.check_size(*size.area)
         self._require_images()
@@ -190,7 +189,7 @@ class AlignModule(Forward):
 
     def _rolled(self, done: int, reward: float | None) -> None:
         self.report.advance("rollout", done, **({} if reward is None else {"reward": reward}))
-        self.between_batches()
+        self.between_batches(math.inf)
 
     def _gather(self, local: Tensor) -> Tensor:
         """(n, …) on every rank to (n · ranks, …) in global sample order."""
@@ -217,7 +216,7 @@ class AlignModule(Forward):
                     p, cond = self.buffer.gather(part)
                     velocity[part] = self._velocity(p.x, p.sigma, cond)
                     self.report.advance("frozen", i * r.rollout.batch_size + len(part))
-                    self.between_batches()
+                    self.between_batches(math.inf)
             self.report.end("frozen")
             points.frozen[name] = velocity
             self.counts["frozen"] += len(rows) * self.replicas

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from flowalign.checks import ConfigError, RunError, check_signatures, refusals
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
+from flowalign.imports import uncollected
 from flowalign.launching import agree, check_launch
 from flowalign.lock import held
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from flowalign.module import AlignModule
     from flowalign.recipe import Recipe
     from flowalign.scoring import Scorer
+    from flowalign.summary import Summary
 
 log = logging.getLogger("flowalign")
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
@@ -136,12 +139,11 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     check_signatures(cfg)
     import lightning
     import torch
-    from lightning.pytorch.callbacks import LambdaCallback
 
     from flowalign.loggers import continue_logs
     from flowalign.module import AlignModule
     from flowalign.strategies.intact import check_intact
-    from flowalign.summary import Summary, show_config, show_plan
+    from flowalign.summary import Summary, show_config
 
     torch.set_float32_matmul_precision("high")
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -165,16 +167,13 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     log_hyperparameters(trainer, cfg)
     summary = Summary(folder, cfg.seed, module, HydraConfig.get().overrides.task)
     if ckpt_path is None:
-        summary.baseline(evaluate(trainer, module, cfg.test))
+        summary.baseline(evaluate(trainer, module, cfg.test and not postpones(cfg)))
         optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
     else:
         log.info("resuming from %s", ckpt_path)
         tidy(Path(ckpt_path).parents[1])
     if cfg.train:
-        # Not before: a resumed run has no baseline, and batch.micro=auto is settled with the loader.
-        trainer.callbacks.append(LambdaCallback(on_train_start=show_plan))  # type: ignore
-        trainer.fit(module, ckpt_path=ckpt_path)
-        summary.trained()
+        fit(trainer, module, summary, ckpt_path, late=ckpt_path is None and postpones(cfg))
         summary.final(evaluate(trainer, module, cfg.test))
     elif ckpt_path is not None:
         metrics = evaluate(trainer, module, cfg.test, ckpt_path)
@@ -182,6 +181,29 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         summary.final(metrics)
     summary.write(trainer)
     return optimised(cfg, summary)
+
+
+def postpones(cfg: DictConfig) -> bool:
+    """Whether the test prompts' baseline waits for the end of the first epoch; a metric that is to be optimised is
+    measured before, so that its name is known to be right."""
+    return cfg.train and cfg.test and not cfg.optimized_metric.startswith("test/")
+
+
+def fit(trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str | None, late: bool) -> None:
+    """Trains; late: the test prompts' baseline is still to come."""
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from flowalign.callbacks.late_baseline import LateBaseline
+    from flowalign.summary import show_plan
+
+    baseline = LateBaseline(summary.completed)
+    # Not before: a resumed run has no baseline, and batch.micro=auto is settled with the loader.
+    plan = LambdaCallback(on_train_start=show_plan)
+    trainer.callbacks.extend([baseline, plan] if late else [plan])  # type: ignore
+    trainer.fit(module, ckpt_path=ckpt_path)
+    summary.trained()
+    if late and baseline.waiting:  # there was nothing to train, and the weights are those of the beginning
+        summary.completed(plain(trainer.test(module, verbose=False)), 0.0)
 
 
 def take(folder: Path, cleanup: ExitStack) -> None:
@@ -241,10 +263,15 @@ def shrink(module: AlignModule) -> None:
 
 def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str | None = None) -> dict[str, float]:
     """Validation and, if wanted, test metrics of the current weights (or of a checkpoint)."""
-    found = dict(trainer.validate(module, ckpt_path=ckpt_path, verbose=False)[0])
+    found = plain(trainer.validate(module, ckpt_path=ckpt_path, verbose=False))
     if test:
-        found |= trainer.test(module, ckpt_path=ckpt_path, verbose=False)[0]
-    return {key: float(value) for key, value in found.items() if not key.startswith("hp/")}
+        found |= plain(trainer.test(module, ckpt_path=ckpt_path, verbose=False))
+    return found
+
+
+def plain(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of an evaluation, without what is for TensorBoard alone."""
+    return {key: float(value) for key, value in found[0].items() if not key.startswith("hp/")}
 
 
 def own_checkpoint(folder: Path) -> str | None:
@@ -294,7 +321,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     return {key: node if isinstance(node, (int, float, str, bool)) else str(node)}
 
 
-def optimised(cfg: DictConfig, summary: Any) -> float | None:
+def optimised(cfg: DictConfig, summary: Summary) -> float | None:
     metrics = summary.results["final"] or summary.results["baseline"]
     if cfg.optimized_metric not in metrics:
         if cfg.trainer.fast_dev_run:
@@ -343,7 +370,8 @@ def main() -> None:
         check(cfg)
         check_launch(cfg, sweeps)
 
-    sys.argv[1:] = agree(preflight_or_exit(sys.argv[1:], CONF, "train", also))
+    with uncollected():
+        sys.argv[1:] = agree(preflight_or_exit(sys.argv[1:], CONF, "train", also))
     _main()
     if code := report():
         raise SystemExit(code)

@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     + ("report", "collect", "generate", "media", "guards", "strategies"),
     ("recipe", "memory", "fitting", "evaluating", "forward", "module", "callbacks", "loggers"),
     (
+        "imports",
         "planning",
         "compatibility",
         "launching",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ log = logging.getLogger("flowalign")
 
 
 class Preemption(Callback):
-    """An optimisation phase, or the validation after it, is finished if that takes no longer than `grace` seconds from
+    """An optimisation phase, or the evaluation after it, is finished if that takes no longer than `grace` seconds from
     the signal on; the checkpoint is then written as ever. A rollout, a phase that would take longer, any evaluation
-    outside of training, and anything after a second signal end between two batches: the last checkpoint stands, and the
-    epoch is repeated from it.
+    before or after the training, and anything after a second signal end between two batches: the last checkpoint
+    stands, and the epoch is repeated from it.
     """
 
     def __init__(self, grace: float = 25.0) -> None:
@@ -34,7 +35,7 @@ class Preemption(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del stage
         if isinstance(pl_module, AlignModule):
-            pl_module.between_batches = lambda: self._look(trainer)
+            pl_module.between_batches = partial(self._look, trainer)
 
     # ------------------------------------------------------------ who listens
 

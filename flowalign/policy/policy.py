@@ -71,6 +71,8 @@ class Policy(nn.Module):
             shard()
         self.denoisers = nn.ModuleDict(denoisers)
         self.copies = nn.ModuleDict({name: self._copy() for name in copies})
+        self.passing: dict[str, Copy] = {}
+        """Copies that are kept for a while: in no checkpoint, and no part of this module."""
         self.merge = merge and can_merge(self.denoisers)
         self._active: str | None = None
 
@@ -85,8 +87,18 @@ class Policy(nn.Module):
         values = {n: nn.Parameter(value(p), requires_grad=False) for n, p in self.trained().items()}
         return Copy(values, self.device_of_frozen)
 
+    @torch.no_grad()
+    def keep(self, name: str) -> None:
+        """One more copy of the live weights, in the machine's memory until it is let go; it is for `use` alone."""
+        values = {n: local(p.data).to("cpu", copy=True) for n, p in self.trained().items()}
+        self.passing[name] = Copy({n: nn.Parameter(t, requires_grad=False) for n, t in values.items()}, "cpu")
+
+    def let_go(self, name: str) -> None:
+        """Frees a copy that `keep` has made; any other stays."""
+        self.passing.pop(name, None)
+
     def _pairs(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        copy = self.copies[name]
+        copy = self.passing[name] if name in self.passing else self.copies[name]
         live = self.trained()
         shards = [local(p.data) for p in live.values()]
         return shards, [local(copy[n.replace(".", "/")].data) for n in live]  # type: ignore
@@ -114,7 +126,8 @@ class Policy(nn.Module):
             self._exchange(name)
 
     def _exchange(self, name: str) -> None:
-        if self.device_of_frozen == "cpu" and any(p.is_cuda for p in self.trained().values()):
+        lasting = name in self.copies  # to lock the pages of another would take longer than it saves
+        if lasting and self.device_of_frozen == "cpu" and any(p.is_cuda for p in self.trained().values()):
             self.copies[name].page_lock()  # type: ignore[operator]
         exchange(*self._pairs(name))
 

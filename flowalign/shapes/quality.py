@@ -8,6 +8,7 @@ palette nor the shapes' templates, so a generator that found a way around the on
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -15,6 +16,9 @@ from scipy import ndimage
 from flowalign.shapes.render import picture
 from flowalign.shapes.world import KINDS, specs
 
+KEPT = Path(__file__).parents[1] / "assets" / "shapes" / "renders_64.npz"
+"""The fits at 64; `python -m flowalign.shapes.quality` makes them anew."""
+KEPT_SIZE, PARTS = 64, ("mean", "deviation", "known")
 RENDERS = 512  # to fit one kind at one size; half give the known outlines, half the statistics
 DRAWN = 0.35  # RGB distance from the background at which something is drawn; the palest colour reaches 0.8
 
@@ -98,10 +102,25 @@ def _vector(values: dict[str, float], outlines: np.ndarray, known: np.ndarray) -
     return np.array([values[k] if floor is None else np.log(values[k] + floor) for k, (floor, _) in STATISTICS.items()])
 
 
+Fit = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Mean (12,), standard deviation (12,) and known outlines (n, 6) of real renders."""
+
+
 @lru_cache(maxsize=32)
-def _fit(kind: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean (12,), standard deviation (12,) and known outlines (n, 6) of real renders; takes a second at 64."""
-    pool, size = specs(kind), max(height, width)
+def _fit(kind: str, size: int) -> Fit:
+    """At the size of the embedded model it is known: every start would wait for it."""
+    return _kept(kind) if size == KEPT_SIZE else fit(kind, size)
+
+
+def _kept(kind: str) -> Fit:
+    with np.load(KEPT) as arrays:
+        mean, deviation, known = (arrays[f"{kind}/{part}"] for part in PARTS)
+    return mean, deviation, known
+
+
+def fit(kind: str, size: int) -> Fit:
+    """Renders so many pictures, which takes half a second at 64."""
+    pool = specs(kind)
     measured = [_measure(picture(pool[i * 7919 % len(pool)], 10**9 + i, size)) for i in range(RENDERS)]
     known = np.concatenate([outlines for _, outlines in measured[: RENDERS // 2]])
     vectors = np.stack([_vector(values, outlines, known) for values, outlines in measured[RENDERS // 2 :]])
@@ -112,10 +131,20 @@ def deviations(image: np.ndarray, tag: str) -> dict[str, float]:
     """Each statistic's distance from real renders in standard deviations."""
     if tag not in KINDS:
         raise ValueError(f"no renders of kind {tag!r} to compare with; the kinds are {', '.join(KINDS)}")
-    mean, deviation, known = _fit(tag, *image.shape[:2])
+    mean, deviation, known = _fit(tag, max(image.shape[:2]))
     return dict(zip(STATISTICS, ((_vector(*_measure(image), known) - mean) / deviation).tolist(), strict=True))
 
 
 def quality(image: np.ndarray, tag: str) -> float:
     """Score in [0, 1] of a picture (H, W, 3) in [0, 1] among renders of kind `tag`: 0.9 is typical of a real one."""
     return float(np.exp(-0.1 * np.mean(np.square([*deviations(image, tag).values()]))))
+
+
+def main() -> None:
+    fits = {kind: fit(kind, KEPT_SIZE) for kind in KINDS}
+    parts = {f"{kind}/{part}": a for kind in KINDS for part, a in zip(PARTS, fits[kind], strict=True)}
+    np.savez(KEPT, **parts)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

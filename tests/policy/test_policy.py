@@ -224,3 +224,23 @@ def test_a_page_locked_copy_has_the_same_values_in_the_same_parameters(monkeypat
     assert all(now is then and now.is_pinned() for now, then in zip(copy.values(), before, strict=True))
     assert copy["a/b"].tolist() == [0, 1, 2]
     assert copy["c"].sum() == 4
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_passing_copy_is_used_like_any_other_and_is_in_no_state(transformer: Any, kind: str):
+    policy = tuned(transformer, kind, "reference")
+    start, keys = outputs(transformer), policy.state_dict().keys()
+    policy.keep("start")
+    move(policy)
+    moved, before = outputs(transformer), weights(policy)
+    with policy.use("start"):
+        assert torch.equal(outputs(transformer), start)
+    assert torch.equal(outputs(transformer), moved)
+    assert same(weights(policy), before)
+    assert policy.state_dict().keys() == keys
+    policy.let_go("start")
+    policy.let_go("reference")
+    with pytest.raises(KeyError), policy.use("start"):
+        pass
+    with policy.use("reference"):
+        assert torch.equal(outputs(transformer), start)

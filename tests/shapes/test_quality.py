@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from drawing import blurred, canvas, draw, paint, specks, superellipse
 
-from flowalign.shapes.quality import quality
+from flowalign.shapes.quality import _fit, fit, quality
 from flowalign.shapes.render import picture, place
-from flowalign.shapes.world import Spec, specs
+from flowalign.shapes.world import KINDS, Spec, specs
 
 NUMBER = 24
 
@@ -97,3 +97,9 @@ def test_nothing_is_shared_with_the_verifier():
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert "flowalign.shapes.verify" not in modules
     assert not names & {"COLOURS", "coverage", "verify"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_of_renders_is_what_they_are(kind: str):
+    for kept, fresh in zip(_fit(kind, 64), fit(kind, 64), strict=True):
+        np.testing.assert_allclose(kept, fresh, rtol=1e-9, atol=1e-12)

@@ -38,6 +38,8 @@ class Job:
     """The points of its first epoch stay in points<rank>.pt."""
     rooms: list[float] = field(default_factory=list)
     """Free bytes of the machine as each rank sees them, in this job and those after it; none: as they are."""
+    late: bool = False
+    """The test prompts' baseline is evaluated before the training and, as Watch tells, after its first epoch."""
     refused: bool = False
     """The job is to raise ValueError, whose sentence is kept in metrics.json."""
 
@@ -120,6 +122,8 @@ class Watch:
     def __init__(self, recipe: Any) -> None:
         self.meta = [p.is_meta for denoiser in recipe.model.denoisers().values() for p in denoiser.parameters()]
         self.asked_for_others = 0
+        self.late: dict[str, float] = {}
+        self.at_once: dict[str, float] = {}
 
     def on(self, strategy: Any) -> None:
         """Counts how often this rank has to ask a network for which it has no row."""
@@ -132,14 +136,16 @@ class Watch:
 
         strategy.agree = counted
 
-    def told(self) -> dict[str, float]:
-        return {"meta": sum(self.meta) / len(self.meta), "asked_for_others": self.asked_for_others}
+    def told(self) -> dict[str, Any]:
+        meta = sum(self.meta) / len(self.meta)
+        return {"meta": meta, "asked_for_others": self.asked_for_others, "late": self.late, "at_once": self.at_once}
 
 
 def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
+    from flowalign.callbacks.late_baseline import LateBaseline
     from flowalign.loggers import continue_logs
     from flowalign.module import AlignModule
     from flowalign.run import build_recipe, build_trainer, plan_accumulation
@@ -162,6 +168,9 @@ def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
         kept.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
     trainer.callbacks.append(LambdaCallback(on_train_epoch_end=keep))  # type: ignore[attr-defined]
+    if job.late:
+        watch.at_once = dict(trainer.test(module, verbose=False)[0])
+        trainer.callbacks.append(LateBaseline(lambda found, seconds: watch.late.update(found)))  # type: ignore
     if job.keeps:
         trainer.callbacks.append(LambdaCallback(on_train_batch_start=partial(keep_points, job)))  # type: ignore
     if job.killed:

@@ -32,7 +32,9 @@ AREA = {"height": 32, "width": 48, "frames": 9}
 SIZES = [f"resolution.{part}.{side}={n}" for part in ("train", "eval") for side, n in AREA.items()]
 TYPES = ("model.dtype=float32", "model.train_dtype=float32", "model.max_sequence_length=16")
 VIDEO = ("model=wan2_2_t2v", *TYPES, *SIZES, "reward=jpeg", "trainer.max_epochs=1")
-
+LATE = ("algo=grpo", "trainer.max_epochs=1", "optimizer.lr=1e-3")
+"""No frozen copy: the weights from before training wait elsewhere."""
+LATE_KINDS = {"fsdp": ("tune=full", "strategy=fsdp"), "ddp": ("tune=lora", "strategy=ddp")}
 
 Make = Callable[..., Job]
 
@@ -59,6 +61,7 @@ def done(job: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
         job("killed", *FULL, two, "strategy=fsdp", killed=1),
         job("resumed", *FULL, two, "strategy=fsdp", resume=str(job("killed").last)),
         job("ddp", *LORA, two, "strategy=ddp"),
+        *(job(f"late_{name}", *words, two, *LATE, late=True) for name, words in LATE_KINDS.items()),
     ]
     together(jobs, tmp_path_factory.mktemp("pair"))
     return job
@@ -130,6 +133,13 @@ def test_sharded_full_training_is_that_of_one_process(done: Make):
 
 def test_adapters_of_two_processes_are_those_of_one(done: Make):
     assert apart(done("one_lora"), done("ddp")) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", LATE_KINDS)
+def test_a_late_baseline_of_two_processes_is_that_of_before(done: Make, kind: str):
+    first, second = (done(f"late_{kind}").rank(rank) for rank in (0, 1))
+    assert first["late"] == second["late"] == first["at_once"]
+    assert first["late"]["test/velocity_rms"] > 0
 
 
 def test_a_sharded_run_resumes_to_the_last_bit(done: Make):
