@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,8 +12,11 @@ from torch import nn
 if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
 
-COMPILED = {"cpp.use_decompose_tanh": True}
+COMPILED: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.use_decompose_tanh": True}
 """For the compiler. On a CPU tanh comes of one exp, a few ulps of 1 off: most of what GELU costs, which is a tenth."""
+VARIANTS = 64
+"""Of a block's code: with a gradient and without, by sizes of batches and pictures, for the odd last block. Past the
+compiler's own limit of 8 what is new runs as it is, with no more than a warning; a run with evaluations has more."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Running:
             if self.attention is not None:
                 denoiser.set_attention_backend(self.attention)  # type: ignore[operator]
         if self.compile:
+            torch._dynamo.config.recompile_limit = VARIANTS
             for block in model.blocks():
                 block.compile(options=COMPILED)
         for wanted, switch in ((self.vae_tiling, "enable_tiling"), (self.vae_slicing, "enable_slicing")):
