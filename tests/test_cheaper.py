@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from flowalign.algorithms.decay import Decay
 from flowalign.checks import ConfigError, check_signatures
@@ -17,6 +19,7 @@ from flowalign.points import drawn
 from flowalign.policy.follow import Average, Follow
 from flowalign.recipe import Recipe
 from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
+from flowalign.running import COMPILED
 from flowalign.types import given
 
 if TYPE_CHECKING:
@@ -291,6 +294,55 @@ def test_a_type_of_states_is_refused_where_it_is_none_or_nothing_is_recorded():
 
 
 # ------------------------------------------------------------ compiled blocks
+
+
+def test_the_compilers_options_are_known_to_it():
+    """A release of PyTorch may drop one; it would then refuse the first batch."""
+    from torch._inductor import config
+
+    assert COMPILED.keys() <= config.get_config_copy().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_tanh_and_gelu_are_within_rounding_of_the_true_ones():
+    """Down to where they vanish and up to where they are flat, with gradients; errors in units of 2^-23."""
+    x = torch.cat([torch.linspace(-20, 20, 100_001), torch.tensor([-1e4, -1e-6, 0.0, 1e-6, 1e4])]).requires_grad_()
+    functions: list[Callable[[Tensor], Tensor]] = [torch.tanh, partial(gelu, approximate="tanh")]
+    for f in functions:
+        exact = x.detach().double().requires_grad_()
+        found, true = torch.compile(f, options=COMPILED)(x), f(exact)
+        slopes = [torch.autograd.grad(y.sum(), at)[0] for y, at in ((found, x), (true, exact))]
+        assert ((found - true).abs() <= 4 * 2**-23 * (1 + x.abs())).all()
+        assert ((slopes[0] - slopes[1]).abs() <= 16 * 2**-23 * (1 + x.abs())).all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiling takes minutes where others work too
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("algo=grpo", "tune=lora"),
+        ("algo=grpo", "tune=full", "optimizer.lr=1e-4"),
+        ("algo=nft", "tune=lora"),
+        ("algo=nft", "tune=full", "optimizer.lr=1e-4"),
+        ("algo=nft", "tune=lora", "model.quantised=int8"),
+        ("algo=nft", "tune=lora", "model.quantised=nf4"),
+    ],
+)
+def test_compiled_blocks_train_what_blocks_train(fit: Fit, words: tuple[str, ...]):
+    """On points of two rollouts, of which the second is by trained weights."""
+    if words[-1].startswith("model.quantised"):
+        pytest.importorskip("torchao")
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        # With an evaluation there are more kinds of calls than the compiler takes by itself.
+        words = (*words, "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1")
+        compiled, plain = (fit(*words, f"running.compile={c}") for c in ("true", "false"))
+    assert 0 < apart(compiled, plain) < 1e-5
+    if "algo=grpo" in words:
+        assert compiled.metrics["train/on_policy_gap"] < 1e-5
+    assert compiled.metrics["train/grad_norm"] == pytest.approx(plain.metrics["train/grad_norm"], rel=1e-4)
 
 
 @pytest.mark.slow
