@@ -152,6 +152,7 @@ def weigh(module: Any, keep: Callable[[int], None]) -> None:
 
 def measured(row: Row, tiny: bool, peak: float | None, trace: Path | None) -> Row:
     """The row with its figures; peak in FLOP/s, None to look it up; trace: a folder for the profiler's files."""
+    import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
     from bench.clocks import Phases
@@ -160,12 +161,14 @@ def measured(row: Row, tiny: bool, peak: float | None, trace: Path | None) -> Ro
     planned: list[int] = []
     gaps: list[float] = []
     flops: list[float | None] = []
+    peaks: list[float | None] = []
     with tempfile.TemporaryDirectory() as folder:
         module, trainer = prepared(row, tiny, Path(folder))
 
         def remember() -> None:
             gaps.append(float(trainer.callback_metrics.get("train/on_policy_gap", float("nan"))))
-            if not flops:  # while the network is on the device
+            if len(gaps) == WARM + 1:  # while the network is on the device; the count has gradients of its own
+                peaks.append(torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None)
                 flops.append(flops_a_point(module))
 
         seen = Phases(synchronised, after=remember)
@@ -179,7 +182,8 @@ def measured(row: Row, tiny: bool, peak: float | None, trace: Path | None) -> Ro
     timed(row, seen, module.geometry.steps_per_epoch)
     row.planned_gib = planned[0] / GIB
     row.on_policy_gap = max(gaps) if max(gaps) == max(gaps) else None  # only a likelihood has a ratio
-    used(row, module, flops[0], peak)
+    row.peak_gib = peaks[0]
+    utilised(row, module, flops[0], peak)
     return row
 
 
@@ -205,11 +209,8 @@ def timed(row: Row, seen: Any, steps: int) -> None:
     row.samples_per_s = row.samples / row.epoch_s  # type: ignore[operator]
 
 
-def used(row: Row, module: Any, flops: float | None, peak: float | None) -> None:
-    """Memory and arithmetic of the device."""
-    import torch
-
-    row.peak_gib = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
+def utilised(row: Row, module: Any, flops: float | None, peak: float | None) -> None:
+    """Arithmetic of the device."""
     row.tflops_a_point = None if flops is None else flops / 1e12
     known = peak or peak_of(str(row.device), str(row.precision))
     asked = module.counts["train"] * module.geometry.samples // module.counts["samples"]  # of one epoch
