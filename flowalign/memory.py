@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from flowalign.alive import Alive, faked
+from flowalign.collect import SHOWN
+from flowalign.decoding import of_decoding
 from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
-from flowalign.models.quantised import pieces
+from flowalign.models.quantised import is_quantised, pieces
 from flowalign.policy import Policy
 from flowalign.policy.merge import adapted as adapted_layers
 from flowalign.recipe import Recipe
@@ -19,6 +23,8 @@ from flowalign.tensors import is_sharded, local
 from flowalign.types import Conditioning
 
 GIB = 2**30
+Precision = Callable[[], AbstractContextManager[object]]
+"""Makes the context in which a forward pass runs; a backward pass runs outside."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ def kept_for_backward(
     """Bytes that a forward pass of x (B, …) keeps for its backward pass, weights excepted: counted, not guessed.
 
     With gradient checkpointing these are the inputs of the blocks; one block's inside comes on top on the way back.
+    Blocks are not compiled for it.
     """
     held_by_model = [local(p) for d in model.denoisers().values() for p in d.parameters()]
     own = {piece.untyped_storage().data_ptr() for p in held_by_model for piece in pieces(p)}
@@ -66,7 +73,8 @@ def kept_for_backward(
             seen.update({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own})
         return t
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         v = model.velocity(x, torch.full((len(x),), 0.5, device=x.device), cond, guidance, through_both)
         del v
     return sum(seen.values())
@@ -91,14 +99,71 @@ def of_points(recipe: Recipe, geometry: Geometry) -> int:
     return int(geometry.trained_local * geometry.points_per_sample * fields * of_latent(recipe))
 
 
-def of_row(recipe: Recipe, cond: Conditioning) -> int:
-    """Bytes that one training point keeps for its backward pass; cond: one row."""
+def of_pass(recipe: Recipe, cond: Conditioning, precision: Precision, rows: int, accumulated: bool = True) -> int:
+    """Bytes that a forward and backward pass of so many training points takes beside weights and gradients, at most.
+
+    cond: one row; accumulated: whether all gradients are there before. Otherwise they come while activations go, and
+    this is what both together are more than the gradients. Where fake tensors do not do, it is what one point keeps for
+    its backward pass, times the points.
+    """
+    if not _in_shards_or_codes(recipe.model) and recipe.running.native:
+        try:
+            return _peak_of_pass(recipe, cond, precision, rows, accumulated)
+        except Exception:  # control flow that depends on values, for instance; what is wrong otherwise shows below
+            pass
+    with precision():
+        return rows * _kept_by_row(recipe, cond)
+
+
+def _in_shards_or_codes(model: FlowModel) -> bool:
+    return any(is_sharded(p) or is_quantised(p) for d in model.denoisers().values() for p in d.parameters())
+
+
+def _peak_of_pass(recipe: Recipe, cond: Conditioning, precision: Precision, rows: int, accumulated: bool) -> int:
+    model, wanted = recipe.model, recipe.optimisation
+    device = next(iter(cond.values())).device
+    with faked(model.denoisers().values()) as weights:
+        trained = [p for p in weights if p.requires_grad]
+        if accumulated:
+            for p in trained:
+                p.register_post_accumulate_grad_hook(_forget)
+        x = torch.empty(rows, *model.latent_shape(*recipe.train_size.area), device=device)
+        cond = Conditioning({k: torch.empty(rows, *t.shape[1:], dtype=t.dtype, device=device) for k, t in cond.items()})
+        with Alive([*weights, x, *cond.values()]) as alive, torch.enable_grad():
+            with precision():
+                sigma = torch.full((rows,), 0.5, device=device)
+                v = model.velocity(x, sigma, cond, wanted.guidance, wanted.cfg_gradient == "both")
+                loss = v.square().mean()
+            loss.backward()
+    return max(alive.peak - (0 if accumulated else sum(p.nbytes for p in trained)), 0)
+
+
+def _forget(p: Tensor) -> None:
+    p.grad = None
+
+
+def _kept_by_row(recipe: Recipe, cond: Conditioning) -> int:
     x = torch.zeros(1, *recipe.model.latent_shape(*recipe.train_size.area), device=next(iter(cond.values())).device)
     wanted = recipe.optimisation
     return kept_for_backward(recipe.model, x, cond, wanted.guidance, wanted.cfg_gradient == "both")
 
 
-def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning) -> list[Share]:
+def of_media(recipe: Recipe, geometry: Geometry, device: torch.device) -> int:
+    """Bytes that the larger of the decodings of a rollout and of an evaluation takes, 0 where that cannot be told."""
+    model, evaluation = recipe.model, recipe.evaluation
+    rolled = min(recipe.rollout.batch_size, geometry.samples_local)
+    if not recipe.scorer.sees_media:  # only what is looked at
+        rolled = min(-(-rolled // geometry.batch.group_size), SHOWN)
+    if recipe.algorithm.source == "images":
+        rolled = 0
+    judged = min(evaluation.sampling.batch_size, max(evaluation.num_val, evaluation.num_test))
+    wanted = {(recipe.train_size.area, rolled), (recipe.eval_size.area, judged)}
+    return max(of_decoding(model, model.latent_shape(*area), rows, device) or 0 for area, rows in wanted)
+
+
+def plan(
+    recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning, precision: Precision
+) -> list[Share]:
     """The lines of the plan for one rank; cond: one row, already on the device of the network."""
     model, moving, micro = recipe.model, of_trained(policy), geometry.micro
     copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)
@@ -106,6 +171,9 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
     text = sum(map(weights, model.text_encoders().values()))
     adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
+    passing = of_pass(recipe, cond, precision, micro, geometry.accumulate > 1)
+    # Gradients and activations are gone when pictures are decoded, so that only what that takes beyond them counts.
+    media = of_media(recipe, geometry, next(iter(cond.values())).device) - moving - passing
     lines = [
         Share("denoisers", sum(map(weights, model.denoisers().values())), _narrower(recipe)),
         Share("two blocks in one piece", whole_blocks(model)),
@@ -116,7 +184,7 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
         Share("optimiser: two moments", 2 * moving, adapters),
         Share(f"{copies} frozen copies", copies * moving, "policy.device_of_frozen=cpu"),
         Share(
-            f"kept for backward, {micro} points", micro * of_row(recipe, cond),
+            f"forward and backward of {micro} points", passing,
             "running.gradient_checkpointing=true, or a smaller batch.micro",
         ),
         Share(f"{points} training points", of_points(recipe, geometry), "fewer pictures or points an epoch"),
@@ -124,8 +192,16 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
             f"latents of a rollout batch, {recipe.rollout.batch_size}",
             4 * recipe.rollout.batch_size * of_latent(recipe), "a smaller rollout.batch_size",
         ),
+        Share("decoding, beyond gradients and activations", max(media, 0), _in_parts(recipe)),
     ]  # fmt: skip
     return [line for line in lines if line.size]
+
+
+def _in_parts(recipe: Recipe) -> str:
+    vae, batches = recipe.model.pipe.vae, "a smaller rollout.batch_size and evaluation.sampling.batch_size"
+    ways = {"vae_slicing": "enable_slicing", "vae_tiling": "enable_tiling"}
+    left = [key for key, switch in ways.items() if hasattr(vae, switch) and not getattr(recipe.running, key)]
+    return ", ".join([*(f"running.{key}=true" for key in left), batches])
 
 
 def _narrower(recipe: Recipe) -> str:
