@@ -106,46 +106,53 @@ def of_pass(recipe: Recipe, cond: Conditioning, precision: Precision, rows: int,
     this is what both together are more than the gradients. Where fake tensors do not do, it is what one point keeps for
     its backward pass, times the points.
     """
-    if not _in_shards_or_codes(recipe.model) and recipe.running.native:
+    model, shape, wanted = recipe.model, recipe.model.latent_shape(*recipe.train_size.area), recipe.optimisation
+    asked = wanted.guidance, wanted.cfg_gradient == "both"
+    if recipe.running.native and not _in_shards_or_codes(model):
         try:
-            return _peak_of_pass(recipe, cond, precision, rows, accumulated)
+            return peak_of_pass(model, shape, cond, precision, rows, *asked, accumulated)
         except Exception:  # control flow that depends on values, for instance; what is wrong otherwise shows below
             pass
     with precision():
-        return rows * _kept_by_row(recipe, cond)
+        return rows * kept_for_backward(model, torch.zeros(1, *shape, device=_device(cond)), cond, *asked)
 
 
 def _in_shards_or_codes(model: FlowModel) -> bool:
     return any(is_sharded(p) or is_quantised(p) for d in model.denoisers().values() for p in d.parameters())
 
 
-def _peak_of_pass(recipe: Recipe, cond: Conditioning, precision: Precision, rows: int, accumulated: bool) -> int:
-    model, wanted = recipe.model, recipe.optimisation
-    device = next(iter(cond.values())).device
+def _device(cond: Conditioning) -> torch.device:
+    return next(iter(cond.values())).device
+
+
+def peak_of_pass(
+    model: FlowModel,
+    shape: tuple[int, ...],
+    cond: Conditioning,
+    precision: Precision,
+    rows: int,
+    guidance: float = 1.0,
+    through_both: bool = True,
+    accumulated: bool = True,
+) -> int:
+    """The same on fake tensors, for latents of this shape. Raises what they raise where they do not do."""
+    device = _device(cond)
     with faked(model.denoisers().values()) as weights:
         trained = [p for p in weights if p.requires_grad]
         if accumulated:
             for p in trained:
                 p.register_post_accumulate_grad_hook(_forget)
-        x = torch.empty(rows, *model.latent_shape(*recipe.train_size.area), device=device)
+        x, sigma = torch.empty(rows, *shape, device=device), torch.full((rows,), 0.5, device=device)
         cond = Conditioning({k: torch.empty(rows, *t.shape[1:], dtype=t.dtype, device=device) for k, t in cond.items()})
         with Alive([*weights, x, *cond.values()]) as alive, torch.enable_grad():
             with precision():
-                sigma = torch.full((rows,), 0.5, device=device)
-                v = model.velocity(x, sigma, cond, wanted.guidance, wanted.cfg_gradient == "both")
-                loss = v.square().mean()
+                loss = model.velocity(x, sigma, cond, guidance, through_both).square().mean()
             loss.backward()
-    return max(alive.peak - (0 if accumulated else sum(p.nbytes for p in trained)), 0)
+    return alive.peak if accumulated else max(alive.peak - sum(p.nbytes for p in trained), 0)
 
 
 def _forget(p: Tensor) -> None:
     p.grad = None
-
-
-def _kept_by_row(recipe: Recipe, cond: Conditioning) -> int:
-    x = torch.zeros(1, *recipe.model.latent_shape(*recipe.train_size.area), device=next(iter(cond.values())).device)
-    wanted = recipe.optimisation
-    return kept_for_backward(recipe.model, x, cond, wanted.guidance, wanted.cfg_gradient == "both")
 
 
 def of_media(recipe: Recipe, geometry: Geometry, device: torch.device) -> int:
@@ -158,7 +165,8 @@ def of_media(recipe: Recipe, geometry: Geometry, device: torch.device) -> int:
         rolled = 0
     judged = min(evaluation.sampling.batch_size, max(evaluation.num_val, evaluation.num_test))
     wanted = {(recipe.train_size.area, rolled), (recipe.eval_size.area, judged)}
-    return max(of_decoding(model, model.latent_shape(*area), rows, device) or 0 for area, rows in wanted)
+    told = [of_decoding(model, model.latent_shape(*area), rows, device) for area, rows in wanted if rows]
+    return max((size for size in told if size is not None), default=0)
 
 
 def plan(
@@ -173,7 +181,8 @@ def plan(
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     passing = of_pass(recipe, cond, precision, micro, geometry.accumulate > 1)
     # Gradients and activations are gone when pictures are decoded, so that only what that takes beyond them counts.
-    media = of_media(recipe, geometry, next(iter(cond.values())).device) - moving - passing
+    with precision():
+        media = of_media(recipe, geometry, _device(cond)) - moving - passing
     lines = [
         Share("denoisers", sum(map(weights, model.denoisers().values())), _narrower(recipe)),
         Share("two blocks in one piece", whole_blocks(model)),
