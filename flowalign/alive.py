@@ -1,4 +1,4 @@
-"""The most memory that tensors take while something runs; on fake tensors, which have sizes and no memory, for nothing."""
+"""The most memory that tensors take while something runs; on fake ones, which have sizes and no memory, for nothing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def faked(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     with ExitStack() as inside:
         inside.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modules:
-            fakes = {n: mode.from_tensor(t) for n, t in [*module.named_parameters(), *module.named_buffers()]}
+            fakes: dict[str, Tensor] = {
+                n: mode.from_tensor(t) for n, t in [*module.named_parameters(), *module.named_buffers()]
+            }
             inside.enter_context(_reparametrize_module(module, fakes))
             weights += fakes.values()
         inside.enter_context(mode)

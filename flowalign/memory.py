@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,22 +104,34 @@ def of_pass(recipe: Recipe, cond: Conditioning, precision: Precision, rows: int,
     """Bytes that a forward and backward pass of so many training points takes beside weights and gradients, at most.
 
     cond: one row; accumulated: whether all gradients are there before. Otherwise they come while activations go, and
-    this is what both together are more than the gradients. Where fake tensors do not do, it is what one point keeps for
-    its backward pass, times the points.
+    this is what both together are more than the gradients. Where fake tensors do not do, it is only what the points
+    keep for their backward pass, as one and two of them tell.
     """
     model, shape, wanted = recipe.model, recipe.model.latent_shape(*recipe.train_size.area), recipe.optimisation
     asked = wanted.guidance, wanted.cfg_gradient == "both"
-    if recipe.running.native and not _in_shards_or_codes(model):
+    if recipe.running.native and not _is(is_sharded, model) and not _is(is_quantised, model):
         try:
             return peak_of_pass(model, shape, cond, precision, rows, *asked, accumulated)
         except Exception:  # control flow that depends on values, for instance; what is wrong otherwise shows below
             pass
     with precision():
-        return rows * kept_for_backward(model, torch.zeros(1, *shape, device=_device(cond)), cond, *asked)
+        return _extrapolated(lambda few: _kept(model, shape, cond, few, *asked), rows, _is(is_sharded, model))
 
 
-def _in_shards_or_codes(model: FlowModel) -> bool:
-    return any(is_sharded(p) or is_quantised(p) for d in model.denoisers().values() for p in d.parameters())
+def _extrapolated(measure: Callable[[int], int], rows: int, by_one: bool) -> int:
+    """From one row and two, since some is there once for all; by_one: from one, where a second could be too much."""
+    one = measure(1)
+    return rows * one if by_one or rows == 1 else one + (rows - 1) * (measure(2) - one)
+
+
+def _kept(model: FlowModel, shape: tuple[int, ...], cond: Conditioning, rows: int, *asked: Any) -> int:
+    x = torch.zeros(rows, *shape, device=_device(cond))
+    return kept_for_backward(model, x, cond.repeat_interleave(rows), *asked)
+
+
+def _is(kind: Callable[[Tensor], bool], model: FlowModel) -> bool:
+    """Whether there are such weights."""
+    return any(kind(p) for d in model.denoisers().values() for p in d.parameters())
 
 
 def _device(cond: Conditioning) -> torch.device:
@@ -169,9 +182,7 @@ def of_media(recipe: Recipe, geometry: Geometry, device: torch.device) -> int:
     return max((size for size in told if size is not None), default=0)
 
 
-def plan(
-    recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning, precision: Precision
-) -> list[Share]:
+def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning, precision: Precision) -> list[Share]:
     """The lines of the plan for one rank; cond: one row, already on the device of the network."""
     model, moving, micro = recipe.model, of_trained(policy), geometry.micro
     copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)

@@ -138,12 +138,12 @@ def test_what_is_alive_at_once_is_counted_and_nothing_twice():
     assert (alive.now, alive.peak) == (0, 4 * 180)
 
 
-@pytest.mark.parametrize("switches", [{}, {"vae_slicing": True}, {"vae_tiling": True}], ids=str)
-def test_a_decoding_takes_what_is_planned(sd3: SD3, switches: dict[str, bool]):
-    if "vae_tiling" in switches:
+@pytest.mark.parametrize("running", [Running(), Running(vae_slicing=True), Running(vae_tiling=True)], ids=str)
+def test_a_decoding_takes_what_is_planned(sd3: SD3, running: Running):
+    if running.vae_tiling:
         sd3.pipe.vae.tile_sample_min_size, sd3.pipe.vae.tile_latent_min_size = 16, 8
     whole = of_decoding(sd3, sd3.latent_shape(64, 64), 3, torch.device("cpu"))
-    Running(**switches).apply(sd3)
+    running.apply(sd3)
     x = torch.zeros(3, *sd3.latent_shape(64, 64))
     planned = of_decoding(sd3, tuple(x.shape[1:]), 3, torch.device("cpu"))
     with Alive([x, *sd3.pipe.vae.parameters()]) as alive:
@@ -151,7 +151,7 @@ def test_a_decoding_takes_what_is_planned(sd3: SD3, switches: dict[str, bool]):
     assert planned == alive.peak
     assert whole is not None
     assert planned is not None
-    assert planned < 0.7 * whole if switches else planned == whole
+    assert planned == whole if running == Running() else planned < 0.7 * whole
 
 
 def test_a_decoding_that_depends_on_values_is_not_planned(sd3: SD3, monkeypatch: pytest.MonkeyPatch):
@@ -186,6 +186,19 @@ def test_every_row_of_a_pass_takes_the_same_beside_what_is_fixed(tiny: Callable[
     assert fixed == pytest.approx(copies, rel=0.1) if tune == "full" else 0.5 * copies < fixed < 0.7 * copies
     before = [p.grad for p in policy.trained().values()]
     assert before == [None] * len(before)
+
+
+def test_a_pass_that_depends_on_values_is_told_by_what_it_keeps(
+    tiny: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+):
+    r = build_recipe(tiny("tune=full"))
+    Policy(r.model.denoisers(), r.tune, r.model.lora_targets, [])
+    cond = r.model.encode(["a circle"])
+    inside = [of_pass(r, cond, MIXED, rows) for rows in (1, 4)]
+    forward = SD3.forward
+    monkeypatch.setattr(SD3, "forward", lambda *given: forward(*given) if given[1].isfinite().all() else 0)
+    kept = [of_pass(r, cond, MIXED, rows) for rows in (1, 4)]
+    assert all(0.8 * most < least < most for most, least in zip(inside, kept, strict=True))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

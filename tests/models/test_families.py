@@ -29,7 +29,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowalign.alive import Alive
 from flowalign.checks import check_signatures
@@ -246,21 +246,21 @@ def test_a_decoding_takes_what_is_planned(family: Family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", sorted({*KINDS} - {"Lumina2", "QwenImage", "QwenImageEdit", "WanTwoExperts", "ZImage"})
+)
 def test_a_pass_of_fake_tensors_takes_what_a_real_one_does(make: Callable[[str], Family], kind: str):
+    """The others look at the values of their inputs."""
     family = make(kind)
-    Running(gradient_checkpointing=family.model.checkpointing_is_exact).apply(family.model)
-    networks = family.model.denoisers().values()
-    for network in networks:
-        network.requires_grad_(True)
-    rows, cond = 2, family.encode(slice(0, 1))
-    planned = peak_of_pass(family.model, family.model.latent_shape(**family.size), cond, nullcontext, rows)
-    given = [torch.zeros(rows, *family.model.latent_shape(**family.size)), cond.repeat_interleave(rows)]
-    for network in networks:
-        for p in network.parameters():
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with Alive([given[0], *given[1].values(), *(t for n in networks for t in [*n.parameters(), *n.buffers()])]) as alive:
-        family.model.velocity(given[0], 0.5, given[1]).square().mean().backward()
+    model, shape, cond = family.model, family.model.latent_shape(**family.size), family.encode(slice(0, 1))
+    Running(gradient_checkpointing=model.checkpointing_is_exact).apply(model)
+    networks = nn.ModuleList(model.denoisers().values()).requires_grad_(True)
+    planned = peak_of_pass(model, shape, cond, nullcontext, 2)
+    for p in networks.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    x, cond = torch.zeros(2, *shape), cond.repeat_interleave(2)
+    with Alive([x, *cond.values(), *networks.parameters(), *networks.buffers()]) as alive:
+        model.velocity(x, 0.5, cond).square().mean().backward()
     assert planned == pytest.approx(alive.peak, rel=0.1)
 
 
