@@ -36,7 +36,7 @@ def flops_a_point(module: Any) -> float | None:
     import torch
 
     r = module.recipe
-    if not (r.running.attention or "native").lstrip("_").startswith("native"):
+    if not r.running.native:
         return None
     parameters = list(module.live.trained().values())
     point, cond = module.buffer.gather(torch.zeros(1, dtype=torch.long))

@@ -44,9 +44,9 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[good] if good >= 0 else None
 
 
-def counted(row: int, besides: int, room: float) -> Callable[[int], bool]:
-    """Whether so many rows of `row` bytes, and `besides` what else there will be, take their share of the room."""
-    return lambda rows: rows * row + besides <= SHARE * room
+def counted(taken: Callable[[int], int], besides: int, room: float) -> Callable[[int], bool]:
+    """Whether what so many rows take, and `besides` what else there will be, is within their share of the room."""
+    return lambda rows: taken(rows) + besides <= SHARE * room
 
 
 def tried(

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowalign.evaluating import Evaluating
 from flowalign.fitting import counted, room, search, tried
 from flowalign.geometry import Geometry
-from flowalign.memory import Share, of_points, of_row, of_trained, plan
+from flowalign.memory import Share, of_pass, of_points, of_trained, plan
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.strategies.sharded import Sharded
 from flowalign.types import Conditioning, Point
@@ -34,8 +34,7 @@ class Forward(Evaluating):
 
     def memory_plan(self) -> list[Share]:
         """What the run will take of this rank's device."""
-        with self._precision():
-            return plan(self.recipe, self.live, self.geometry, self._longest())
+        return plan(self.recipe, self.live, self.geometry, self._longest(), self._precision)
 
     def _longest(self) -> Conditioning:
         """One row, of the longest prompt: in some families a row is as long as its prompt."""
@@ -79,9 +78,8 @@ class Forward(Evaluating):
             besides += 2 * gradients
         if self._can_try():
             return tried(partial(self._try, cond), list(self.live.trained().values()), besides, self.device)
-        with self._precision():
-            row = of_row(r, cond)
-        return counted(row, besides + gradients, room(self.device, self.trainer.num_devices))
+        taken = partial(of_pass, r, cond, self._precision)
+        return counted(taken, besides + gradients, room(self.device, self.trainer.num_devices))
 
     def _can_try(self) -> bool:
         """Not where it could exhaust the machine, nor where a rank that runs out leaves others waiting for shards."""

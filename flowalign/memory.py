@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowalign.alive import Alive, faked
+from flowalign.collect import SHOWN
+from flowalign.decoding import of_decoding
 from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
-from flowalign.models.quantised import pieces
+from flowalign.models.quantised import is_quantised, pieces
 from flowalign.policy import Policy
 from flowalign.policy.merge import adapted as adapted_layers
 from flowalign.recipe import Recipe
@@ -19,6 +24,8 @@ from flowalign.tensors import is_sharded, local
 from flowalign.types import Conditioning
 
 GIB = 2**30
+Precision = Callable[[], AbstractContextManager[object]]
+"""Makes the context in which a forward pass runs; a backward pass runs outside."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ def kept_for_backward(
     """Bytes that a forward pass of x (B, …) keeps for its backward pass, weights excepted: counted, not guessed.
 
     With gradient checkpointing these are the inputs of the blocks; one block's inside comes on top on the way back.
+    Blocks are not compiled for it.
     """
     held_by_model = [local(p) for d in model.denoisers().values() for p in d.parameters()]
     own = {piece.untyped_storage().data_ptr() for p in held_by_model for piece in pieces(p)}
@@ -66,8 +74,8 @@ def kept_for_backward(
             seen.update({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own})
         return t
 
-    uncompiled = torch.compiler.set_stance("force_eager")  # a version for one row would serve nobody else
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), uncompiled:
+    eager = torch.compiler.set_stance("force_eager")  # a version for one row would serve nobody else
+    with eager, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         v = model.velocity(x, torch.full((len(x),), 0.5, device=x.device), cond, guidance, through_both)
         del v
     return sum(seen.values())
@@ -92,14 +100,89 @@ def of_points(recipe: Recipe, geometry: Geometry) -> int:
     return int(geometry.trained_local * geometry.points_per_sample * fields * of_latent(recipe))
 
 
-def of_row(recipe: Recipe, cond: Conditioning) -> int:
-    """Bytes that one training point keeps for its backward pass; cond: one row."""
-    x = torch.zeros(1, *recipe.model.latent_shape(*recipe.train_size.area), device=next(iter(cond.values())).device)
-    wanted = recipe.optimisation
-    return kept_for_backward(recipe.model, x, cond, wanted.guidance, wanted.cfg_gradient == "both")
+def of_pass(recipe: Recipe, cond: Conditioning, precision: Precision, rows: int, accumulated: bool = True) -> int:
+    """Bytes that a forward and backward pass of so many training points takes beside weights and gradients, at most.
+
+    cond: one row; accumulated: whether all gradients are there before. Otherwise they come while activations go, and
+    this is what both together are more than the gradients. Where fake tensors do not do, it is only what the points
+    keep for their backward pass, as one and two of them tell.
+    """
+    model, shape, wanted = recipe.model, recipe.model.latent_shape(*recipe.train_size.area), recipe.optimisation
+    asked = wanted.guidance, wanted.cfg_gradient == "both"
+    if recipe.running.native and not _is(is_sharded, model) and not _is(is_quantised, model):
+        try:
+            return peak_of_pass(model, shape, cond, precision, rows, *asked, accumulated)
+        except Exception:  # control flow that depends on values, for instance; what is wrong otherwise shows below
+            pass
+    with precision():
+        return _extrapolated(lambda few: _kept(model, shape, cond, few, *asked), rows, _is(is_sharded, model))
 
 
-def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning) -> list[Share]:
+def _extrapolated(measure: Callable[[int], int], rows: int, by_one: bool) -> int:
+    """From one row and two, since some is there once for all; by_one: from one, where a second could be too much."""
+    one = measure(1)
+    return rows * one if by_one or rows == 1 else one + (rows - 1) * (measure(2) - one)
+
+
+def _kept(model: FlowModel, shape: tuple[int, ...], cond: Conditioning, rows: int, *asked: Any) -> int:
+    x = torch.zeros(rows, *shape, device=_device(cond))
+    return kept_for_backward(model, x, cond.repeat_interleave(rows), *asked)
+
+
+def _is(kind: Callable[[Tensor], bool], model: FlowModel) -> bool:
+    """Whether there are such weights."""
+    return any(kind(p) for d in model.denoisers().values() for p in d.parameters())
+
+
+def _device(cond: Conditioning) -> torch.device:
+    return next(iter(cond.values())).device
+
+
+def peak_of_pass(
+    model: FlowModel,
+    shape: tuple[int, ...],
+    cond: Conditioning,
+    precision: Precision,
+    rows: int,
+    guidance: float = 1.0,
+    through_both: bool = True,
+    accumulated: bool = True,
+) -> int:
+    """The same on fake tensors, for latents of this shape. Raises what they raise where they do not do."""
+    device = _device(cond)
+    with faked(model.denoisers().values()) as weights:
+        trained = [p for p in weights if p.requires_grad]
+        if accumulated:
+            for p in trained:
+                p.register_post_accumulate_grad_hook(_forget)
+        x, sigma = torch.empty(rows, *shape, device=device), torch.full((rows,), 0.5, device=device)
+        cond = Conditioning({k: torch.empty(rows, *t.shape[1:], dtype=t.dtype, device=device) for k, t in cond.items()})
+        with Alive([*weights, x, *cond.values()]) as alive, torch.enable_grad():
+            with precision():
+                loss = model.velocity(x, sigma, cond, guidance, through_both).square().mean()
+            loss.backward()
+    return alive.peak if accumulated else max(alive.peak - sum(p.nbytes for p in trained), 0)
+
+
+def _forget(p: Tensor) -> None:
+    p.grad = None
+
+
+def of_media(recipe: Recipe, geometry: Geometry, device: torch.device) -> int:
+    """Bytes that the larger of the decodings of a rollout and of an evaluation takes, 0 where that cannot be told."""
+    model, evaluation = recipe.model, recipe.evaluation
+    rolled = min(recipe.rollout.batch_size, geometry.samples_local)
+    if not recipe.scorer.sees_media:  # only what is looked at
+        rolled = min(-(-rolled // geometry.batch.group_size), SHOWN)
+    if recipe.algorithm.source == "images":
+        rolled = 0
+    judged = min(evaluation.sampling.batch_size, max(evaluation.num_val, evaluation.num_test))
+    wanted = {(recipe.train_size.area, rolled), (recipe.eval_size.area, judged)}
+    told = [of_decoding(model, model.latent_shape(*area), rows, device) for area, rows in wanted if rows]
+    return max((size for size in told if size is not None), default=0)
+
+
+def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning, precision: Precision) -> list[Share]:
     """The lines of the plan for one rank; cond: one row, already on the device of the network."""
     model, moving, micro = recipe.model, of_trained(policy), geometry.micro
     device = next(iter(cond.values())).device
@@ -109,6 +192,10 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
     adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
     passing = [t for copy in policy.passing.values() for t in copy.values() if t.device == device]
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
+    passing = of_pass(recipe, cond, precision, micro, geometry.accumulate > 1)
+    # Gradients and activations are gone when pictures are decoded, so that only what that takes beyond them counts.
+    with precision():
+        media = of_media(recipe, geometry, _device(cond)) - moving - passing
     lines = [
         Share("denoisers", sum(map(weights, model.denoisers().values())), _narrower(recipe)),
         Share("two blocks in one piece", whole_blocks(model)),
@@ -120,7 +207,7 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
         Share(f"{copies} frozen copies", copies * moving, "policy.device_of_frozen=cpu"),
         Share("weights from before training", held(passing), "test=false"),
         Share(
-            f"kept for backward, {micro} points", micro * of_row(recipe, cond),
+            f"forward and backward of {micro} points", passing,
             "running.gradient_checkpointing=true, or a smaller batch.micro",
         ),
         Share(f"{points} training points", of_points(recipe, geometry), "fewer pictures or points an epoch"),
@@ -128,8 +215,16 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning)
             f"latents of a rollout batch, {recipe.rollout.batch_size}",
             4 * recipe.rollout.batch_size * of_latent(recipe), "a smaller rollout.batch_size",
         ),
+        Share("decoding, beyond gradients and activations", max(media, 0), _in_parts(recipe)),
     ]  # fmt: skip
     return [line for line in lines if line.size]
+
+
+def _in_parts(recipe: Recipe) -> str:
+    vae, batches = recipe.model.pipe.vae, "a smaller rollout.batch_size and evaluation.sampling.batch_size"
+    ways = {"vae_slicing": "enable_slicing", "vae_tiling": "enable_tiling"}
+    left = [key for key, switch in ways.items() if hasattr(vae, switch) and not getattr(recipe.running, key)]
+    return ", ".join([*(f"running.{key}=true" for key in left), batches])
 
 
 def _narrower(recipe: Recipe) -> str:

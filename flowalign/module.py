@@ -293,6 +293,9 @@ class AlignModule(Forward):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         skipped = self.finite.skipped
         super().optimizer_step(*args, **kwargs)
+        # Lightning keeps them until the next backward pass, hence during rollouts and evaluations, which want the room.
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
         if self.finite.skipped == skipped:
             self._follow("step")
 

@@ -38,6 +38,11 @@ class Running:
     vae_channels_last: bool = False
     """Keep the VAE's weights and activations with the channels last in memory."""
 
+    @property
+    def native(self) -> bool:
+        """Whether attention is PyTorch's own, in which operations and memory can be counted."""
+        return (self.attention or "native").lstrip("_").startswith("native")
+
     def apply(self, model: FlowModel) -> None:
         """To the pipeline as the policy has prepared it. Raises ValueError for what the family cannot do."""
         if self.gradient_checkpointing and not model.checkpointing_is_exact:

@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "scoring",
     )
     + ("report", "collect", "generate", "media", "guards", "strategies"),
-    ("recipe", "memory", "fitting", "evaluating", "forward", "module", "callbacks", "loggers"),
+    ("recipe", "alive", "decoding", "memory", "fitting", "evaluating", "forward", "module", "callbacks", "loggers"),
     (
         "imports",
         "planning",

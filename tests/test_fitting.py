@@ -73,7 +73,7 @@ def test_where_nothing_fits_one_sentence_names_settings():
 
 
 def test_what_is_counted_takes_its_share_of_the_room():
-    fits = counted(row=10, besides=100, room=400 / SHARE)
+    fits = counted(lambda rows: 10 * rows, besides=100, room=400 / SHARE)
     assert fits(30)
     assert not fits(31)
 
@@ -199,7 +199,7 @@ def test_the_run_is_that_of_a_given_micro_batch(fit: Callable[..., AlignModule])
     assert found.trainer.num_training_batches == 2
     assert 0 < apart(found, given) < 1e-5
     names = {line.name for line in found.memory_plan()}
-    assert "kept for backward, 6 points" in names
+    assert "forward and backward of 6 points" in names
     assert found.geometry.table()["one optimiser step"] == "1 micro-batches × 6 points"
 
 
@@ -219,7 +219,7 @@ def test_little_memory_of_the_machine_makes_small_micro_batches(
 ):
     module = fit("batch.micro=auto", "trainer.max_epochs=1")
     lines = {line.name: line.size for line in module.memory_plan()}
-    row = lines["kept for backward, 6 points"] / 6
+    row = lines["forward and backward of 6 points"] / 6
     besides = lines["gradients"] + lines["optimiser: two moments"] + lines["12 training points"]
     monkeypatch.setattr(memory, "_free_of_machine", lambda: (besides + 2.5 * row) / SHARE)
     assert fit("batch.micro=auto", "trainer.max_epochs=1").geometry.micro == 2
@@ -308,7 +308,7 @@ def test_two_processes_agree_and_keep_to_it_when_they_are_resumed(fit: Callable[
     """The second has memory for two points only; afterwards it would have for all. Shards are read late."""
     lines = {line.name: line.size for line in fit("batch.micro=1", "tune.rank=4").memory_plan()}
     besides = lines["gradients"] + lines["optimiser: two moments"] + lines["12 training points"] / 2
-    little = 2 * (besides + 2.5 * lines["kept for backward, 1 points"]) / SHARE  # for both
+    little = 2 * (besides + 2.5 * lines["forward and backward of 1 points"]) / SHARE  # for both
     jobs = []
     for strategy in ("ddp", "fsdp"):
         words = ["batch.micro=auto", f"strategy={strategy}", "trainer.devices=2", "trainer.max_epochs=2"]

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import conv2d
 
-from flowalign.memory import Share, advice, held, kept_for_backward, plan
+from flowalign.alive import Alive
+from flowalign.decoding import Decoding, of_decoding
+from flowalign.memory import Share, advice, held, kept_for_backward, of_pass, plan
 from flowalign.models.sd3 import SD3
+from flowalign.module import AlignModule
+from flowalign.policy import Policy
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.running import Running
 from tests.models.tiny.parts import wan_vae
@@ -86,8 +95,6 @@ def test_storages_are_counted_once():
 
 @pytest.mark.parametrize(("tune", "copies"), [("full", 2), ("lora", 2)])
 def test_the_plan_of_a_run_adds_up(tiny: Callable[..., DictConfig], tune: str, copies: int):
-    from flowalign.module import AlignModule
-
     cfg = tiny("algo=nft", f"tune={tune}", "algo.kl_beta=0.1", "trainer.check_val_every_n_epoch=9")
     recipe = build_recipe(cfg)
     module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
@@ -111,8 +118,119 @@ def test_the_plan_of_a_run_adds_up(tiny: Callable[..., DictConfig], tune: str, c
     freed.tune, freed.model = recipe.tune, recipe.model
     names = {line.name for line in plan(freed, module.live, module.geometry, module.conditioner(
         recipe.data["train"].prompts[:1], torch.device("cpu"), recipe.train_size.area
-    ))}  # fmt: skip
+    ), nullcontext)}  # fmt: skip
     assert not any("copies" in name or "text" in name for name in names)
+
+
+# ------------------------------------------------------------ insides
+
+
+def test_what_is_alive_at_once_is_counted_and_nothing_twice():
+    known = torch.zeros(100)
+    with Alive([known]) as alive:
+        a = known + 1
+        b = a.view(10, 10)[2:] * 2
+        del a
+        c = torch.zeros(5)
+        assert alive.now == 4 * (80 + 5)
+        del b, c
+        known.view(10, 10)
+    assert (alive.now, alive.peak) == (0, 4 * 180)
+
+
+@pytest.mark.parametrize("running", [Running(), Running(vae_slicing=True), Running(vae_tiling=True)], ids=str)
+def test_a_decoding_takes_what_is_planned(sd3: SD3, running: Running):
+    if running.vae_tiling:
+        sd3.pipe.vae.tile_sample_min_size, sd3.pipe.vae.tile_latent_min_size = 16, 8
+    whole = of_decoding(sd3, sd3.latent_shape(64, 64), 3, torch.device("cpu"))
+    running.apply(sd3)
+    x = torch.zeros(3, *sd3.latent_shape(64, 64))
+    planned = of_decoding(sd3, tuple(x.shape[1:]), 3, torch.device("cpu"))
+    with Alive([x, *sd3.pipe.vae.parameters()]) as alive:
+        sd3.decode(x)
+    assert planned == alive.peak
+    assert whole is not None
+    assert planned is not None
+    assert planned == whole if running == Running() else planned < 0.7 * whole
+
+
+def test_a_decoding_that_depends_on_values_is_not_planned(sd3: SD3, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SD3, "denormalised", lambda self, x: x if x.sum() > 0 else -x)
+    assert of_decoding(sd3, sd3.latent_shape(32, 32), 1, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_convolutions_in_16_bits_on_cuda_copy_unless_channels_are_last(last: bool):
+    form = torch.channels_last if last else torch.contiguous_format
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 16, 16, dtype=torch.bfloat16, device="cuda", memory_format=form)
+        weight = torch.empty(4, 8, 3, 3, dtype=torch.bfloat16, device="cuda", memory_format=form)
+        with Decoding([x, weight]) as alive, torch.no_grad():
+            y = conv2d(x, weight, padding=1)
+    result = 1 if y.is_contiguous(memory_format=form) and last else 2  # which only CUDA lays out like its input
+    assert alive.peak == result * y.nbytes + (0 if last else x.nbytes)
+
+
+MIXED = partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)  # as the Trainer does it
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_every_row_of_a_pass_takes_the_same_beside_what_is_fixed(tiny: Callable[..., DictConfig], tune: str):
+    r = build_recipe(tiny(f"tune={tune}"))
+    policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, [])
+    cond = r.model.encode(["a circle"])
+    one, two, four = (of_pass(r, cond, MIXED, rows) for rows in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.02)
+    copies = 2 * sum(p.numel() for p in r.model.pipe.transformer.parameters())
+    fixed = 2 * one - two  # weights in 16 bits; adapters leave out those that no gradient comes through
+    assert fixed == pytest.approx(copies, rel=0.1) if tune == "full" else 0.5 * copies < fixed < 0.7 * copies
+    before = [p.grad for p in policy.trained().values()]
+    assert before == [None] * len(before)
+
+
+def test_a_pass_that_depends_on_values_is_told_by_what_it_keeps(
+    tiny: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+):
+    r = build_recipe(tiny("tune=full"))
+    Policy(r.model.denoisers(), r.tune, r.model.lora_targets, [])
+    cond = r.model.encode(["a circle"])
+    inside = [of_pass(r, cond, MIXED, rows) for rows in (1, 4)]
+    forward = SD3.forward
+    monkeypatch.setattr(SD3, "forward", lambda *given: forward(*given) if given[1].isfinite().all() else 0)
+    kept = [of_pass(r, cond, MIXED, rows) for rows in (1, 4)]
+    assert all(0.8 * most < least < most for most, least in zip(inside, kept, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_optimiser_steps_take_what_is_planned(
+    tiny: Callable[..., DictConfig], tune: str, checkpointing: bool, updates: int
+):
+    """Two micro-batches a step, or one."""
+    cfg = tiny(
+        "algo=nft", f"tune={tune}", "trainer.precision=bf16-mixed", "trainer.check_val_every_n_epoch=9",
+        f"running.gradient_checkpointing={checkpointing}", f"batch.updates={updates}", "batch.micro=6",
+        "batch.passes=2",  # the first step makes the moments
+    )  # fmt: skip
+    recipe = build_recipe(cfg)
+    module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+    seen: list[Alive] = []
+
+    def begin(*_: object) -> None:
+        if not seen:
+            module._ensure_rollout()
+            seen.append(Alive([*module.parameters(), *module.buffers()]))
+            seen[0].__enter__()
+
+    watch = LambdaCallback(on_train_batch_start=begin, on_train_end=lambda *_: seen[0].__exit__(None, None, None))
+    trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+    trainer.fit(module)
+    lines = {line.name: line.size for line in module.memory_plan()}
+    names = ("gradients", "optimiser: two moments", "forward and backward of 6 points")
+    planned = sum(lines[name] for name in names)
+    assert seen[0].peak == pytest.approx(planned, rel=0.1)
+    assert all(p.grad is None for p in module.live.trained().values())  # a rollout and an evaluation have the room
 
 
 def test_advice_names_the_largest_first_and_only_if_needed():

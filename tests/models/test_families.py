@@ -29,17 +29,21 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from flowalign.alive import Alive
 from flowalign.checks import check_signatures
 from flowalign.checks.signatures import locate
 from flowalign.cli import main
+from flowalign.decoding import of_decoding
 from flowalign.dynamics import ODE
+from flowalign.memory import peak_of_pass
 from flowalign.models.base import FlowModel
 from flowalign.policy import Lora
 from flowalign.rewards.latent import Latent
 from flowalign.rewards.latent.trunk import Trunk, main_blocks
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
+from flowalign.running import Running
 from flowalign.sampler import Noise, deterministic, walk
 from flowalign.scoring import Scorer
 from flowalign.solvers import Euler
@@ -228,6 +232,36 @@ def test_the_comparison_notices_what_is_wrong(family: Family):
         assert distance(family.ours(guidance, turned=True), right) > 1e-3
     if len(family.tiny.GUIDANCE) > 1:
         assert distance(family.ours(guidance + 1), right) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoding_takes_what_is_planned(family: Family):
+    model = family.model
+    x = torch.zeros(3, *model.latent_shape(**family.size))
+    vae = model.pipe.vae
+    with Alive([x, *vae.parameters(), *vae.buffers()]) as alive:
+        model.decode(x)
+    assert of_decoding(model, tuple(x.shape[1:]), 3, x.device) == pytest.approx(alive.peak, rel=0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", sorted({*KINDS} - {"Lumina2", "QwenImage", "QwenImageEdit", "WanTwoExperts", "ZImage"})
+)
+def test_a_pass_of_fake_tensors_takes_what_a_real_one_does(make: Callable[[str], Family], kind: str):
+    """The others look at the values of their inputs."""
+    family = make(kind)
+    model, shape, cond = family.model, family.model.latent_shape(**family.size), family.encode(slice(0, 1))
+    Running(gradient_checkpointing=model.checkpointing_is_exact).apply(model)
+    networks = nn.ModuleList(model.denoisers().values()).requires_grad_(True)
+    planned = peak_of_pass(model, shape, cond, nullcontext, 2)
+    for p in networks.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    x, cond = torch.zeros(2, *shape), cond.repeat_interleave(2)
+    with Alive([x, *cond.values(), *networks.parameters(), *networks.buffers()]) as alive:
+        model.velocity(x, 0.5, cond).square().mean().backward()
+    assert planned == pytest.approx(alive.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
