@@ -185,17 +185,17 @@ def of_media(recipe: Recipe, geometry: Geometry, device: torch.device) -> int:
 def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning, precision: Precision) -> list[Share]:
     """The lines of the plan for one rank; cond: one row, already on the device of the network."""
     model, moving, micro = recipe.model, of_trained(policy), geometry.micro
-    device = next(iter(cond.values())).device
+    device = _device(cond)
     copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)
     points = geometry.trained_local * geometry.points_per_sample
     text = sum(map(weights, model.text_encoders().values()))
     adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
-    passing = [t for copy in policy.passing.values() for t in copy.values() if t.device == device]
+    before = [t for copy in policy.passing.values() for t in copy.values() if t.device == device]
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     passing = of_pass(recipe, cond, precision, micro, geometry.accumulate > 1)
     # Gradients and activations are gone when pictures are decoded, so that only what that takes beyond them counts.
     with precision():
-        media = of_media(recipe, geometry, _device(cond)) - moving - passing
+        media = of_media(recipe, geometry, device) - moving - passing
     lines = [
         Share("denoisers", sum(map(weights, model.denoisers().values())), _narrower(recipe)),
         Share("two blocks in one piece", whole_blocks(model)),
@@ -205,7 +205,7 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning,
         Share("gradients", moving, adapters),
         Share("optimiser: two moments", 2 * moving, adapters),
         Share(f"{copies} frozen copies", copies * moving, "policy.device_of_frozen=cpu"),
-        Share("weights from before training", held(passing), "test=false"),
+        Share("weights from before training", held(before), "test=false"),
         Share(
             f"forward and backward of {micro} points", passing,
             "running.gradient_checkpointing=true, or a smaller batch.micro",
