@@ -81,6 +81,10 @@ RECIPES = {
     "grpo": ("algo=grpo", "algo.kl_beta=0.04", "steps=random", "steps.num=3"),
     "nft": ("algo=nft", "algo.kl_beta=0.01", "dynamics=cps"),
 }
+SAVINGS = (
+    "rollout.keep_in=bfloat16", "rollout.same_noise=true", "rollout.guidance=2", "optimisation.cfg_gradient=conditional",
+    "optimisation.kl_share=0.34", "running.vae_channels_last=true", "batch.micro=auto",
+)  # fmt: skip
 COMMON = ("evaluation.weights=ema", "schedule.kind=cosine", "optimizer.lr=0.003")
 
 
@@ -117,6 +121,17 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(
     assert set(straight.live.copies) == copies
     changed = differing(straight.state_dict(), halfway)  # the second epoch did something, to the copies as well
     assert {name.split(".")[2] for name in changed if ".copies." in name} == copies - {"reference"}
+
+
+def test_an_interrupted_run_with_every_saving_equals_the_uninterrupted_one(fit: Callable[..., Fit], tmp_path: Path):
+    words = (*RECIPES["grpo"], "tune=lora", *COMMON, *SAVINGS)
+    straight, _, metrics = fit("straight", *words, seed=1)
+    with pytest.raises(KilledError):
+        fit("killed", *words, seed=2, kill=True)
+    resumed, _, found = fit("killed", *words, seed=3, resume=tmp_path / "killed" / "checkpoints" / "last.ckpt")
+    assert differing(straight.state_dict(), resumed.state_dict()) == []
+    assert (metrics, straight.counts["frozen"]) == (found, resumed.counts["frozen"])
+    assert straight.counts["frozen"] < straight.counts["train"]  # the reference is asked for a share of the points
 
 
 class Light:
