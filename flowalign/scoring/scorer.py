@@ -143,7 +143,8 @@ class Scorer:
         if self.ahead and measure.beside:
             # One thread a reward: none is called twice at a time, and its calls are in order.
             if name not in self._threads:
-                self._threads[name] = ThreadPoolExecutor(1, f"reward-{name}")
+                beside_network = _without_pool if seen.device.type == "cpu" else None
+                self._threads[name] = ThreadPoolExecutor(1, f"reward-{name}", beside_network)
             return self._threads[name].submit(measure, seen)
         future: Future[Tensor] = Future()
         future.set_result(measure(seen))
@@ -198,3 +199,9 @@ def _total(rewards: Tensor, weights: Tensor) -> Tensor:
 
 def _measure(reward: Reward | Measure) -> Measure:
     return reward if isinstance(reward, Measure) else Measure(reward)
+
+
+def _without_pool() -> None:
+    """For a thread beside a network on the CPU. With a second pool of OpenMP threads there are more of them than cores,
+    upon which the library lets all of them sleep at every wait, the network's own: an epoch took 1.3 times as long."""
+    torch.set_num_threads(1)

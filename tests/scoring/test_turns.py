@@ -130,3 +130,24 @@ def test_what_a_reward_raises_comes_out_and_nothing_more_is_begun():
         assert order == []
         assert not turns.waiting
     scorer.close()
+
+
+def test_a_reward_beside_a_network_on_the_cpu_has_no_pool_of_threads_of_its_own():
+    """Which would slow the network down; in its own turn a reward has all threads."""
+    found: list[int] = []
+
+    def reward(media: Tensor, prompts: list[str], metadata: list[Any]) -> Tensor:
+        found.append(torch.get_num_threads())
+        return media.flatten(1).mean(1)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for ahead in (1, 0):
+            scorer = Scorer(reward, ahead=ahead)
+            scorer.start(batch("one")).result()
+            scorer.close()
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert found == [1, 3]
