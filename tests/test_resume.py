@@ -83,7 +83,8 @@ RECIPES = {
 }
 SAVINGS = (
     "rollout.keep_in=bfloat16", "rollout.same_noise=true", "rollout.guidance=2",
-    "optimisation.cfg_gradient=conditional", "optimisation.kl_share=0.34", "running.vae_channels_last=true", "batch.micro=auto",
+    "optimisation.cfg_gradient=conditional", "optimisation.kl_share=0.34", "running.vae_channels_last=true",
+    "batch.micro=auto",
 )  # fmt: skip
 COMMON = ("evaluation.weights=ema", "schedule.kind=cosine", "optimizer.lr=0.003")
 
