@@ -141,10 +141,10 @@ class Summary:
             Image.fromarray(sheet).save(self.folder / "before_after.png")
         self._table(trainer)
 
-    def _again(self) -> str:
-        """The command's own words, but for those that its continuation sets anew."""
-        kept = [w for w in self.overrides if not w.startswith(("ckpt_path=", "trainer.max_epochs="))]
-        return " ".join(shlex.quote(word) for word in kept)
+    def _again(self, last: Path, epochs: int) -> str:
+        """The command that goes on from `last`: its own words, but for those that are set anew."""
+        kept = [shlex.quote(w) for w in self.overrides if not w.startswith(("ckpt_path=", "trainer.max_epochs="))]
+        return " ".join(["python train.py", *kept, f"ckpt_path={last}", f"trainer.max_epochs={epochs}"])
 
     def _table(self, trainer: Trainer) -> None:
         before, after = self.results["baseline"], self.results["final"]
@@ -165,8 +165,7 @@ class Summary:
             lines += [
                 f"sample    flowalign sample ckpt={last} prompt='two red circles'",
                 f"export    flowalign export ckpt={last} to={self.folder / 'export'}",
-                f"go on     python train.py {self._again()} ckpt_path={last} "
-                f"trainer.max_epochs={2 * (trainer.max_epochs or 1)}",
+                f"go on     {self._again(last, 2 * (trainer.max_epochs or 1))}",
             ]
         for line in [*lines, "watch     tensorboard --logdir outputs"]:
             _console.print(line, soft_wrap=True, markup=False)  # a command has brackets of its own
