@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from flowalign.geometry import PlanError
 from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, build_trainer, check, instantiate, plan_accumulation
 from flowalign.types import Point
+from tests.conftest import installed
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,13 +45,6 @@ def refused(cfg: DictConfig) -> str:
     except ConfigError as refusal:
         return str(refusal)
     return ""
-
-
-def installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,11 @@ import pytest
 
 from flowalign.checks import ConfigError
 from flowalign.launching import STARTED, agree, check_tasks, launched_rank, started
-from tests.conftest import ROOT, TINY, settled
+from tests.conftest import ROOT, TINY, installed, settled
 
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
 SHORT = settled(*TINY, "trainer.fast_dev_run=true", "logger=none", "callbacks=none")
 slow = pytest.mark.slow
-
-
-def plugin(name: str) -> bool:
-    try:
-        return find_spec(f"hydra_plugins.{name}") is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def shell(folder: Path, *words: str, launcher: tuple[str, ...] = (), **more: str) -> subprocess.CompletedProcess[str]:
@@ -205,14 +197,14 @@ def test_a_refused_run_does_not_end_a_sweep(tmp_path: Path):
 
 
 @slow
-@pytest.mark.skipif(not plugin("hydra_joblib_launcher"), reason="needs the extra sweep")
+@pytest.mark.skipif(not installed("hydra_plugins.hydra_joblib_launcher"), reason="needs the extra sweep")
 def test_a_refused_run_does_not_end_a_sweep_of_joblib(tmp_path: Path):
     joblib = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=1")
     check_survived(tmp_path, shell(tmp_path, "-m", *joblib, *SHORT, *FAILING), 2)
 
 
 @slow
-@pytest.mark.skipif(not plugin("hydra_optuna_sweeper"), reason="needs the extra sweep")
+@pytest.mark.skipif(not installed("hydra_plugins.hydra_optuna_sweeper"), reason="needs the extra sweep")
 def test_a_search_gets_its_numbers_and_survives_a_trial(tmp_path: Path):
     """fast_dev_run logs no metrics, hence a real epoch."""
     words = settled(*TINY, "logger=none", "callbacks=none", "test=false")
@@ -227,7 +219,7 @@ def test_a_search_gets_its_numbers_and_survives_a_trial(tmp_path: Path):
     assert (tmp_path / "outputs" / "optuna.db").is_file()
 
 
-@pytest.mark.skipif(not plugin("hydra_submitit_launcher"), reason="needs the extra slurm")
+@pytest.mark.skipif(not installed("hydra_plugins.hydra_submitit_launcher"), reason="needs the extra slurm")
 def test_jobs_of_slurm_compose(compose: Callable[..., Any]):
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -239,7 +231,7 @@ def test_jobs_of_slurm_compose(compose: Callable[..., Any]):
     assert node.launcher.tasks_per_node == 4
 
 
-@pytest.mark.skipif(not plugin("hydra_submitit_launcher"), reason="needs the extra slurm")
+@pytest.mark.skipif(not installed("hydra_plugins.hydra_submitit_launcher"), reason="needs the extra slurm")
 def test_a_sweep_whose_jobs_have_other_tasks_than_devices_is_refused(say: Callable[..., tuple[int, str, str]]):
     from flowalign.run import main
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from flowalign.checks import ConfigError
 from flowalign.checks.arguments import quote_choices
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from tests.checks.conftest import write
+from tests.conftest import installed
 
 
 def refusal(conf: Path, *argv: str, name: str = "train") -> str:
@@ -75,7 +75,7 @@ WRONG = {
 
 @pytest.mark.parametrize("typed", WRONG)
 def test_a_wrong_word_gets_one_sentence(conf: Path, typed: str):
-    if typed == "hydra/launcher=joblib" and find_spec("hydra_plugins.hydra_joblib_launcher"):
+    if typed == "hydra/launcher=joblib" and installed("hydra_plugins.hydra_joblib_launcher"):
         pytest.skip("it is right where the launcher is installed")
     assert WRONG[typed] in refusal(conf, typed)
 
