@@ -53,6 +53,7 @@ def check_groups(cfg: DictConfig) -> None:
     _check_strategy(cfg)
     _check_quantised(cfg)
     _check_noise(cfg, algorithm, dynamics)
+    _check_extremes(cfg, algorithm)
     _check_kept(cfg, algorithm)
     if (steps := _built(cfg.steps)) is not None:
         _check_steps(cfg, steps, algorithm, dynamics)
@@ -127,6 +128,23 @@ def _check_noise(cfg: DictConfig, algorithm: Any, dynamics: Any) -> None:
         raise ConfigError(
             f"rollout.same_noise=true with dynamics={choice('dynamics', cfg)}, which adds no noise, makes the "
             "pictures of a group equal: use rollout.same_noise=false, or dynamics=flow_sde."
+        )
+
+
+def _check_extremes(cfg: DictConfig, algorithm: Any) -> None:
+    """The best and the worst are chosen where there are rewards, and where the method does not choose by itself."""
+    if (extremes := cfg.batch.get("extremes")) is None:
+        return
+    name, keep = choice("algo", cfg), "leave batch.extremes=null"
+    if algorithm.samples_per_group is not None:
+        raise ConfigError(
+            f"batch.extremes={extremes} contradicts algo={name}, which trains on {algorithm.samples_per_group} "
+            f"pictures of each group by its own rule: {keep}."
+        )
+    if algorithm.source == "images":
+        raise ConfigError(
+            f"batch.extremes={extremes} chooses by reward, and algo={name} learns from given pictures without any: "
+            f"{keep}."
         )
 
 

@@ -21,12 +21,19 @@ class Batch:
     micro: int | Literal["auto"]
     updates: int = 1
     passes: int = 1
+    extremes: int | None = None
+    """Train on so many pictures of each group only, the best half and the worst; None for all."""
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
             raise ValueError(
                 f"batch.group_size={self.group_size} gives every advantage 0, so nothing can be learnt: use at "
                 "least 2 (8 to 24 are usual)."
+            )
+        if self.extremes is not None and self.extremes < 2:
+            raise ValueError(
+                f"batch.extremes={self.extremes} leaves no pair of a best and a worst picture: use at least 2, or null "
+                "for all."
             )
         for name in ("prompts", "micro", "updates", "passes"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:

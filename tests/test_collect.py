@@ -175,10 +175,13 @@ def test_members_of_a_group_may_share_their_noise(collect: Callable[..., Phase])
     assert torch.equal(given(own.eps, "eps")[:3], given(p.eps, "eps")[:3])  # that of the group's first member
 
 
+@pytest.mark.parametrize("asks", ["algorithm", "user"])
 @pytest.mark.parametrize(("members", "kept"), [(2, [0, 3, 4, 7]), (3, [0, 2, 3, 4, 6, 7])])
-def test_training_on_the_best_and_the_worst(collect: Callable[..., Phase], members: int, kept: list[int]):
-    """The made-up rewards rise with the number of the sample."""
-    p = collect("algo=nft", samples_per_group=members).got.points
+def test_training_on_the_best_and_the_worst(collect: Callable[..., Phase], members: int, kept: list[int], asks: str):
+    """The made-up rewards rise with the number of the sample. Credit is that of the whole group."""
+    by_user = asks == "user"
+    words, declared = ([f"batch.extremes={members}"], {}) if by_user else ([], {"samples_per_group": members})
+    p = collect("algo=nft", *words, **declared).got.points
     assert given(p.sample, "sample").tolist() == [s for s in kept for _ in range(3)]
     whole = collect("algo=nft").got
     rows = torch.tensor([3 * s + j for s in kept for j in range(3)])

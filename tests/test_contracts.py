@@ -361,6 +361,8 @@ def test_without_noise_every_dynamics_is_the_ode(tiny: Callable[..., DictConfig]
         (("algo=mixgrpo", "steps.width=3"), r"window of 3 does not fit into 4 steps.*use steps.width=2"),
         (("algo=grpo", "steps=branch", "steps.num=1"), r"group_size=2 is not .* trunks of 4 branches: use .*size=4"),
         (("algo=nft", "rollout.same_noise=true"), r"pictures of a group equal: use rollout.same_noise=false"),
+        (("algo=dpo", "batch.extremes=2"), r"trains on 2 pictures .* its own rule: leave batch.extremes=null"),
+        (("algo=sft", "batch.extremes=2"), r"learns from given pictures without any: leave batch.extremes=null"),
     ],
 )
 def test_groups_that_contradict_each_other_are_refused(tiny: Callable[..., DictConfig], overrides: Any, sentence: str):

@@ -115,6 +115,12 @@ def test_training_on_a_few_members_makes_fewer_points():
         Geometry(Batch(prompts=4, group_size=6, micro=4), 1, members=7)
 
 
+def test_extremes_are_at_least_a_pair():
+    Batch(prompts=4, group_size=6, micro=4, extremes=2)
+    with pytest.raises(ValueError, match=r"batch.extremes=1 leaves no pair .* use at least 2, or null"):
+        Batch(prompts=4, group_size=6, micro=4, extremes=1)
+
+
 @pytest.mark.parametrize(
     ("together", "micro", "nearest"), [("group", 9, "12"), ("group", 4, "6"), ("sample", 8, "9"), ("sample", 4, "3")]
 )
