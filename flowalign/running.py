@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from flowalign.attention import in_float32_on_cpus
+
 if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
 
@@ -50,6 +52,7 @@ class Running:
                 f"{type(model).__name__} predicts something else under gradient checkpointing, since diffusers then "
                 "drops its attention mask: use running.gradient_checkpointing=false."
             )
+        in_float32_on_cpus()
         for denoiser in model.denoisers().values():
             if self.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "exhausted",
         "tensors",
         "policy",
+        "attention",
         "running",
         "schedule",
         "geometry",
