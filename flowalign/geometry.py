@@ -22,7 +22,7 @@ class Batch:
     updates: int = 1
     passes: int = 1
     extremes: int | None = None
-    """Train on so many pictures of each group only, the best half and the worst; None for all."""
+    """Train on so many pictures of each group at most, the best half and the worst; None for all."""
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -38,6 +38,11 @@ class Batch:
         for name in ("prompts", "micro", "updates", "passes"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"batch.{name} must be at least 1 (got {getattr(self, name)}).")
+
+    @property
+    def members(self) -> int | None:
+        """Pictures of a group that are trained on; None for all."""
+        return None if self.extremes is None or self.extremes >= self.group_size else self.extremes
 
 
 class PlanError(ValueError):

@@ -117,7 +117,7 @@ def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
         recipe.times.count(num_steps) * sources if plan is None else plan.points,
         world_size,
         algorithm.together,
-        algorithm.samples_per_group or recipe.batch.extremes,
+        algorithm.samples_per_group or recipe.batch.members,
         whole=recipe.rollout.same_noise or recipe.scorer.groupwise or (plan is not None and plan.branches > 0),
         trunk=1 if plan is None else plan.trunk,
     )

@@ -115,8 +115,9 @@ def test_training_on_a_few_members_makes_fewer_points():
         Geometry(Batch(prompts=4, group_size=6, micro=4), 1, members=7)
 
 
-def test_extremes_are_at_least_a_pair():
-    Batch(prompts=4, group_size=6, micro=4, extremes=2)
+def test_extremes_are_at_least_a_pair_and_at_most_the_group():
+    members = [Batch(prompts=4, group_size=6, micro=4, extremes=n).members for n in (None, 2, 5, 6, 7)]
+    assert members == [None, 2, 5, None, None]
     with pytest.raises(ValueError, match=r"batch.extremes=1 leaves no pair .* use at least 2, or null"):
         Batch(prompts=4, group_size=6, micro=4, extremes=1)
 
