@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from flowalign.attention import in_float32_on_cpus
+from flowalign.heap import keep_freed
 
 if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
 
-COMPILED: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.use_decompose_tanh": True}
-"""For the compiler. On a CPU tanh comes of one exp, a few ulps of 1 off: most of what GELU costs, which is a tenth."""
 VARIANTS = 64
 """Of a block's code: with a gradient and without, by sizes of batches and pictures, for the odd last block. Past the
 compiler's own limit of 8 what is new runs as it is, with no more than a warning; a run with evaluations has more."""
@@ -39,6 +37,8 @@ class Running:
     """Decode the pictures of a batch one by one."""
     vae_channels_last: bool = False
     """Keep the VAE's weights and activations with the channels last in memory."""
+    keep_freed: bool = False
+    """Memory that is free again stays with the process (glibc): without new pages for every pass on a CPU."""
 
     @property
     def native(self) -> bool:
@@ -58,7 +58,11 @@ class Running:
                 denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
             if self.attention is not None:
                 denoiser.set_attention_backend(self.attention)  # type: ignore[operator]
+        if self.keep_freed:
+            keep_freed()
         if self.compile:
+            from flowalign.compiling import COMPILED  # brings the compiler, which takes a second
+
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
             for block in model.blocks():

@@ -25,6 +25,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tensors",
         "policy",
         "attention",
+        "heap",
+        "compiling",
         "running",
         "schedule",
         "geometry",

@@ -14,12 +14,12 @@ from torch.nn.functional import gelu
 
 from flowalign.algorithms.decay import Decay
 from flowalign.checks import ConfigError, check_signatures
+from flowalign.compiling import COMPILED
 from flowalign.module import AlignModule
 from flowalign.points import drawn
 from flowalign.policy.follow import Average, Follow
 from flowalign.recipe import Recipe
 from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
-from flowalign.running import COMPILED
 from flowalign.types import given
 
 if TYPE_CHECKING:
