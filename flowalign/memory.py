@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -23,6 +24,7 @@ from flowalign.recipe import Recipe
 from flowalign.tensors import is_sharded, local
 from flowalign.types import Conditioning
 
+log = logging.getLogger(__name__)
 GIB = 2**30
 Precision = Callable[[], AbstractContextManager[object]]
 """Makes the context in which a forward pass runs; a backward pass runs outside."""
@@ -103,19 +105,38 @@ def of_points(recipe: Recipe, geometry: Geometry) -> int:
 def of_pass(recipe: Recipe, cond: Conditioning, precision: Precision, rows: int, accumulated: bool = True) -> int:
     """Bytes that a forward and backward pass of so many training points takes beside weights and gradients, at most.
 
-    cond: one row; accumulated: whether all gradients are there before. Otherwise they come while activations go, and
-    this is what both together are more than the gradients. Where fake tensors do not do, it is only what the points
-    keep for their backward pass, as one and two of them tell.
+    Where that cannot be told, only what the points keep for their backward pass. See the two below.
     """
-    model, shape, wanted = recipe.model, recipe.model.latent_shape(*recipe.train_size.area), recipe.optimisation
-    asked = wanted.guidance, wanted.cfg_gradient == "both"
-    if recipe.running.native and not _is(is_sharded, model) and not _is(is_quantised, model):
-        try:
-            return peak_of_pass(model, shape, cond, precision, rows, *asked, accumulated)
-        except Exception:  # control flow that depends on values, for instance; what is wrong otherwise shows below
-            pass
+    whole = of_whole_pass(recipe, cond, precision, rows, accumulated)
+    return of_kept(recipe, cond, precision, rows) if whole is None else whole
+
+
+def of_whole_pass(recipe: Recipe, cond: Conditioning, precision: Precision, rows: int, accumulated: bool) -> int | None:
+    """The same as fake tensors tell it, None where they do not do; why is in the log.
+
+    cond: one row; accumulated: whether all gradients are there before. Otherwise they come while activations go, and
+    this is what both together are more than the gradients.
+    """
+    model, shape = recipe.model, recipe.model.latent_shape(*recipe.train_size.area)
+    if not recipe.running.native or _is(is_sharded, model) or _is(is_quantised, model):
+        return None
+    try:
+        return peak_of_pass(model, shape, cond, precision, rows, *_asked(recipe), accumulated)
+    except Exception:  # control flow that depends on values, for instance; what is wrong otherwise shows in of_kept
+        log.debug("The inside of a pass is not in the memory plan:", exc_info=True)
+        return None
+
+
+def of_kept(recipe: Recipe, cond: Conditioning, precision: Precision, rows: int) -> int:
+    """Bytes that so many points keep for their backward pass, as one and two of them tell."""
+    model, shape = recipe.model, recipe.model.latent_shape(*recipe.train_size.area)
     with precision():
-        return _extrapolated(lambda few: _kept(model, shape, cond, few, *asked), rows, _is(is_sharded, model))
+        return _extrapolated(lambda few: _kept(model, shape, cond, few, *_asked(recipe)), rows, _is(is_sharded, model))
+
+
+def _asked(recipe: Recipe) -> tuple[float, bool]:
+    """Guidance, and whether its gradient goes through both branches."""
+    return recipe.optimisation.guidance, recipe.optimisation.cfg_gradient == "both"
 
 
 def _extrapolated(measure: Callable[[int], int], rows: int, by_one: bool) -> int:
@@ -192,7 +213,8 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning,
     adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
     before = [t for copy in policy.passing.values() for t in copy.values() if t.device == device]
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
-    passing = of_pass(recipe, cond, precision, micro, geometry.accumulate > 1)
+    whole = of_whole_pass(recipe, cond, precision, micro, geometry.accumulate > 1)
+    passing = of_kept(recipe, cond, precision, micro) if whole is None else whole
     # Gradients and activations are gone when pictures are decoded, so that only what that takes beyond them counts.
     with precision():
         media = of_media(recipe, geometry, device) - moving - passing
@@ -207,7 +229,7 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning,
         Share(f"{copies} frozen copies", copies * moving, "policy.device_of_frozen=cpu"),
         Share("weights from before training", held(before), "test=false"),
         Share(
-            f"forward and backward of {micro} points", passing,
+            f"{'kept for the backward pass' if whole is None else 'forward and backward'} of {micro} points", passing,
             "running.gradient_checkpointing=true, or a smaller batch.micro",
         ),
         Share(f"{points} training points", of_points(recipe, geometry), "fewer pictures or points an epoch"),

@@ -19,6 +19,7 @@ from flowalign.memory import Share, advice, held, kept_for_backward, of_pass, pl
 from flowalign.models.sd3 import SD3
 from flowalign.module import AlignModule
 from flowalign.policy import Policy
+from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.running import Running
 from tests.models.tiny.parts import wan_vae
@@ -189,16 +190,21 @@ def test_every_row_of_a_pass_takes_the_same_beside_what_is_fixed(tiny: Callable[
 
 
 def test_a_pass_that_depends_on_values_is_told_by_what_it_keeps(
-    tiny: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., DictConfig], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    """And the plan says so, and the log why."""
     r = build_recipe(tiny("tune=full"))
-    Policy(r.model.denoisers(), r.tune, r.model.lora_targets, [])
+    policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, [])
     cond = r.model.encode(["a circle"])
     inside = [of_pass(r, cond, MIXED, rows) for rows in (1, 4)]
     forward = SD3.forward
     monkeypatch.setattr(SD3, "forward", lambda *given: forward(*given) if given[1].isfinite().all() else 0)
     kept = [of_pass(r, cond, MIXED, rows) for rows in (1, 4)]
     assert all(0.8 * most < least < most for most, least in zip(inside, kept, strict=True))
+    with caplog.at_level("DEBUG", logger="flowalign.memory"):
+        names = [line.name for line in plan(r, policy, batch_plan(r), cond, MIXED)]
+    assert "kept for the backward pass of 3 points" in names
+    assert "isfinite" in caplog.text
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
