@@ -14,7 +14,7 @@ from flowalign.flow import at_least_float32
 def in_float32_on_cpus() -> torch.library.Library:
     """From now on attention under autocast on a CPU is that of float32, whatever the type of its inputs.
 
-    PyTorch would take 16 bits there, whose backward pass takes ten times as long as that of float32 and more than all
+    PyTorch would take 16 bits there, whose backward pass takes five times as long as that of float32 and more than all
     the rest of a block. Other devices keep their own rule. The library that is returned holds the rule; once a process.
     """
     rules = torch.library.Library("aten", "IMPL")
