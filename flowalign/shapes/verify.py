@@ -131,7 +131,7 @@ def _labels(planes: np.ndarray) -> np.ndarray:
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """(3,) of (3, n); np.median takes ten times as long for so few."""
+    """(3,) of (3, n); np.median takes several times as long for so few."""
     number = values.shape[1]
     low, high = (number - 1) // 2, number // 2
     ordered = np.partition(values, (low, high), axis=1)
