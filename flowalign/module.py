@@ -89,7 +89,7 @@ class AlignModule(Forward):
                 # In 16 bits a merged weight loses what the adapters have learnt.
                 merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
             )  # fmt: skip
-            r.running.apply(r.model)
+            r.running.apply(r.model, rows_vary=r.optimisation.skip_zero)
         if r.model.quantised is not None:
             self._keep_from_ddp()
 

@@ -14,7 +14,7 @@ from flowalign.heap import keep_freed
 if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
 
-VARIANTS = 64
+VARIANTS = 256
 """Of a block's code: with a gradient and without, by sizes of batches and pictures, for the odd last block. Past the
 compiler's own limit of 8 what is new runs as it is, with no more than a warning; a run with evaluations has more."""
 
@@ -26,7 +26,10 @@ class Running:
     gradient_checkpointing: bool = False
     """Forget what is inside a block and compute it again on the way back: a third more time, far less memory."""
     compile: bool = False
-    """torch.compile for one block after the other, which share their code: minutes at first, a quarter off later."""
+    """torch.compile for one block after the other, which share their code: minutes at first, a quarter off later.
+
+    Sizes have code of their own where they are few, so that the code does not depend on the sizes that came before.
+    """
     merge_adapters: bool = True
     """Fold adapters into the weights where nothing is trained; in float32, on weights that are whole."""
     attention: str | None = None
@@ -45,8 +48,11 @@ class Running:
         """Whether attention is PyTorch's own, in which operations and memory can be counted."""
         return (self.attention or "native").lstrip("_").startswith("native")
 
-    def apply(self, model: FlowModel) -> None:
-        """To the pipeline as the policy has prepared it. Raises ValueError for what the family cannot do."""
+    def apply(self, model: FlowModel, rows_vary: bool = False) -> None:
+        """To the pipeline as the policy has prepared it. Raises ValueError for what the family cannot do.
+
+        rows_vary: whether training batches are of any size.
+        """
         if self.gradient_checkpointing and not model.checkpointing_is_exact:
             raise ValueError(
                 f"{type(model).__name__} predicts something else under gradient checkpointing, since diffusers then "
@@ -65,8 +71,9 @@ class Running:
 
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
+            sizes_are_few = model.one_text_length and not rows_vary
             for block in model.blocks():
-                block.compile(options=COMPILED)
+                block.compile(options=COMPILED, dynamic=False if sizes_are_few else None)
         for wanted, switch in ((self.vae_tiling, "enable_tiling"), (self.vae_slicing, "enable_slicing")):
             if wanted:
                 if not hasattr(model.pipe.vae, switch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from flowalign.points import drawn
 from flowalign.policy.follow import Average, Follow
 from flowalign.recipe import Recipe
 from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
+from flowalign.running import Running
 from flowalign.types import given
 
 if TYPE_CHECKING:
@@ -296,6 +297,14 @@ def test_a_type_of_states_is_refused_where_it_is_none_or_nothing_is_recorded():
 # ------------------------------------------------------------ compiled blocks
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_the_compilers_options_are_known_to_it():
     """A release of PyTorch may drop one; it would then refuse the first batch."""
     from torch._inductor import config
@@ -374,6 +383,34 @@ def test_compiled_blocks_predict_the_same_and_are_compiled_once(tiny: Callable[.
     assert 0 < graphs[0] == graphs[1] == graphs[2]
     assert apart(*trained) < 1e-5
     assert trained[0].state_dict().keys() == trained[1].state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiling takes minutes where others work too
+def test_compiled_code_does_not_depend_on_the_sizes_that_came_before(
+    tiny: Callable[..., DictConfig], two_threads: None
+):
+    """A continued run meets other sizes first. Code for any size shares the sums over rows otherwise among threads."""
+    recipe = build_recipe(tiny())
+    transformer = recipe.model.pipe.transformer
+    del transformer.requires_grad_().transformer_blocks[1:-1]
+    Running(compile=True).apply(recipe.model)
+    cond = recipe.model.encode(["a circle"])
+
+    def gradient(rows: int) -> Tensor:
+        noise = torch.randn(rows, *recipe.model.latent_shape(64, 64), generator=torch.Generator().manual_seed(rows))
+        transformer.zero_grad()
+        recipe.model.velocity(noise, 0.5, cond.repeat_interleave(rows)).square().mean().backward()
+        return torch.cat([p.grad.flatten() for p in transformer.parameters() if p.grad is not None])
+
+    found = []
+    for before in ([], [2, 3]):
+        torch._dynamo.reset()
+        for rows in before:
+            gradient(rows)
+        found.append(gradient(72))
+    assert found[0].abs().max() > 0
+    assert torch.equal(*found)
 
 
 @pytest.mark.slow

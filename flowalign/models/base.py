@@ -72,6 +72,8 @@ class FlowModel(ABC):
     """Whether a prompt comes with pictures: editing, or a first frame."""
     checkpointing_is_exact: ClassVar[bool] = True
     """Whether the network predicts the same under gradient checkpointing."""
+    one_text_length: ClassVar[bool] = True
+    """Whether every prompt becomes equally many tokens; otherwise a batch is padded to its longest."""
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ class ZImage(FlowModel):
     pipeline = "ZImagePipeline"
     guidance_off = 0.0
     default_max_sequence_length = 512
+    one_text_length = False
     default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def sigmas(self, num_steps: int, height: int, width: int, frames: int | None = None) -> Tensor:

@@ -303,6 +303,13 @@ def test_conditioning_survives_what_is_done_to_it(family: Family, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_prompts_become_equally_many_tokens_where_the_family_says_so(family: Family):
+    short, long = (family.encode(slice(i, i + 1)) for i in range(2))
+    same = {key: t.shape for key, t in short.items()} == {key: t.shape for key, t in long.items()}
+    assert same == family.model.one_text_length
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_negative_prompts_the_rest_is_the_same(family: Family):
     both, alone = family.encode(), family.encode(negative=False)
     assert alone.keys() == {key for key in both if not key.startswith("neg.")}

@@ -41,6 +41,8 @@ CHOSEN = {
 KINDS = {
     "lora": ("tune=lora", "tune.rank=4"),
     "full": ("tune=full",),
+    "lora_compiled": ("tune=lora", "tune.rank=4", "running.compile=true"),
+    "full_compiled": ("tune=full", "running.compile=true"),
     "lora_ddp": ("tune=lora", "tune.rank=4", "strategy=ddp", "trainer.devices=2"),
     "full_fsdp": ("tune=full", "strategy=fsdp", "trainer.devices=2"),
 }

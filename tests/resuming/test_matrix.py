@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.resuming.cells import ALGORITHMS, CHOSEN, EPOCHS, check_equal, held, jobs, rows, scalars
 from tests.strategies.jobs import Job, run, together
@@ -37,6 +38,18 @@ def test_interrupted_runs_of_two_processes_are_the_uninterrupted_ones(tmp_path: 
     together([*ddp, *fsdp], tmp_path)
     for straight, _, second in (ddp, fsdp):
         check_equal(straight, second)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiling takes minutes where others work too
+@pytest.mark.parametrize(("algo", "kind"), [("grpo", "lora_compiled"), ("nft", "full_compiled")])
+def test_an_interrupted_run_of_compiled_blocks_is_the_uninterrupted_one(tmp_path: Path, algo: str, kind: str):
+    """Sizes come in another order: only the first run begins with a baseline."""
+    straight, first, second = jobs(tmp_path, algo, kind)
+    for job in (straight, first, second):
+        torch._dynamo.reset()  # as a process of its own
+        run(job)
+    check_equal(straight, second)
 
 
 def test_the_window_of_the_matrix_moves():
