@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
+from torch.utils._triton import has_triton
 
 aten = torch.ops.aten
 
@@ -42,6 +43,26 @@ def _part(graph: Graph, node: Node) -> None:
     product.meta, total.meta = dict(node.meta), dict(node.meta)
     node.replace_all_uses_with(total)
     graph.erase_node(node)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError where blocks could not be compiled, which PyTorch would say at the first batch."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ValueError(
+                "running.compile=true needs a C++ compiler where the CPU computes, and none was found: install g++ or "
+                "clang, or name one in the environment as CXX, or use running.compile=false."
+            ) from error
+    elif device.type == "cuda" and not has_triton():
+        raise ValueError(
+            "running.compile=true needs Triton on a GPU, and it is not there or does not know this one: install the "
+            "package triton, or use running.compile=false."
+        )
 
 
 COMPILED: dict[str, str | int | bool | Callable[..., Any]] = {

@@ -84,6 +84,7 @@ class AlignModule(Forward):
         self.base = strategy.broadcast(identity(r.model.denoisers()))  # of shards, only rank 0 has read the values
         shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with refusals():
+            r.running.check(strategy.root_device)
             self.policy = Policy(
                 r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard,
                 # In 16 bits a merged weight loses what the adapters have learnt.

@@ -48,6 +48,13 @@ class Running:
         """Whether attention is PyTorch's own, in which operations and memory can be counted."""
         return (self.attention or "native").lstrip("_").startswith("native")
 
+    def check(self, device: torch.device) -> None:
+        """Raises ValueError for what is not installed for this device."""
+        if self.compile:
+            from flowalign.compiling import check_compiler
+
+            check_compiler(device)
+
     def apply(self, model: FlowModel, rows_vary: bool = False) -> None:
         """To the pipeline as the policy has prepared it. Raises ValueError for what the family cannot do.
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from flowalign.checks import ConfigError
 from flowalign.compiling import COMPILED, BiasesApart
+from flowalign.module import AlignModule
+from flowalign.run import build_recipe, build_trainer, plan_accumulation
+from flowalign.running import Running
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 ADDMM = torch.ops.aten.addmm.default
 
@@ -50,6 +60,26 @@ def test_what_is_no_bias_in_float32_on_a_cpu_stays(function, given: tuple[Tensor
     before = str(traced.graph)
     BiasesApart()(traced.graph)
     assert str(traced.graph) == before
+
+
+def test_without_a_compiler_a_run_is_refused_before_its_first_batch(tiny: Callable[..., DictConfig]):
+    from torch._inductor import config
+
+    cfg = tiny("running.compile=true")
+    recipe = build_recipe(cfg)
+    module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+    with (
+        config.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ConfigError, match="install g.. or clang, .* or use running.compile=false"),
+    ):
+        trainer.fit(module)
+
+
+def test_a_device_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flowalign.compiling.has_triton", lambda: False)
+    Running().check(torch.device("cuda"))
+    with pytest.raises(ValueError, match="needs Triton on a GPU"):
+        Running(compile=True).check(torch.device("cuda"))
 
 
 @pytest.mark.slow
