@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from bench import faults, slurm_runs
 from bench.faults import Outcome
 from bench.slurm import cluster, lacking
 from bench.slurm_runs import Slurm
+from tests.conftest import installed
 
 pytestmark = [
     pytest.mark.slow,
@@ -63,7 +63,7 @@ def test_tasks_that_are_not_the_devices_are_refused_in_a_sentence(slurm: Slurm):
         assert row.said.startswith("error: "), row
 
 
-@pytest.mark.skipif(find_spec("submitit") is None, reason="needs the extra slurm")
+@pytest.mark.skipif(not installed("hydra_plugins.hydra_submitit_launcher"), reason="needs the extra slurm")
 def test_runs_of_a_sweep_are_jobs_and_go_on_after_a_preemption(slurm: Slurm):
     preempted, other = outcomes(slurm, "sweep")
     assert preempted.said.startswith("1 restarts"), preempted
