@@ -182,7 +182,7 @@ class Collector:
         `gather`: local (n,) to the global one in sample order; `report`: pictures done, their mean reward if any.
         """
         group_size = self.geometry.batch.group_size
-        chosen = self.prompts.epoch(self.seed, epoch, self.geometry.batch.prompts)
+        chosen = self._chosen(epoch)
         local = self.geometry.local_samples(rank)
         rows = torch.tensor([sample // group_size for sample in local], device=device)
         cond = self.conditioner([self.prompts.prompts[i] for i in chosen], device, self.size.area)
@@ -206,6 +206,13 @@ class Collector:
         return Collected(
             points, cond, of_point, made.rollout.x0, made.images, share.prompts, made.calls, trained, mine, earned
         )  # fmt: skip
+
+    def foresee(self, epoch: int) -> None:
+        """Encodes the prompts of an epoch to come, for a moment that would otherwise be spent waiting."""
+        self.conditioner.prepare([self.prompts.prompts[i] for i in self._chosen(epoch)], self.size.area)
+
+    def _chosen(self, epoch: int) -> list[int]:
+        return self.prompts.epoch(self.seed, epoch, self.geometry.batch.prompts)
 
     # ------------------------------------------------------------ pictures
 

@@ -174,6 +174,8 @@ class AlignModule(Forward):
                 got = self.collect(self.current_epoch, self.replica, self.device, turns, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self._consult_frozen()  # which knows nothing of rewards: the last ones are scored meanwhile
+            if self.current_epoch + 1 != self.trainer.max_epochs:
+                self.collect.foresee(self.current_epoch + 1)  # nor do prompts
             with memory_of("rollout"):  # of the last rewards too
                 got.settle()
             spread = diversity(got.x0, g.batch.group_size, self._gather)

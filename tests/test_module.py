@@ -377,6 +377,26 @@ def test_a_reward_that_fails_beside_frozen_copies_ends_the_run_in_its_sentence(
     assert run.trainer.global_step == 0
 
 
+def test_prompts_of_the_next_epoch_are_encoded_before_the_last_score_is_there(prepared: Callable[..., Run]):
+    """The reward waits for them; nothing is encoded for an epoch that does not come."""
+    run = prepared("algo=grpo", "trainer.max_epochs=2", "batch.prompts=2")
+    reward, texts = Slow(), []
+    reward.open.clear()
+    run.recipe.scorer = Scorer(reward, ahead=1)
+    encode = run.recipe.model.encode
+
+    def watched(prompts: list[str], *rest: Any) -> Any:
+        texts.extend(prompts)
+        if len(texts) == 4:
+            reward.open.set()
+        return encode(prompts, *rest)
+
+    run.recipe.model.encode = watched  # type: ignore[method-assign]
+    run.fit()
+    prompts = run.recipe.data["train"]
+    assert texts == [prompts.prompts[i].text for epoch in (0, 1) for i in prompts.epoch(run.recipe.seed, epoch, 2)]
+
+
 def test_what_frozen_copies_raise_leaves_no_score_waiting(prepared: Callable[..., Run], monkeypatch: Any):
     run = prepared("algo=nft")
     reward, made = Slow(), []
