@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -308,11 +308,11 @@ class AlignModule(Forward):
         if self.device.type == "cuda":
             self.log("memory/peak_gib", torch.cuda.max_memory_allocated(self.device) / GIB)
 
-    def _follow(self, when: str) -> None:
+    def _follow(self, when: Literal["step", "rollout"]) -> None:
         # Inside optimizer_step Lightning has not counted the step yet.
         steps = self.global_step + (when == "step")
         for name, follow in self.recipe.frozen.items():
-            if name in self.live.copies and follow.every == when:
+            if name in self.live.copies and follow.due(when, steps):
                 self.live.follow(name, follow.decay(steps))
 
     # ------------------------------------------------------------ checkpoints

@@ -16,7 +16,7 @@ from torch import Tensor
 from flowalign.dynamics import Dynamics
 from flowalign.dynamics.base import Step
 from flowalign.keyed import INITIAL, STEP, keyed_randn
-from flowalign.solvers import DPM2, Solver
+from flowalign.solvers import Solver
 from flowalign.steps.base import StepPlan
 from flowalign.types import Rollout
 
@@ -118,25 +118,27 @@ def walk(
     """Walks `sigmas` (T+1,) from keyed noise to x0, and records the steps that are trained.
 
     velocity(x, sigma, rows) is asked for the distinct samples only: x (b, …) at sigma (0-d), which are `rows` of the
-    batch. With a tail in the plan, sigmas is the shortened schedule, and a second-order solver takes over after the
-    last stochastic step. The log-probability is taken from the very tensors that are stored, so that the ratio is 1 on
+    batch. With a tail in the plan, sigmas is the shortened schedule, and the plan's own solver, which remembers all that
+    was predicted before, takes over after the last stochastic step. The log-probability is taken from the very tensors that are stored, so that the ratio is 1 on
     policy. keep_in: the type they are stored in, if another; the walk then goes on from the rounded states.
     """
     x, distinct, record = noise(INITIAL), Distinct(noise.starts()), Record(keep_mean, keep_in)
-    state = solver.start()
+    state, tail = solver.start(), plan.tail_solver.start()
     last, last_noisy = len(sigmas) - 2, plan.last_noisy
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         if i in plan.trained:
             x = rounded(x, keep_in)
         v = distinct(velocity, x, sigma)
-        if plan.tail is not None and i == last_noisy:
-            state = DPM2().start()  # pushed to below: the first step after this one has a history
         rows = plan.rows(i, noise.samples) if i <= last_noisy else []
         x_before, every = x, len(rows) == len(x)
+        if plan.tail is not None and i <= last_noisy:
+            tail.push(x, v, sigma)
         if every:
             state.push(x, v, sigma)
         else:
-            x = state.step(x, v, sigma, sigma_next, i == last)
+            x = state.step(x, v, sigma, sigma_next, i == last, careful=i == last - 1 and last + 1 < 15)
+        if plan.tail is not None and i == last_noisy:
+            state = tail
         if not rows:
             continue
         distinct.leave(rows)

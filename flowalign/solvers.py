@@ -1,6 +1,7 @@
 """Deterministic solvers of the flow, for rollouts and evaluation: one network call per step."""
 
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -18,8 +19,11 @@ class Solver(Protocol):
 class SolverState(Protocol):
     """One walk."""
 
-    def step(self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool) -> Tensor:
-        """The state at sigma_next, (B, …); `last` on the final step of the schedule."""
+    def step(
+        self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool, careful: bool = False
+    ) -> Tensor:
+        """The state at sigma_next, (B, …); `last` on the final step of the schedule, `careful` on the one before it if
+        there are fewer than 15."""
         ...
 
     def push(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> None:
@@ -37,52 +41,82 @@ class Euler:
     def push(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> None:
         """Nothing to remember."""
 
-    def step(self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool) -> Tensor:
+    def step(
+        self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool, careful: bool = False
+    ) -> Tensor:
         """One Euler step."""
-        del last
+        del last, careful
         x, v = at_least_float32(x), at_least_float32(v)
         return x + (expand(sigma_next, x) - expand(sigma, x)) * v
 
 
-class DPM2:
-    """DPM-Solver++(2M), arXiv:2211.01095, as DiffusionNFT samples with it: orders 1, 2, …, 2, 1, or 1 throughout."""
+Rule = Literal["midpoint", "heun"]
 
-    def __init__(self, order: Literal[1, 2] = 2) -> None:
-        if order not in (1, 2):
-            raise ValueError(f"DPM2 has order 1 or 2 (got {order}).")
-        self.order = order
 
-    def start(self) -> "DPM2State":
+@dataclass(frozen=True)
+class DPM:
+    """Multistep DPM-Solver++ (arXiv:2211.01095), as DiffusionNFT and MixGRPO-Flash sample with it.
+
+    Orders 1, 2, …, `order` as the history grows, and 1 on the last step; a third order stops before the second to last
+    step of a walk of fewer than 15. rule: how a second-order step weighs the last difference.
+    """
+
+    order: Literal[1, 2, 3] = 2
+    rule: Rule = "midpoint"
+
+    def __post_init__(self) -> None:
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"DPM-Solver++ has order 1, 2 or 3 (got {self.order}).")
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"a second-order step follows the rule {' or '.join(get_args(Rule))} (got {self.rule!r}).")
+
+    def start(self) -> "DPMState":
         """A walk with an empty history."""
-        return DPM2State(self.order)
+        return DPMState(self.order, self.rule)
 
 
-class DPM2State:
-    """The predicted clean samples of the last two steps, with their sigmas in float64."""
+DPM2 = DPM
+"""Its name in the configs of earlier runs."""
 
-    def __init__(self, order: int) -> None:
-        self.order = order
+
+class DPMState:
+    """The predicted clean samples of the last steps, as many as the order, with their sigmas in float64."""
+
+    def __init__(self, order: int, rule: Rule) -> None:
+        self.order, self.rule = order, rule
         self.history: list[tuple[Tensor, Tensor]] = []
 
     def push(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> None:
         """Remember the prediction made at (x, sigma); on its own for a step that was taken by other means."""
         x, v = at_least_float32(x), at_least_float32(v)
-        self.history = [*self.history[-1:], (x0_from(x, v, sigma), expand(sigma, x).double())]
+        self.history = [(x0_from(x, v, sigma), expand(sigma, x).double()), *self.history[: self.order - 1]]
 
-    def step(self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool) -> Tensor:
-        """First order on the first and the last step, the two-step midpoint rule between them."""
+    def step(
+        self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool, careful: bool = False
+    ) -> Tensor:
+        """x' = s'/s x - α (b m + c1 D1 + c2 D2) in the predictions m of now and before, and their differences D."""
         self.push(x, v, sigma)
-        m, s = self.history[-1]
+        (m, s), *before = self.history
         s_next = expand(sigma_next, m).double()
-        h = _log_snr(s_next) - _log_snr(s)
-        a, b = (s_next / s).to(m.dtype), ((1 - s_next) * (-h).expm1()).to(m.dtype)
-        first = a * x - b * m
-        if self.order == 1 or last or len(self.history) < 2:
-            return first
-        m_prev, s_prev = self.history[0]
-        # Zero where the previous step began at sigma = 1, which is infinitely far away on this axis.
-        inverse_r = (h / (_log_snr(s) - _log_snr(s_prev))).to(m.dtype)
-        return first - 0.5 * b * (inverse_r * (m - m_prev))
+        here, h = _log_snr(s), _log_snr(s_next) - _log_snr(s)
+        b, alpha = (-h).expm1(), 1 - s_next
+        x = (s_next / s).to(m.dtype) * x - (alpha * b).to(m.dtype) * m
+        order = 1 if last else min(1 + len(before), 2 if careful else self.order)
+        if order == 1:
+            return x
+        (m1, s1), *rest = before
+        # Zero where the step before began at sigma = 1, which is infinitely far away on this axis.
+        r = (h / (here - _log_snr(s1))).to(m.dtype)
+        D1 = r * (m - m1)
+        if order == 2:
+            weight = -0.5 * b if self.rule == "midpoint" else b / h + 1
+            return x + (alpha * weight).to(m.dtype) * D1
+        m2, s2 = rest[0]
+        slope = D1 - (h / (_log_snr(s1) - _log_snr(s2))).to(m.dtype) * (m1 - m2)
+        reach = h / (here - _log_snr(s2))  # 1 / (r0 + r1) of the paper
+        D1 = D1 + (reach * (here - _log_snr(s1)) / h).to(m.dtype) * slope
+        first, second = alpha * (b / h + 1), alpha * ((b + h) / h**2 - 0.5)
+        return x + first.to(m.dtype) * D1 - (second * reach).to(m.dtype) * slope
 
 
 def _log_snr(s: Tensor) -> Tensor:

@@ -106,7 +106,10 @@ class Stratified(Times):
 
 
 class Uniform(Times):
-    """Uniform in [low, high], then shifted towards the noise."""
+    """Uniform in [low, high], one level from each of `num` equal strata, then shifted towards the noise.
+
+    The draws of the method's code: uniform numbers in float32, then the order.
+    """
 
     def __init__(
         self, num: int | None = None, shared: bool = False, low: float = 0.2, high: float = 1.0, shift: float = 1.0
@@ -120,12 +123,16 @@ class Uniform(Times):
 
     def draw(self, generator: Generator, sigmas: Tensor) -> Tensor:
         """See the base class."""
-        u = torch.rand(self.count(len(sigmas) - 1), generator=generator, dtype=torch.float64)
+        u = strata(self.count(len(sigmas) - 1), generator)
+        u = u[torch.rand(len(u), generator=generator).argsort()]
         return shifted(self.low + (self.high - self.low) * u, self.shift).to(sigmas)
 
 
 class LogitNormal(Times):
-    """sigmoid(mean + std · normal), stratified over `num` quantiles, then shifted towards the noise."""
+    """sigmoid(mean + std · normal), stratified over `num` quantiles, then shifted towards the noise.
+
+    The draws of the method's code: uniform numbers in float32, then the order.
+    """
 
     def __init__(
         self, num: int | None = None, shared: bool = False, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
@@ -138,10 +145,15 @@ class LogitNormal(Times):
     def draw(self, generator: Generator, sigmas: Tensor) -> Tensor:
         """See the base class."""
         num = self.count(len(sigmas) - 1)
-        u = (torch.arange(num) + torch.rand(num, generator=generator, dtype=torch.float64)) / num
-        normal = torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))[torch.randperm(num, generator=generator)]
+        normal = torch.special.ndtri(strata(num, generator).clamp(1e-7, 1 - 1e-7))
+        normal = normal[torch.randperm(num, generator=generator)]
         level = shifted(torch.sigmoid(self.mean + self.std * normal), self.shift)
         return level.clamp(0.01, 1 - 1e-6).to(sigmas)  # the method's bounds: at 0 there is nothing to predict
+
+
+def strata(num: int, generator: Generator) -> Tensor:
+    """(num,) uniform numbers in float64, one from each of as many equal parts of [0, 1), ascending."""
+    return (torch.arange(num) + torch.rand(num, generator=generator).double()) / num
 
 
 def positive(number: float, name: str = "shift") -> float:

@@ -12,7 +12,7 @@ from flowalign.buffer import Buffer
 from flowalign.dynamics import CPS, ODE, Dynamics, FlowSDE
 from flowalign.points import transitions
 from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
-from flowalign.solvers import DPM2, Euler
+from flowalign.solvers import DPM, Euler
 from flowalign.steps import All, Branch, Fast, Random, StepPlan, Window
 from flowalign.steps.tail import shorten
 from flowalign.types import Conditioning, Rollout, given
@@ -128,7 +128,7 @@ def test_a_plan_without_noise_is_the_solvers_walk():
 
 
 def test_a_multistep_solver_starts_afresh_with_every_walk():
-    solver = DPM2(2)
+    solver = DPM(2)
     once, again = (walk(field, SIGMAS, deterministic(4), ODE(), solver, Noise(5, 0, range(2), SHAPE)) for _ in range(2))
     assert torch.equal(once.x0, again.x0)
     assert not torch.allclose(once.x0, sampled(range(2), deterministic(4), ODE()).x0, atol=1e-4)
@@ -181,7 +181,7 @@ SHARED = {
 }
 
 
-def walked(plan: StepPlan, samples: list[int], alike: int, solver: DPM2 | Euler) -> tuple[Rollout, int]:
+def walked(plan: StepPlan, samples: list[int], alike: int, solver: DPM | Euler) -> tuple[Rollout, int]:
     """The rollout and the rows that the network saw."""
     calls = 0
 
@@ -196,9 +196,9 @@ def walked(plan: StepPlan, samples: list[int], alike: int, solver: DPM2 | Euler)
     return walk(counted, LONG, plan, FlowSDE(0.7), solver, noise, keep_mean=True), calls
 
 
-@pytest.mark.parametrize("solver", [Euler(), DPM2()])
+@pytest.mark.parametrize("solver", [Euler(), DPM()])
 @pytest.mark.parametrize("name", SHARED)
-def test_a_shared_prefix_changes_nothing_and_costs_what_it_must(name: str, solver: DPM2 | Euler):
+def test_a_shared_prefix_changes_nothing_and_costs_what_it_must(name: str, solver: DPM | Euler):
     plan, alike, expected = SHARED[name]
     together, calls = walked(plan, list(range(12)), alike, solver)
     alone = [walked(plan, [sample], alike, solver) for sample in range(12)]
@@ -291,7 +291,7 @@ def test_the_tail_is_second_order_from_its_first_step():
     rollout = walk(field, sigmas, plan, FlowSDE(0.7), Euler(), noise)
     assert rollout.x is not None
     assert rollout.x_next is not None
-    x, state = rollout.x_next[:, 1], DPM2().start()
+    x, state = rollout.x_next[:, 1], DPM().start()
     state.push(rollout.x[:, 1], field(rollout.x[:, 1], sigmas[1]), sigmas[1])
     for i in range(2, 5):
         x = state.step(x, field(x, sigmas[i]), sigmas[i], sigmas[i + 1], last=i == 4)
@@ -299,6 +299,21 @@ def test_the_tail_is_second_order_from_its_first_step():
     euler = walk(field, sigmas, replace(plan, tail=None), FlowSDE(0.7), Euler(), noise)
     assert torch.equal(given(euler.x_next, "x_next"), rollout.x_next)
     assert not torch.allclose(euler.x0, x, atol=1e-3)
+
+
+@pytest.mark.parametrize("solver", [DPM(1), DPM(3), DPM(rule="heun")])
+def test_a_tail_remembers_every_step_before_it(solver: DPM):
+    """A third order needs two of them."""
+    plan = Window(2, seed=0, tail=0.8, tail_solver=solver)(0, 7)
+    sigmas = shorten(LONG, plan.last_noisy, 0.8, 3.0)
+    rollout = walk(field, sigmas, plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(2), SHAPE))
+    x, state = given(rollout.x_next, "x_next")[:, 1], solver.start()
+    for i in range(2):
+        before = given(rollout.x, "x")[:, i]
+        state.push(before, field(before, sigmas[i]), sigmas[i])
+    for i in range(2, 5):
+        x = state.step(x, field(x, sigmas[i]), sigmas[i], sigmas[i + 1], last=i == 4, careful=i == 3)
+    assert torch.equal(rollout.x0, x)
 
 
 def test_a_short_tail_saves_steps():

@@ -131,6 +131,22 @@ def test_logit_normal_levels_have_one_in_each_quantile():
     assert abs(first.mean() - 0.5) < 0.03  # in no order
 
 
+def test_the_draws_are_those_of_the_method_in_its_order():
+    """float32 uniform numbers, a level a stratum, then the order: Flow-Factory's samplers from the same generator."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        u = (torch.arange(6) + torch.rand(6, generator=generator)) / 6
+        level = (0.2 + 0.8 * u)[torch.rand(6, generator=generator).argsort()]
+        ours = Uniform(6, shift=3.0).draw(torch.Generator().manual_seed(seed), SIGMAS)
+        torch.testing.assert_close(ours, 3 * level / (1 + 2 * level), rtol=1e-6, atol=0)
+        normal = torch.distributions.Normal(0.0, 1.0).icdf(u)
+        generator = torch.Generator().manual_seed(seed)
+        torch.rand(6, generator=generator)
+        level = normal[torch.randperm(6, generator=generator)].sigmoid()
+        ours = LogitNormal(6, shift=3.0).draw(torch.Generator().manual_seed(seed), SIGMAS)
+        torch.testing.assert_close(ours, (3 * level / (1 + 2 * level)).clamp(min=0.01), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(
     "wrong", [lambda: Uniform(2, low=0.5, high=0.5), lambda: Uniform(2, shift=0), lambda: LogitNormal(2, std=-1)]
 )

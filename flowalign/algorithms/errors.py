@@ -1,19 +1,24 @@
-"""How wrong a velocity is at a noised point. All in float64: near sigma = 0 an error and its scale both vanish."""
+"""How wrong a velocity is at a noised point. All in float64: near sigma = 0 an error and its scale both vanish.
+
+Differences are taken in float32 or better, whatever their terms are kept in.
+"""
 
 from torch import Tensor
 
-from flowalign.flow import mean_dims, velocity, x0_from
+from flowalign.flow import at_least_float32, mean_dims, velocity, x0_from
 from flowalign.types import Point, given
 
 
 def v_error(p: Point, v: Tensor) -> Tensor:
     """v - (eps - x0), (B, …)."""
-    return (v - velocity(given(p.x0, "x0"), given(p.eps, "eps"))).double()
+    x0, eps = at_least_float32(given(p.x0, "x0")), at_least_float32(given(p.eps, "eps"))
+    return (at_least_float32(v) - velocity(x0, eps)).double()
 
 
 def x0_error(p: Point, v: Tensor) -> Tensor:
     """The sample that v predicts, less the true one, (B, …)."""
-    return (x0_from(p.x, v, p.sigma) - given(p.x0, "x0")).double()
+    x, x0 = at_least_float32(p.x), at_least_float32(given(p.x0, "x0"))
+    return (x0_from(x, at_least_float32(v), p.sigma) - x0).double()
 
 
 def matching(p: Point, v: Tensor) -> Tensor:

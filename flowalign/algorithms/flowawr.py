@@ -23,7 +23,7 @@ class FlowAWR(Algorithm):
     energy: ClassVar[bool] = True
 
     def __init__(self, kl_beta: float = 1e-4, adv_clip: float = 3.0, mask_zero: bool = False) -> None:
-        """adv_clip: bound of |E|; mask_zero: leave out the points whose energy is 0."""
+        """adv_clip: bound of |E|; mask_zero: leave out the points whose energy is 0, of the penalty too."""
         super().__init__(kl_beta, adv_clip)
         self.mask_zero = mask_zero
 
@@ -37,11 +37,17 @@ class FlowAWR(Algorithm):
         v, v_old = at_least_float32(v), at_least_float32(p.frozen["old"])
         energy, error, error_old = self.clipped(p.advantage), x0_error(p, v), x0_error(p, v_old)
         # All relative to x0: y - x0 = (1 - E) (x̂0_old - x0).
-        loss = mean_dims((error - (1 - expand(energy, error)) * error_old) ** 2) / size(error)
-        if self.mask_zero:
-            kept = (energy != 0).to(loss.dtype)
-            loss = (
-                loss * kept / over_rows(p, kept).clamp(min=1 / len(kept))
-            )  # so that the mean is one over what is kept
+        loss = mean_dims((error - (1 - expand(energy, error)) * error_old) ** 2) / size(error) * self._share(p)
         metrics = {"energy": energy, "x0_error": size(error), "v_drift": mean_dims((v - v_old) ** 2)}
         return self.penalised(p, v, loss, metrics)
+
+    def penalty(self, p: Point, v: Tensor) -> Tensor:
+        """See the base class; masked as the regression is."""
+        return super().penalty(p, v) * self._share(p)
+
+    def _share(self, p: Point) -> Tensor | float:
+        """(B,) what makes a mean over rows the one over those that the mask keeps."""
+        if not self.mask_zero:
+            return 1.0
+        kept = (p.advantage != 0).double()
+        return kept / over_rows(p, kept).clamp(min=1 / len(kept))

@@ -40,10 +40,17 @@ class Energies(Credit):
         self.aggregate = aggregate
         self.advantage = GroupCredit(std, eps)
 
+    def __call__(
+        self, rewards: Tensor, group: Tensor, valid: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """See the base class. Rewards of weight 0 count in the mean, or a weight that sinks to 0 would end in a jump."""
+        number = rewards[0].numel() if self.aggregate == "energies" else 1
+        return super().__call__(rewards, group, valid, weights) / number
+
     def _credit(self, rewards: Tensor, weights: Tensor, groups: Groups) -> Tensor:
         if self.aggregate == "rewards":
             return self._energy(weighted(rewards.T, weights), groups)
-        return weighted([self._energy(r, groups) for r in rewards.T], weights) / len(weights)
+        return weighted([self._energy(r, groups) for r in rewards.T], weights)
 
     def _energy(self, r: Tensor, groups: Groups) -> Tensor:
         K = groups.count()

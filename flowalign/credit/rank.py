@@ -12,24 +12,35 @@ from flowalign.credit.group import GroupCredit
 class Rank(Credit):
     """Each reward becomes its rank in the group, 0 (worst) to 1 (best); then GroupCredit of their weighted sum.
 
-    Equal rewards share the mean of their ranks; PaCo's code puts them in the order of the samples.
+    Equal rewards share the mean of their ranks; ties="order" ranks them in the order of the samples, as PaCo's code does,
+    so that a group of equal pictures has winners and losers.
     """
 
-    def __init__(self, std: Literal["group", "global"] = "global", eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        std: Literal["group", "global"] = "global",
+        eps: float = 1e-6,
+        ties: Literal["shared", "order"] = "shared",
+    ) -> None:
+        if ties not in ("shared", "order"):
+            raise ValueError(f'equal rewards are ranked as ties="shared" or "order" (got {ties!r}).')
         self.then = GroupCredit(std, eps, floor=True)
+        self.ties: Literal["shared", "order"] = ties
 
     def _credit(self, rewards: Tensor, weights: Tensor, groups: Groups) -> Tensor:
-        ranks = torch.stack([ranked(r, groups) for r in rewards.T], dim=1)
+        ranks = torch.stack([ranked(r, groups, self.ties) for r in rewards.T], dim=1)
         return self.then._credit(ranks, weights, groups)
 
 
-def ranked(r: Tensor, groups: Groups) -> Tensor:
+def ranked(r: Tensor, groups: Groups, ties: Literal["shared", "order"] = "shared") -> Tensor:
     """Rank of r within its group over (size - 1), (N,) in [0, 1]; 0 for what does not count."""
     member, rank = groups.member[groups.valid], torch.zeros_like(r)
-    # Classes of equal scores, in the order of group and score: a class sits behind all smaller ones.
     keys = torch.stack([member.to(r.dtype), r[groups.valid]], dim=1)
-    _, tie, ties = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
-    middle = ties.cumsum(0) - (ties + 1) / 2
+    if ties == "order":  # a third key, by which no two are equal
+        keys = torch.cat([keys, torch.arange(len(keys), dtype=r.dtype, device=r.device)[:, None]], dim=1)
+    # Classes of equal keys, in the order of group and score: a class sits behind all smaller ones.
+    _, tie, sizes = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+    middle = sizes.cumsum(0) - (sizes + 1) / 2
     size = torch.bincount(member, minlength=groups.number)
     before = size.cumsum(0) - size
     rank[groups.valid] = (middle[tie] - before[member]).to(r.dtype) / (size[member] - 1).clamp(min=1)

@@ -13,16 +13,29 @@ from flowalign.algorithms.decay import Decay
 class Follow:
     """copy ← d · copy + (1 - d) · live with d = decay(optimiser steps so far), after every step or every rollout.
 
-    every="always": the live weights themselves; decay is then not asked.
+    every="always": the live weights themselves; decay is then not asked. interval: with every="step", only where it
+    divides k + 1, k the steps so far (Flow-GRPO's average: 8).
     """
 
     decay: Callable[[int], float]
     every: Literal["step", "rollout", "always"] = "rollout"
+    interval: int = 1
+
+    def __post_init__(self) -> None:
+        if self.interval < 1 or (self.interval > 1 and self.every != "step"):
+            raise ValueError(
+                f"a copy that follows after every {self.every} at an interval of {self.interval}: intervals count "
+                "optimiser steps, from 1 on, and need every=step."
+            )
+
+    def due(self, when: Literal["step", "rollout"], steps: int) -> bool:
+        """Whether the copy follows now, after so many optimiser steps."""
+        return self.every == when and (steps + 1) % self.interval == 0
 
     def stays_live(self, steps_per_rollout: int) -> bool:
         """Whether the copy is the live weights at every optimiser step: it takes them over after each, or after the
         only one between two rollouts."""
-        takes_over = isinstance(self.decay, Decay) and self.decay.cap == 0
+        takes_over = isinstance(self.decay, Decay) and self.decay.cap == 0 and self.interval == 1
         return self.every == "always" or (takes_over and (self.every == "step" or steps_per_rollout == 1))
 
 

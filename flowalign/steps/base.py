@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from flowalign.keyed import CHOICE, keyed_generator
+from flowalign.solvers import DPM, Solver
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class StepPlan:
     """Above 0, every sample is stochastic at one trained step of its own: so many neighbours share it, then the next
     ones take the next step (TempFlow-GRPO)."""
     tail: float | None = None
-    """Share of the steps after the last stochastic one that is kept, re-spaced and solved to second order; None: all
+    """Share of the steps after the last stochastic one that is kept, re-spaced and solved by `tail_solver`; None: all
     of them, as they are (MixGRPO-Flash)."""
+    tail_solver: Solver = DPM()
 
     @property
     def points(self) -> int:
@@ -62,10 +64,10 @@ class Steps(ABC):
         """The plan of this epoch for a schedule of num_steps steps. Its number of points is the same in every epoch."""
 
 
-def window(start: int, stop: int, num_steps: int, tail: float | None = None) -> StepPlan:
+def window(start: int, stop: int, num_steps: int) -> StepPlan:
     """Steps start .. stop-1 are stochastic and trained."""
     chosen = tuple(range(start, stop))
-    return StepPlan(noisy=tuple(i in chosen for i in range(num_steps)), trained=chosen, tail=tail)
+    return StepPlan(noisy=tuple(i in chosen for i in range(num_steps)), trained=chosen)
 
 
 def check_share(trained: float) -> float:

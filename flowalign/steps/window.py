@@ -1,11 +1,13 @@
 """A window of stochastic steps that slides along the schedule (MixGRPO, arXiv:2507.21802)."""
 
 import math
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 
 from flowalign.keyed import CHOICE, keyed_generator
+from flowalign.solvers import DPM, Solver
 from flowalign.steps.base import StepPlan, Steps, window
 
 Strategy = Literal["progressive", "random", "decay", "exp_decay"]
@@ -38,9 +40,11 @@ class Window(Steps):
         threshold: int = 13,
         rate: float = 0.1,
         tail: float | None = None,
+        tail_solver: Solver | None = None,
         parity: bool = False,
     ) -> None:
-        """tail: the share of the steps after the window which MixGRPO-Flash keeps; None keeps all."""
+        """tail: the share of the steps after the window which MixGRPO-Flash keeps, solved by tail_solver (None: DPM() of
+        second order); None keeps all."""
         if strategy not in get_args(Strategy):
             raise ValueError(f"a window moves by {', '.join(get_args(Strategy))} (got strategy={strategy!r}).")
         for name, value, least in (("width", width, 1), ("stay", stay, 1), ("stay_min", stay_min, 1)):
@@ -55,7 +59,7 @@ class Window(Steps):
         self.width, self.seed, self.strategy = width, seed, strategy
         self.stay, self.stride, self.roll_back, self.skip = stay, stride, roll_back, skip
         self.stay_min, self.threshold, self.rate = stay_min, threshold, rate
-        self.tail, self.parity = tail, parity
+        self.tail, self.tail_solver, self.parity = tail, tail_solver or DPM(), parity
 
     def __call__(self, epoch: int, num_steps: int) -> StepPlan:
         """Where the window is after `epoch` moves, found by replaying them."""
@@ -66,7 +70,8 @@ class Window(Steps):
                 f"trained: use steps.width={max(steps, 1)}, or rollout.num_steps={self.width + self.skip}."
             )
         start = self._drawn(epoch, steps) if self.strategy == "random" else self._moved(epoch, steps)
-        return window(start, min(start + self.width, steps), num_steps, self.tail)
+        plan = window(start, min(start + self.width, steps), num_steps)
+        return replace(plan, tail=self.tail, tail_solver=self.tail_solver)
 
     def _drawn(self, epoch: int, steps: int) -> int:
         generator = keyed_generator(self.seed, epoch, 0, CHOICE)

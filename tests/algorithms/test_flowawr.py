@@ -45,6 +45,12 @@ def test_a_mask_takes_the_mean_over_what_is_left(noised):
     masked, _ = FlowAWR(kl_beta=0.0, mask_zero=True).loss(p, moved)
     plain, _ = FlowAWR(kl_beta=0.0).loss(p, moved)
     assert masked[[0, 3]].tolist() == [0, 0]
+    p.frozen["reference"] = v.detach() - torch.rand_like(v)
+    penalised, metrics = FlowAWR(kl_beta=0.1, mask_zero=True).loss(p, moved)
+    assert penalised[[0, 3]].tolist() == [0, 0]
+    way = ((moved - p.frozen["reference"]) ** 2).flatten(1).mean(1)[1:3].mean()
+    torch.testing.assert_close(metrics["kl"].mean(), way)
+    torch.testing.assert_close(penalised.mean(), masked.mean() + 0.1 * way)
     torch.testing.assert_close(masked.mean(), plain[1:3].mean())
     nothing, _ = FlowAWR(kl_beta=0.0, mask_zero=True).loss(p.index(slice(1)), moved[:1])
     assert nothing.tolist() == [0]

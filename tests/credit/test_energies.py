@@ -27,6 +27,14 @@ def f64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def test_a_weight_that_sinks_to_nothing_ends_without_a_jump():
+    rewards, group = torch.stack([f64(0, 1, 2), f64(1, 0, 5)], dim=1), torch.zeros(3)
+    credit = Energies(aggregate="energies", std="group")
+    nearly, at_last = (credit(rewards, group, weights=f64(1, last)) for last in (1e-30, 0))
+    torch.testing.assert_close(at_last, nearly, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(at_last, credit(rewards[:, :1], group) / 2, rtol=1e-12, atol=1e-12)
+
+
 def test_a_pair_by_hand():
     # Advantages ±1 give p = e / (e + 1/e) and 1 - p.
     energies = Energies(std="group", eps=0.0)(f64(2, 6), torch.zeros(2))

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from flowalign.credit import GDPO, Best, GroupCredit, LogTame, Rank
+from flowalign.credit import GDPO, Best, GroupCredit, Groups, LogTame, Rank
+from flowalign.credit.rank import ranked
 
 
 def f64(*values: float) -> torch.Tensor:
@@ -34,6 +35,21 @@ def test_ranks_by_hand():
     # 1, 0, 1/2 and, where two share ranks 1 and 2 of 0..2, 3/4, 3/4, 0.
     ranks = f64(1, 0, 0.5, 0.75, 0.75, 0)
     torch.testing.assert_close(Rank("group")(rewards, group), GroupCredit("group", 1e-6, floor=True)(ranks, group))
+
+
+def test_equal_rewards_in_the_order_of_the_samples():
+    """argsort(argsort(r)) / (K - 1), as PaCo's code has it."""
+    rewards, group = f64(0, 1, 1, 0, 5, 5, 5, 5), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    ranks = f64(0, 2, 3, 1, 0, 1, 2, 3) / 3
+    then = GroupCredit("global", 1e-6, floor=True)
+    torch.testing.assert_close(Rank(ties="order")(rewards, group), then(ranks, group))
+    drawn = torch.randint(0, 3, (40,), generator=torch.Generator().manual_seed(0)).double()
+    at = torch.arange(40) % 5
+    for number in range(5):
+        mine = drawn[at == number]
+        assert torch.equal(ranked(drawn, Groups.of(at), "order")[at == number], mine.argsort(stable=True).argsort().double() / 7)
+    with pytest.raises(ValueError, match="shared"):
+        Rank(ties="none")  # pyright: ignore[reportArgumentType]
 
 
 def test_ranks_do_not_see_distances():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from flowalign.algorithms import Decay
 from flowalign.policy import Full, Lora, Policy
 from flowalign.policy.follow import Average, Follow
 from flowalign.policy.policy import Copy
@@ -244,3 +246,17 @@ def test_a_passing_copy_is_used_like_any_other_and_is_in_no_state(transformer: A
         pass
     with policy.use("reference"):
         assert torch.equal(outputs(transformer), start)
+
+
+def test_an_average_at_an_interval_is_the_reference_one(golden: Callable[..., Any], agrees: Callable[..., bool]):
+    """Flow-GRPO's, which looks after every step and follows after every eighth."""
+    d = golden("decay_schedules")
+    follow, ema = Follow(Average(), every="step", interval=8), torch.zeros(3, dtype=torch.float64)
+    for k, live, theirs in zip(d["ema_steps"].tolist(), d["ema_params"].double(), d["ema_trace_interval8"], strict=True):
+        if follow.due("step", k):
+            ema = torch.lerp(live, ema, follow.decay(k))
+        assert agrees(ema, theirs.double(), 1e-6)
+    assert not follow.due("rollout", 7)
+    assert not Follow(Decay(0), "step", interval=2).stays_live(1)
+    with pytest.raises(ValueError, match="need every=step"):
+        Follow(Average(), every="rollout", interval=8)
