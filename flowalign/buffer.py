@@ -28,6 +28,12 @@ class Buffer:
             raise ValueError(f"{len(points.x)} points need as many prompt rows (got {len(prompt_of_point)}).")
         self.epoch, self.points, self.cond, self.prompt_of_point = epoch, points, cond, prompt_of_point
 
+    def clear(self) -> None:
+        """Lets go of the points, before room is needed for those of the next epoch."""
+        if self.epoch >= 0:
+            del self.points, self.cond, self.prompt_of_point
+        self.epoch = -1
+
     def gather(self, idx: Tensor) -> tuple[Point, Conditioning]:
         """Points, their states in float32 whatever they are kept in, and their conditioning; idx (b,) on any device."""
         idx = idx.to(self.points.x.device)

@@ -110,6 +110,7 @@ class Collected:
         weight = earned.valid / earned.valid[self.trained].double().mean()
         for place, credit in ((self.points.advantage, earned.advantage), (given(self.points.weight, "weight"), weight)):
             place.unflatten(0, (len(self.mine), -1)).copy_(credit[self.mine, None])
+        self.points.silence()
         self.stats = earned.stats | {"advantage_abs": float(earned.advantage.abs().mean())}
 
 

@@ -163,6 +163,7 @@ class AlignModule(Forward):
     def _ensure_rollout(self) -> None:
         if self.buffer.epoch == self.current_epoch:
             return
+        self.buffer.clear()
         self.recipe.model.to(self.device)
         started = time.perf_counter()
         g = self.geometry
@@ -242,7 +243,7 @@ class AlignModule(Forward):
         if self.recipe.algorithm.follows_reward:
             point.reward = self._judged(point, v, cond)
         losses, metrics = self.recipe.algorithm.loss(point, v)
-        finite = self._guard(losses, metrics, idx, batch_idx)
+        finite = self._guard(losses, metrics, point, batch_idx)
         self.counts["train"] += len(idx) * self.replicas
         # What could not be scored weighs nothing, in the loss as in its diagnostics.
         weight = given(point.weight, "weight")
@@ -268,13 +269,12 @@ class AlignModule(Forward):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         super().backward(loss, *args, **kwargs)
 
-    def _guard(self, losses: Tensor, metrics: dict[str, Tensor], idx: Tensor, batch_idx: int) -> bool:
+    def _guard(self, losses: Tensor, metrics: dict[str, Tensor], point: Point, batch_idx: int) -> bool:
         """Whether the losses are finite; what is not spoils its optimiser step, on all ranks."""
-        sigma = self.buffer.points.sigma[idx.to(self.device)]
-        finite = self.finite.judge(losses, sigma, self.current_epoch, self.global_step)
-        if finite and batch_idx < self.geometry.accumulate and "ratio" in metrics:
+        finite = self.finite.judge(losses, point.sigma, self.current_epoch, self.global_step)
+        if finite and batch_idx < self.geometry.accumulate and "ratio" in metrics and point.counts.any():
             tolerance = self.recipe.optimisation.on_policy_tolerance
-            gap = check_ratio(metrics["ratio"], tolerance, str(self.trainer.precision))
+            gap = check_ratio(metrics["ratio"][point.counts], tolerance, str(self.trainer.precision))
             self.log("train/on_policy_gap", gap, on_step=False, on_epoch=True, reduce_fx="max")
         return finite
 

@@ -118,9 +118,10 @@ def walk(
     """Walks `sigmas` (T+1,) from keyed noise to x0, and records the steps that are trained.
 
     velocity(x, sigma, rows) is asked for the distinct samples only: x (b, …) at sigma (0-d), which are `rows` of the
-    batch. With a tail in the plan, sigmas is the shortened schedule, and the plan's own solver, which remembers all that
-    was predicted before, takes over after the last stochastic step. The log-probability is taken from the very tensors that are stored, so that the ratio is 1 on
-    policy. keep_in: the type they are stored in, if another; the walk then goes on from the rounded states.
+    batch. With a tail in the plan, sigmas is the shortened schedule, and after the last stochastic step the plan's own
+    solver takes over, which remembers all predictions before. The log-probability is taken from the very tensors that
+    are stored, so that the ratio is 1 on policy. keep_in: the type they are stored in, if another; the walk then goes
+    on from the rounded states.
     """
     x, distinct, record = noise(INITIAL), Distinct(noise.starts()), Record(keep_mean, keep_in)
     state, tail = solver.start(), plan.tail_solver.start()
@@ -188,9 +189,9 @@ class Record:
 
 
 def join(parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of the same plan, one after another."""
+    """Rollouts of the same plan, one after another. The parts lose their tensors, so that few are there twice."""
     columns = {}
     for name in ("x0", "steps", "x", "x_next", "log_prob", "std", "mean"):
-        tensors = [getattr(part, name) for part in parts]
+        tensors = [part.__dict__.pop(name) for part in parts]
         columns[name] = None if tensors[0] is None else torch.cat(tensors)
-    return replace(parts[0], **columns)
+    return Rollout(sigmas=parts[0].sigmas, **columns)

@@ -132,6 +132,13 @@ class Point:
         """Rows i."""
         return self._each(lambda t: t[i])
 
+    def silence(self) -> None:
+        """Finite numbers in rows that are not in the loss: what is not finite times 0 would be in the mean."""
+        rows = (~self.counts).nonzero().flatten()
+        for t in (*vars(self).values(), *self.frozen.values()) if len(rows) else ():
+            if isinstance(t, Tensor) and t.is_floating_point():
+                t[rows] = t[rows].nan_to_num(0.0, 0.0, 0.0)
+
     def to(self, device: torch.device | str) -> Point:
         """The same point on another device."""
         return self._each(lambda t: t.to(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from flowalign.checks.errors import RunError
 from flowalign.collect import Collected
 from flowalign.rewards.base import RewardError
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
+from flowalign.sampler import walk
 from flowalign.scoring import Scorer, Turns
 
 if TYPE_CHECKING:
@@ -151,6 +153,33 @@ def test_what_could_not_be_scored_leaves_no_trace_in_the_weights(
     assert all(torch.equal(p, trained[1][name]) for name, p in trained[0].items())
 
 
+@pytest.mark.parametrize("algo", ["grpo", "nft", "dgpo"])
+def test_a_picture_that_is_not_finite_teaches_nothing_and_spoils_no_step(
+    prepared: Callable[..., Run], algo: str, monkeypatch: pytest.MonkeyPatch
+):
+    """What the network would say of its latents is NaN, and so would be a mean in which that weighs 0."""
+    trained = []
+    for broken in (False, True):
+        words = ("algo.kl_beta=0.1", "batch.group_size=4", "batch.micro=4", "batch.updates=1", "rollout.batch_size=8")
+        run = prepared(f"algo={algo}", *words)
+        run.recipe.scorer = Scorer(Reward(lambda seen: seen == 1))
+
+        def walked(*args: Any, broken: bool = broken) -> Any:
+            rollout = walk(*args)
+            for t in (rollout.x0, rollout.x, rollout.x_next, rollout.log_prob) if broken else ():
+                if t is not None:
+                    t[1] = torch.nan
+            return rollout
+
+        monkeypatch.setattr("flowalign.collect.walk", walked)
+        module = run.fit()
+        assert module.finite.skipped == 0
+        trained.append({name: p.detach().clone() for name, p in module.live.trained().items()})
+    assert all(p.isfinite().all() for p in trained[1].values())
+    for name, p in trained[0].items():
+        torch.testing.assert_close(p, trained[1][name], rtol=0, atol=1e-7)
+
+
 def test_a_reward_that_scores_nothing_stops_the_run_in_a_sentence(prepared: Callable[..., Run]):
     run = prepared()
     run.recipe.scorer = Scorer(Reward(lambda seen: True))
@@ -191,6 +220,27 @@ def test_a_step_that_is_not_finite_is_left_out(prepared: Callable[..., Run], spo
     assert all(p.isfinite().all() for p in module.live.trained().values())
     if made:
         assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+def test_points_are_gone_before_the_next_ones_are_made(prepared: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
+    run = prepared("algo=grpo", "trainer.max_epochs=2")
+    module, trainer = run.build()
+    alive: list[bool] = []
+    points: list[weakref.ref] = []
+
+    def walked(*args: Any) -> Any:
+        alive.extend(point() is not None for point in points)
+        return walk(*args)
+
+    def watched(idx: Tensor, batch_idx: int) -> Tensor:
+        points[:] = [weakref.ref(module.buffer.points.x), weakref.ref(module.buffer.points.x_next)]
+        return type(module).training_step(module, idx, batch_idx)
+
+    monkeypatch.setattr("flowalign.collect.walk", walked)
+    monkeypatch.setattr(module, "training_step", watched)
+    trainer.fit(module)
+    assert alive
+    assert not any(alive)
 
 
 # ------------------------------------------------------------ copies and counts

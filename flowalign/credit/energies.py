@@ -43,7 +43,7 @@ class Energies(Credit):
     def __call__(
         self, rewards: Tensor, group: Tensor, valid: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
-        """See the base class. Rewards of weight 0 count in the mean, or a weight that sinks to 0 would end in a jump."""
+        """See the base class. Rewards of weight 0 count in the mean: a weight that sinks to 0 ends without a jump."""
         number = rewards[0].numel() if self.aggregate == "energies" else 1
         return super().__call__(rewards, group, valid, weights) / number
 

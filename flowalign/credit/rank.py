@@ -12,8 +12,8 @@ from flowalign.credit.group import GroupCredit
 class Rank(Credit):
     """Each reward becomes its rank in the group, 0 (worst) to 1 (best); then GroupCredit of their weighted sum.
 
-    Equal rewards share the mean of their ranks; ties="order" ranks them in the order of the samples, as PaCo's code does,
-    so that a group of equal pictures has winners and losers.
+    Equal rewards share the mean of their ranks. ties="order" ranks them in the order of the samples, as PaCo's code
+    does, so that a group of equal pictures has winners and losers.
     """
 
     def __init__(

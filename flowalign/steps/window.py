@@ -43,8 +43,8 @@ class Window(Steps):
         tail_solver: Solver | None = None,
         parity: bool = False,
     ) -> None:
-        """tail: the share of the steps after the window which MixGRPO-Flash keeps, solved by tail_solver (None: DPM() of
-        second order); None keeps all."""
+        """tail: the share of the steps after the window which MixGRPO-Flash keeps; None keeps all. tail_solver: what
+        takes them, None for DPM() of second order."""
         if strategy not in get_args(Strategy):
             raise ValueError(f"a window moves by {', '.join(get_args(Strategy))} (got strategy={strategy!r}).")
         for name, value, least in (("width", width, 1), ("stay", stay, 1), ("stay_min", stay_min, 1)):

@@ -47,7 +47,9 @@ def test_equal_rewards_in_the_order_of_the_samples():
     at = torch.arange(40) % 5
     for number in range(5):
         mine = drawn[at == number]
-        assert torch.equal(ranked(drawn, Groups.of(at), "order")[at == number], mine.argsort(stable=True).argsort().double() / 7)
+        assert torch.equal(
+            ranked(drawn, Groups.of(at), "order")[at == number], mine.argsort(stable=True).argsort().double() / 7
+        )
     with pytest.raises(ValueError, match="shared"):
         Rank(ties="none")  # pyright: ignore[reportArgumentType]
 

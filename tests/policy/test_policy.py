@@ -252,7 +252,9 @@ def test_an_average_at_an_interval_is_the_reference_one(golden: Callable[..., An
     """Flow-GRPO's, which looks after every step and follows after every eighth."""
     d = golden("decay_schedules")
     follow, ema = Follow(Average(), every="step", interval=8), torch.zeros(3, dtype=torch.float64)
-    for k, live, theirs in zip(d["ema_steps"].tolist(), d["ema_params"].double(), d["ema_trace_interval8"], strict=True):
+    for k, live, theirs in zip(
+        d["ema_steps"].tolist(), d["ema_params"].double(), d["ema_trace_interval8"], strict=True
+    ):
         if follow.due("step", k):
             ema = torch.lerp(live, ema, follow.decay(k))
         assert agrees(ema, theirs.double(), 1e-6)
