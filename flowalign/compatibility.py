@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError
 from flowalign.checks.signatures import locate
-from flowalign.planning import is_sharded, objective
+from flowalign.planning import devices, is_sharded, objective
 
 if TYPE_CHECKING:
     from flowalign.steps.base import Steps
@@ -50,6 +50,7 @@ def check_groups(cfg: DictConfig) -> None:
             f"batch.group_size={cfg.batch.group_size} gives every advantage 0, so nothing can be learnt: use at least "
             "2 (8 to 24 are usual)."
         )
+    _check_precision(cfg)
     _check_strategy(cfg)
     _check_quantised(cfg)
     _check_noise(cfg, algorithm, dynamics)
@@ -95,10 +96,28 @@ def _check_density(cfg: DictConfig, dynamics: Any) -> None:
         )
 
 
+def _check_precision(cfg: DictConfig) -> None:
+    """What is trained is trained in float32: in 16 bits small updates are rounded away."""
+    precision = str(cfg.trainer.precision)
+    if precision in ("16-true", "bf16-true"):
+        raise ConfigError(
+            f"trainer.precision={precision} would keep what is trained in 16 bits, where small updates are rounded "
+            f"away: use trainer.precision={precision.removesuffix('true')}mixed."
+        )
+    loaded = cfg.model.get("train_dtype", "float32")
+    if locate(cfg.tune["_target_"]).kind == "full" and loaded not in (None, "float32"):
+        raise ConfigError(
+            f"tune={choice('tune', cfg)} trains float32 weights, and model={choice('model', cfg)} loads them in "
+            f"{loaded}: use model.train_dtype=float32 (and trainer.precision=bf16-mixed for speed), or tune=lora."
+        )
+
+
 def _check_strategy(cfg: DictConfig) -> None:
     """Plain DDP waits for gradients of every weight, and a batch may leave an expert without."""
     several = len(locate(cfg.model["_target_"]).denoiser_names) > 1
-    if several and OmegaConf.select(cfg, "trainer.strategy") == "ddp":
+    strategy = OmegaConf.select(cfg, "trainer.strategy")
+    alone = devices(cfg.trainer.devices) * cfg.trainer.num_nodes == 1
+    if several and (strategy == "ddp" or (strategy in (None, "auto") and not alone)):
         raise ConfigError(
             f"model={choice('model', cfg)} has several denoisers, and not every batch asks each of them: use "
             "trainer.strategy=ddp_find_unused_parameters_true, or strategy=fsdp."

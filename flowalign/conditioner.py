@@ -71,11 +71,13 @@ class Conditioner:
     def _encode(self, keys: list[Key], prompts: list[Prompt], size: Area) -> None:
         negatives = [p.negative or "" for p in prompts] if self.guided else None
         texts = [p.text for p in prompts]
-        if self.model.sees_images:
-            images = [torch.stack(pictures_of(p, size[:2])).to(self.model.device) for p in prompts]
-            cond = self.model.encode(texts, negatives, images, size)
-        else:
-            cond = self.model.encode(texts, negatives)
+        # Encoders have a type of their own, and a row is the same whoever asks first, inside of autocast or not.
+        with torch.autocast(self.model.device.type, enabled=False):
+            if self.model.sees_images:
+                images = [torch.stack(pictures_of(p, size[:2])).to(self.model.device) for p in prompts]
+                cond = self.model.encode(texts, negatives, images, size)
+            else:
+                cond = self.model.encode(texts, negatives)
         for i, key in enumerate(keys):
             # A copy: a view of one row would keep the whole batch in memory.
             row = Conditioning({name: t[i : i + 1].cpu().clone() for name, t in cond.items()})

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from flowalign.types import Conditioning
 
 log = logging.getLogger("flowalign")
+FORMAT = "2"
+"""Of what is kept: since 2 it does not depend on the precision of the trainer."""
 
 
 class Embeddings:
@@ -25,8 +28,8 @@ class Embeddings:
     """
 
     def __init__(self, folder: str | Path, encoder: str) -> None:
-        self.folder = Path(folder).expanduser() / _digest(encoder)[:16]
-        self.encoder = encoder
+        self.encoder = f"{encoder} {FORMAT}"
+        self.folder = Path(folder).expanduser() / _digest(self.encoder)[:16]
 
     def read(self, key: tuple[str, ...]) -> Conditioning | None:
         """The row of a prompt, or None if it is not there or cannot be trusted."""
@@ -53,7 +56,7 @@ class Embeddings:
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in row.items()}
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # processes of several nodes may share a number
         said = {"prompt": json.dumps(key), "encoder": self.encoder, "digest": _content(tensors)}
         save_file(tensors, partial, said)
         os.replace(partial, file)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError
 from flowalign.planning import devices
@@ -40,6 +41,27 @@ def launched_rank(environment: Mapping[str, str]) -> int | None:
     if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return int(environment["SLURM_PROCID"])
     return None
+
+
+def local_rank(environment: Mapping[str, str]) -> int:
+    """This process's number on its machine: of torchrun, of Lightning for those that it starts, or of srun."""
+    own = environment.get("SLURM_LOCALID", "0") if launched_rank(environment) is not None else "0"
+    return int(environment.get("LOCAL_RANK", own))
+
+
+def choose_device(trainer: DictConfig) -> None:
+    """Makes this process's GPU the current one before a reward or a model is loaded: Lightning does so after that, and
+    until then every process of a machine would use the first one."""
+    import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.accelerators import CUDAAccelerator
+
+    if trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return
+    wanted = OmegaConf.to_container(DictConfig({"devices": trainer.devices}))["devices"]  # type: ignore[index]
+    with suppress(MisconfigurationException):  # which the Trainer will say
+        found = CUDAAccelerator.parse_devices(-1 if wanted == "auto" else wanted) or [0]
+        torch.cuda.set_device(found[local_rank(os.environ) % len(found)])
 
 
 def started(environment: Mapping[str, str], rank: int) -> str:

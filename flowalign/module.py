@@ -91,12 +91,13 @@ class AlignModule(Forward):
                 merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
             )  # fmt: skip
             r.running.apply(r.model, rows_vary=r.optimisation.skip_zero)
-        if r.model.quantised is not None:
-            self._keep_from_ddp()
+        self._keep_from_ddp()
 
     def _keep_from_ddp(self) -> None:
-        """DDP sends rank 0's weights round, which it cannot do with codes; every rank has read the same files."""
+        """DDP sends rank 0's weights round, which it cannot do with codes, and buffers (tables of positions) before
+        every step; every rank has read the same files."""
         names = [name for name, p in self.named_parameters() if is_quantised(p)]
+        names += [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def setup(self, stage: str) -> None:
@@ -283,7 +284,7 @@ class AlignModule(Forward):
         gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
         # float16's scaler looks for the largest factor by letting gradients overflow, and leaves such steps out itself.
-        overflow = not norm.isfinite() and not str(self.trainer.precision).startswith("16")
+        overflow = not norm.isfinite() and str(self.trainer.precision) not in ("16-mixed", "16")
         spoilt = self.trainer.strategy.reduce_boolean_decision(self.finite.spoilt or bool(overflow), all=False)
         self.log("train/skipped_steps", float(spoilt), on_step=False, on_epoch=True, reduce_fx="sum")
         if spoilt:

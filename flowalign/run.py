@@ -21,7 +21,7 @@ from flowalign.checks import ConfigError, RunError, check_signatures, refusals
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
 from flowalign.imports import uncollected
-from flowalign.launching import agree, check_launch
+from flowalign.launching import agree, check_launch, choose_device
 from flowalign.lock import held
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
 from flowalign.rewards.errors import RewardError
@@ -146,6 +146,7 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     from flowalign.summary import Summary, show_config
 
     torch.set_float32_matmul_precision("high")
+    choose_device(cfg.trainer)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,6 +159,8 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         scorer = instantiate(cfg.reward)
         cleanup.callback(scorer.close)
         scorer.check()  # before the model is loaded: a broken reward is said at once
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         recipe = build_recipe(cfg, scorer)
         module = AlignModule(recipe)
         trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
@@ -165,7 +168,7 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         shrink(module)
     continue_logs(trainer.loggers, ckpt_path if cfg.train else None)
     log_hyperparameters(trainer, cfg)
-    summary = Summary(folder, cfg.seed, module, HydraConfig.get().overrides.task)
+    summary = Summary(folder, cfg.seed, module, own_words())
     if ckpt_path is None:
         summary.baseline(evaluate(trainer, module, cfg.test and not postpones(cfg)))
         optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
@@ -181,6 +184,13 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         summary.final(metrics)
     summary.write(trainer)
     return optimised(cfg, summary)
+
+
+def own_words() -> list[str]:
+    """The command's own words, folders of configs among them."""
+    node = HydraConfig.get()
+    sources = [source.path for source in node.runtime.config_sources if source.provider == "command-line"]
+    return [*(f"--config-dir={path}" for path in sources), *node.overrides.task]
 
 
 def postpones(cfg: DictConfig) -> bool:

@@ -55,6 +55,17 @@ def test_the_command_to_go_on_with_is_whole(trained: Path):
     assert {"'logger=[csv,tensorboard]'", f"ckpt_path={trained}/checkpoints/last.ckpt"} <= set(line.split())
 
 
+def test_the_command_to_go_on_with_keeps_ones_own_folder_of_configs(tmp_path: Path):
+    own = tmp_path / "my_conf"
+    (own / "credit").mkdir(parents=True)
+    (own / "credit" / "mine.yaml").write_text((ROOT / "conf" / "credit" / "rank.yaml").read_text())
+    words = settled(*TINY, f"hydra.run.dir={tmp_path / 'run'}", *WORDS, "credit=mine", "test=false")
+    done = command("train.py", "--config-dir", str(own), *words)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("go on"))
+    assert {f"--config-dir={own}", "credit=mine"} <= set(line.split())
+
+
 def test_the_summary_says_what_was_promised(trained: Path):
     summary = json.loads((trained / "summary.json").read_text())
     for phase in ("baseline", "final"):
@@ -239,6 +250,20 @@ def test_evaluate_gives_the_figures_of_the_run_again(trained: Path, tmp_path: Pa
         assert Image.open(folder / "pictures.png").width > 64
 
 
+def test_evaluate_has_the_precision_of_the_run(tmp_path: Path, say: Callable[..., Any]):
+    from flowalign.cli import main
+
+    done = train(tmp_path / "run", *WORDS, "trainer.precision=bf16-mixed", "tune=lora")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    figures = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
+    words = (f"ckpt={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}", f"to={tmp_path / 'judged'}")
+    assert say(main, "evaluate", *words)[0] == 0
+    scores = json.loads((tmp_path / "judged" / "summary.json").read_text())["scores"]
+    assert [scores[name] for name in ("reward", "quality")] == [
+        pytest.approx(figures[f"test/{name}"], abs=1e-6) for name in ("reward", "quality")
+    ]
+
+
 def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
     trained: Path, tmp_path: Path, say: Callable[..., Any]
 ):
@@ -297,6 +322,12 @@ WRONG = [
     (("dynamics.eta=0.3,0.7", "dynamics=cps"), "add -m"),
     (("algo=grpo", "optimisation.guidance=4"), "rollout.guidance"),
     (("algo.adv_mode=some",), "adv_mode"),
+    (("trainer.precision=16-true",), "use trainer.precision=16-mixed"),
+    (("model=sd3_5_medium",), "model=sd3_5_medium loads them in bfloat16: use model.train_dtype=float32"),
+    (
+        ("model=wan2_2_t2v", "tune=lora", "trainer.devices=2", "batch.updates=1", "resolution=64"),
+        "has several denoisers, and not every batch asks each of them: use trainer.strategy=ddp_find_unused",
+    ),
 ]
 """Mistakes that the config alone shows."""
 LATE = [

@@ -20,18 +20,21 @@ class Encoder:
     """Remembers what it was asked; a prompt's row is as long as its text."""
 
     sees_images = False
+    device = CPU
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.negatives: list[str] | None = None
         self.largest = 0
         self.name = "first"
+        self.mixed = False
 
     def text_fingerprint(self) -> str:
         return self.name
 
     def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
         self.asked += prompts
+        self.mixed = torch.is_autocast_enabled("cpu")
         self.negatives = None if negatives is None else [*(self.negatives or []), *negatives]
         self.largest = max(self.largest, len(prompts))
         longest = max(len(p) for p in prompts)
@@ -70,6 +73,15 @@ def test_encoding_goes_in_batches():
     texts = [f"prompt {i}" for i in range(8)]
     assert words(condition([Prompt(t) for t in texts], CPU, SIZE)) == texts
     assert encoder.largest == 3
+
+
+def test_the_precision_of_whoever_asks_first_is_not_in_a_row():
+    condition, encoder = conditioner()
+    with torch.autocast("cpu", torch.bfloat16):
+        condition([Prompt("red")], CPU, SIZE)
+        assert torch.is_autocast_enabled("cpu")
+    assert encoder.asked == ["red"]
+    assert not encoder.mixed
 
 
 # ------------------------------------------------------------ on disk

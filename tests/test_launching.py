@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flowalign.checks import ConfigError
-from flowalign.launching import STARTED, agree, check_tasks, launched_rank, started
+from flowalign.launching import STARTED, agree, check_tasks, choose_device, launched_rank, started
 from tests.conftest import ROOT, TINY, installed, settled
 
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
@@ -26,6 +26,46 @@ def shell(folder: Path, *words: str, launcher: tuple[str, ...] = (), **more: str
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"} | more
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *words]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+
+
+# ------------------------------------------------------------ one GPU for each process
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "own"),
+    [
+        ({}, 1, 0),
+        ({}, [3], 3),
+        ({"LOCAL_RANK": "2"}, 4, 2),
+        ({"LOCAL_RANK": "1"}, [5, 7], 7),
+        ({"LOCAL_RANK": "3"}, "auto", 3),
+        (SLURM | {"SLURM_LOCALID": "2"}, 4, 2),
+        ({"SLURM_LOCALID": "2"}, 4, 0),  # of the shell in which it was started
+    ],
+)
+def test_a_process_has_its_own_gpu_before_a_reward_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], devices: Any, own: int
+):
+    import torch
+    from lightning.pytorch.accelerators import CUDAAccelerator
+    from omegaconf import DictConfig
+
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", "TORCHELASTIC_RUN_ID", *SLURM):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    everything = list(range(8))
+    monkeypatch.setattr(
+        CUDAAccelerator,
+        "parse_devices",
+        staticmethod(lambda given: given if isinstance(given, list) else everything[: given if given > 0 else None]),
+    )
+    for accelerator in ("cpu", "gpu"):
+        choose_device(DictConfig({"accelerator": accelerator, "devices": devices}))
+    assert chosen == [own]
 
 
 # ------------------------------------------------------------ one folder for all ranks

@@ -53,7 +53,7 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, target)
+        folders.take_place(partial, target)
     except BaseException:  # Ctrl-C too
         partial.unlink(missing_ok=True)
         raise

@@ -63,7 +63,10 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._look(trainer, self._left(batch_idx + 1, trainer.num_training_batches))
+        done = batch_idx + 1
+        # Not between the micro-batches of a step, in which ranks need not wait for each other.
+        if done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches:
+            self._look(trainer, self._left(done, trainer.num_training_batches))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from flowalign.run import composed, instantiate, size_of
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
 from flowalign.strategies import folders
+
+MIXED = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
+"""What Lightning's names of precisions mean for a forward pass."""
 
 
 @dataclass
@@ -44,6 +47,11 @@ class Saved:
         """Inside, the network is the live one, a frozen copy (`ema`), or as it was before training (`base`)."""
         with self.policy.use(None if weights == "live" else weights):
             yield
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The precision of the run's forward passes, without which its figures do not come out again."""
+        dtype = MIXED.get(str(self.config.trainer.precision))
+        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype, cache_enabled=False)
 
     def sampling(self, steps: int = 0, guidance: float = -1.0, batch: int = 0) -> Sampling:
         """That of the run's evaluation, where nothing else is asked for."""

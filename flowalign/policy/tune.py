@@ -53,7 +53,7 @@ class Lora:
             init_lora_weights="gaussian" if self.init == "gaussian" else True,
             target_modules=list(self.targets or targets),
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # adapters are made on the CPU
             torch.manual_seed(self.seed)  # the same start whatever was drawn before, on every rank
             denoiser.add_adapter(config)  # type: ignore
         if self.start is not None:

@@ -55,20 +55,29 @@ def write(checkpoint: dict[str, Any], target: Path, first: bool) -> None:
             torch.save(frame, file)
             file.flush()
             os.fsync(file.fileno())
-        _take_place(partial, target)
+        take_place(partial, target)
     dist.barrier()
 
 
-def _take_place(partial: Path, target: Path) -> None:
-    """A folder cannot replace another in one move: between the two the old one waits under a name of its own."""
+def take_place(partial: Path, target: Path) -> None:
+    """A file replaces a file in one move. Where either is a folder it takes two, between which the old one waits under
+    a name of its own."""
+    if not (partial.is_dir() or target.is_dir()):
+        os.replace(partial, target)
+        return
     waiting = target.with_name(f".{target.name}.old")
     if target.exists():
-        shutil.rmtree(waiting, ignore_errors=True)
+        _remove(waiting)
         os.rename(target, waiting)
     os.rename(partial, target)
-    if waiting.is_file():
-        waiting.unlink()
-    shutil.rmtree(waiting, ignore_errors=True)
+    _remove(waiting)
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, or nothing."""
+    if path.is_file():
+        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def restore(folder: Path) -> None:
@@ -76,7 +85,7 @@ def restore(folder: Path) -> None:
     for waiting in sorted(folder.glob(".*.old")):
         target = waiting.with_name(waiting.name.removeprefix(".").removesuffix(".old"))
         if target.exists():
-            shutil.rmtree(waiting, ignore_errors=True)
+            _remove(waiting)
         else:
             with suppress(FileNotFoundError):  # another rank was quicker
                 os.rename(waiting, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -160,8 +159,6 @@ class Sharded(ModelParallelStrategy):
         if self.in_folders:
             folders.write(checkpoint, path, self.is_global_zero)
         elif self.is_global_zero:
-            if path.is_dir():
-                shutil.rmtree(path)
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
     # ------------------------------------------------------------ checkpoints: in

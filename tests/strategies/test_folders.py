@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,30 @@ def test_a_folder_takes_the_place_of_a_file(tmp_path: Path):
     AtomicCheckpointIO().save_checkpoint(checkpoint(1), tmp_path / "last.ckpt")
     folders.write(checkpoint(2), tmp_path / "last.ckpt", first=True)
     assert folders.read(tmp_path / "last.ckpt")["epoch"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "store"]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("moment", [0, 1, 2])
+def test_a_file_takes_the_place_of_a_folder_and_a_kill_meanwhile_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+):
+    target, rename, calls = tmp_path / "last.ckpt", os.rename, []
+
+    def interrupted(*names: Any) -> None:
+        calls.append(names)
+        if len(calls) == moment:
+            raise KeyboardInterrupt
+        rename(*names)
+
+    folders.write(checkpoint(1), target, first=True)
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt) if moment else nullcontext():
+        AtomicCheckpointIO().save_checkpoint(checkpoint(2), target)
+    monkeypatch.undo()
+    assert find_checkpoint(str(target)) == str(target)
+    assert same(folders.read(target), checkpoint(1 if moment else 2))
+    sweep(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "store"]
 
 
