@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -50,6 +51,7 @@ def check_groups(cfg: DictConfig) -> None:
             f"batch.group_size={cfg.batch.group_size} gives every advantage 0, so nothing can be learnt: use at least "
             "2 (8 to 24 are usual)."
         )
+    _check_numbers(cfg)
     _check_precision(cfg)
     _check_strategy(cfg)
     _check_quantised(cfg)
@@ -93,6 +95,25 @@ def _check_density(cfg: DictConfig, dynamics: Any) -> None:
             f"optimisation.guidance={cfg.optimisation.guidance} differs from "
             f"rollout.guidance={cfg.rollout.guidance}, so the importance ratio could "
             f"never be 1: leave optimisation.guidance at ${{rollout.guidance}}."
+        )
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    """What neither a class of ours nor the Trainer refuses in a sentence."""
+    rate, ends = cfg.optimizer.get("lr", 0.0), max(cfg.trainer.max_epochs or 0, cfg.trainer.max_steps) > 0
+    if type(rate) not in (int, float) or not 0 <= rate < math.inf:
+        raise ConfigError(f"optimizer.lr is a number from 0 on (got {rate}).")
+    if cfg.seed < 0:
+        raise ConfigError(f"seed is a number from 0 on (got {cfg.seed}).")
+    if cfg.trainer.check_val_every_n_epoch is not None and cfg.trainer.check_val_every_n_epoch < 1:
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch={cfg.trainer.check_val_every_n_epoch} counts epochs, from 1 on: a number "
+            "above trainer.max_epochs evaluates at the end only."
+        )
+    if cfg.schedule.kind != "constant" and cfg.trainer.max_epochs == -1 and not ends:
+        raise ConfigError(
+            f"schedule.kind={cfg.schedule.kind} falls towards the end of the run, and trainer.max_epochs=-1 has none: "
+            "use schedule.kind=constant, or set trainer.max_steps."
         )
 
 

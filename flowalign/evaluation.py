@@ -24,6 +24,13 @@ class Evaluation:
     weights: Literal["live", "ema"] = "live"
     seed: int = 1234
 
+    def __post_init__(self) -> None:
+        for name in ("num_val", "num_test", "shown"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} counts pictures, from 1 on (got {getattr(self, name)}).")
+        if self.seed < 0:
+            raise ValueError(f"seed is a number from 0 on (got {self.seed}).")
+
     @property
     def copy(self) -> str | None:
         return None if self.weights == "live" else self.weights

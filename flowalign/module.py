@@ -6,6 +6,7 @@ exact resumption: noise is keyed, the order of batches is a function of the epoc
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -30,10 +31,13 @@ from flowalign.policy import Policy
 from flowalign.policy.base import identity
 from flowalign.recipe import Recipe
 from flowalign.scoring import Turns
+from flowalign.settings import differences
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
 from flowalign.tensors import whole
 from flowalign.types import Point, given
+
+log = logging.getLogger("flowalign")
 
 
 class AlignModule(Forward):
@@ -138,12 +142,13 @@ class AlignModule(Forward):
 
     def configure_optimizers(self) -> Any:
         r = self.recipe
-        optimizer = r.optimizer(list(self.live.trained().values()))
+        with refusals():  # a negative rate
+            optimizer = r.optimizer(list(self.live.trained().values()))
         # A fused step would unscale float16's gradients itself, when they have been judged and clipped already.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        total = self.geometry.steps_per_epoch * (self.trainer.max_epochs or 1)
-        if self.trainer.max_steps > 0:
-            total = min(total, self.trainer.max_steps)
+        epochs, steps = self.trainer.max_epochs or 1, self.trainer.max_steps
+        ends = [self.geometry.steps_per_epoch * epochs] * (epochs > 0) + [steps] * (steps > 0)
+        total = min(ends, default=0)  # without an end the schedule is a constant one
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(r.schedule, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -292,6 +297,7 @@ class AlignModule(Forward):
             optimizer.zero_grad()  # without gradients a step changes nothing, the moments included
         else:
             self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
+        self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=False, on_epoch=True)
 
     @memory_of("optimise")
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -354,7 +360,18 @@ class AlignModule(Forward):
                 f"model.quantised={now.quantised or 'null'} is: on model.pretrained={then['pretrained']} with "
                 f"model.quantised={then.get('quantised') or 'null'}, as it was then."
             )
+        self._tell_differences(kept.get("config", {}))
         self.micro = kept.get("micro")
         self.finite.skipped = kept.get("skipped", 0)
         self.baseline = dict(kept.get("baseline", {}))
         self.counts = dict(kept.get("counts", self.counts))
+
+    def _tell_differences(self, then: Mapping[str, Any]) -> None:
+        """A rate that is given anew would be thought to hold, and the optimiser's state brings its own."""
+        now = self.recipe.config
+        if then and now and self.trainer.is_global_zero and (found := differences(then, now)):
+            log.warning(
+                "the run of the checkpoint had other settings: %s. Those of `optimizer` stay as they were, which the "
+                "checkpoint holds; the others are as given now.",
+                "; ".join(found),
+            )

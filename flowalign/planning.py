@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # PyTorch takes longer to import than a help text to be writt
 
 LIGHT = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
 """Fields of a Recipe that a plan follows from, by config group."""
+ALSO = ("tune", "evaluation", "optimisation", "schedule")
+"""Groups that are made beforehand only to hear what their classes refuse."""
 LOOKED_AT = 1000
 """Epochs whose steps are counted beforehand."""
 
@@ -45,7 +47,9 @@ def check_plan(cfg: DictConfig) -> None:
     """Raises ConfigError for a batch plan that does not fit, with the nearest that does, or for one of its parts."""
     from flowalign.recipe import batch_plan
 
-    check_signatures({group: cfg[group] for group in LIGHT.values()})
+    check_signatures({group: cfg[group] for group in (*LIGHT.values(), *ALSO)})
+    for node in (*(cfg[group] for group in ALSO), *cfg.frozen.values()):
+        instantiate(node)
     parts = {field: instantiate(cfg[group]) for field, group in LIGHT.items()}
     scorer = SimpleNamespace(groupwise=any(map(_is_groupwise, objective(cfg.reward))))
     with refusals():

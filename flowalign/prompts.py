@@ -69,7 +69,7 @@ def _record(line: str, source: str) -> Prompt:
 
 
 def _found(path: str) -> Path | None:
-    suffixes = [""] if Path(path).suffix in SUFFIXES else SUFFIXES
+    suffixes = ["", *([] if Path(path).suffix in SUFFIXES else SUFFIXES)]  # of another kind: refused when it is read
     names = [f"{path}{suffix}" for suffix in suffixes]
     return next((p for name in names for p in (Path(name).expanduser(), ASSETS / name) if p.is_file()), None)
 

@@ -47,6 +47,11 @@ class Optimisation:
     def __post_init__(self) -> None:
         if not 0 < self.kl_share <= 1:
             raise ValueError(f"kl_share is a share of the points, in (0, 1] (got {self.kl_share}).")
+        if self.max_skipped < 0 or (self.on_policy_tolerance or 0) < 0:
+            raise ValueError(
+                f"bounds are 0 or more (got max_skipped={self.max_skipped}, on_policy_tolerance="
+                f"{self.on_policy_tolerance})."
+            )
 
 
 @dataclass

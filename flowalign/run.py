@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError, RunError, check_signatures, refusals
+from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
 from flowalign.imports import uncollected
@@ -25,6 +26,7 @@ from flowalign.launching import agree, check_launch, choose_device
 from flowalign.lock import held
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
 from flowalign.rewards.errors import RewardError
+from flowalign.settings import flatten
 from flowalign.stopping import Stopped, asked, farewell
 from flowalign.sweeps import report, surviving
 
@@ -151,7 +153,9 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     take(folder, cleanup)
-    ckpt_path = find_checkpoint(own_checkpoint(folder) if cfg.ckpt_path == "auto" else cfg.ckpt_path)
+    ckpt_path = find_checkpoint(own_checkpoint(folder) if cfg.ckpt_path == "auto" else cfg.ckpt_path, folder)
+    if cfg.train and cfg.ckpt_path is None:
+        check_unused(folder)
     if ckpt_path is not None:
         check_intact(ckpt_path)
     show_config(cfg, folder)
@@ -201,6 +205,7 @@ def postpones(cfg: DictConfig) -> bool:
 
 def fit(trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str | None, late: bool) -> None:
     """Trains; late: the test prompts' baseline is still to come."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import LambdaCallback
 
     from flowalign.callbacks.late_baseline import LateBaseline
@@ -210,7 +215,16 @@ def fit(trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str 
     # Not before: a resumed run has no baseline, and batch.micro=auto is settled with the loader.
     plan = LambdaCallback(on_train_start=show_plan)
     trainer.callbacks.extend([baseline, plan] if late else [plan])  # type: ignore
-    trainer.fit(module, ckpt_path=ckpt_path)
+    try:
+        trainer.fit(module, ckpt_path=ckpt_path)
+    except MisconfigurationException as error:  # a checkpoint of more epochs than there are to be
+        raise ConfigError(one_line(error)) from error
+    if module.buffer.epoch < 0:
+        log.warning(
+            "nothing was left to train: %s epochs are done, of trainer.max_epochs=%s.",
+            trainer.current_epoch,
+            trainer.max_epochs,
+        )
     summary.trained()
     if late and baseline.waiting:  # there was nothing to train, and the weights are those of the beginning
         summary.completed(plain(trainer.test(module, verbose=False)), 0.0)
@@ -293,19 +307,33 @@ def own_checkpoint(folder: Path) -> str | None:
     return str(last) if last.exists() else None
 
 
-def find_checkpoint(given: str | None) -> str | None:
-    """The file to resume from, or a sentence; `last` is the newest last.ckpt under outputs/."""
+def check_unused(folder: Path) -> None:
+    """ConfigError where a run that begins would replace the checkpoints of another one."""
+    if (last := own_checkpoint(folder)) is not None:
+        raise ConfigError(
+            f"{folder} holds a run already ({last}), and this one would replace it: ckpt_path=auto goes on with that "
+            "run, and another hydra.run.dir=… begins a new one."
+        )
+
+
+def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None:
+    """The file to resume from, or a sentence; `last` is that of this output folder, or else the newest last.ckpt under
+    outputs/. The folder of a run stands for its last one."""
     from flowalign.strategies.folders import is_folder, restore
 
     if given is None:
         return None
     for waiting in Path("outputs").glob("**/.*.old") if given == "last" else [Path(given)]:
         restore(waiting.parent)
+    if given == "last" and folder is not None and (own := own_checkpoint(folder)) is not None:
+        return own
     if given == "last":
         found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
         if not found:
             raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")
         given = str(found[-1])
+    if (inside := Path(given) / "checkpoints" / "last.ckpt").exists():
+        return str(inside)
     if not Path(given).is_file() and not is_folder(given):
         nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
         raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
@@ -322,13 +350,6 @@ def log_hyperparameters(trainer: Trainer, cfg: DictConfig) -> None:
             logger.log_hyperparams(flat, {"hp/val_reward": math.nan})
         else:
             logger.log_hyperparams(flat)
-
-
-def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(node, dict):
-        return {k: v for key, child in node.items() for k, v in flatten(child, f"{prefix}{key}.").items()}
-    key = prefix.rstrip(".")
-    return {key: node if isinstance(node, (int, float, str, bool)) else str(node)}
 
 
 def optimised(cfg: DictConfig, summary: Summary) -> float | None:

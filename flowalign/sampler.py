@@ -6,6 +6,7 @@ asked once for all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -39,6 +40,8 @@ class Sampling:
         for name in ("num_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)}).")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance is a number from 0 on, and 1 is none (got {self.guidance}).")
 
     @property
     def kept_in(self) -> torch.dtype | None:

@@ -15,6 +15,13 @@ class Schedule:
     warmup: int = 0
     floor: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or not 0 <= self.floor <= 1:
+            raise ValueError(
+                f"a schedule warms up for 0 steps or more and falls to a share of the rate in [0, 1] (got warmup="
+                f"{self.warmup}, floor={self.floor})."
+            )
+
     def __call__(self, step: int, total: int) -> float:
         if step < self.warmup:
             return (step + 1) / self.warmup

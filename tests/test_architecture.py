@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("algorithms", "models"),
     (
         "checks",
+        "settings",
         "stopping",
         "lock",
         "exhausted",

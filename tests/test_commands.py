@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowalign.run import find_checkpoint
 from tests.conftest import ROOT, TINY, settled
 
 WORDS = ("algo=nft", "algo.kl_beta=0.01", "dynamics=cps", "optimizer.lr=0.01", "seed=3")
@@ -48,6 +50,36 @@ def test_a_run_leaves_its_config_its_checkpoints_and_its_pictures(trained: Path)
     assert list((trained / "checkpoints").glob("best_epoch*.ckpt"))
     assert not list((trained / "checkpoints").glob(".*"))  # nothing half written
     assert (trained / "csv" / "metrics.csv").read_text().count("\n") > 1
+
+
+def test_a_run_does_not_replace_another_ones_checkpoints(trained: Path):
+    before = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    done = train(trained, *WORDS)
+    assert done.returncode == 2
+    assert "holds a run already" in done.stdout
+    assert "ckpt_path=auto goes on with that run" in done.stdout
+    assert (trained / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+def test_the_last_checkpoint_is_that_of_ones_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And of all folders, the newest, where there is none."""
+    monkeypatch.chdir(tmp_path)
+    older, newer = (tmp_path / "outputs" / "train" / name / "checkpoints" / "last.ckpt" for name in ("a", "b"))
+    for i, file in enumerate((older, newer)):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"1")
+        os.utime(file, (i + 1, i + 1))
+    assert find_checkpoint("last", older.parents[1]) == str(older)
+    assert Path(find_checkpoint("last", tmp_path / "elsewhere") or "").resolve() == newer
+    assert find_checkpoint(str(older.parents[1])) == str(older)
+
+
+def test_a_continued_run_tells_what_it_does_otherwise(trained: Path, tmp_path: Path):
+    last = f"ckpt_path={trained}/checkpoints/last.ckpt"
+    done = train(tmp_path, *WORDS, last, "trainer.max_epochs=1", "optimizer.lr=0.5", "test=false")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "other settings: optimizer.lr=0.5 instead of 0.01." in done.stdout
+    assert "nothing was left to train: 1 epochs are done" in done.stdout
 
 
 def test_the_command_to_go_on_with_is_whole(trained: Path):
@@ -322,6 +354,16 @@ WRONG = [
     (("dynamics.eta=0.3,0.7", "dynamics=cps"), "add -m"),
     (("algo=grpo", "optimisation.guidance=4"), "rollout.guidance"),
     (("algo.adv_mode=some",), "adv_mode"),
+    (("seed=-1",), "seed is a number from 0 on"),
+    (("optimizer.lr=abc",), "optimizer.lr is a number"),
+    (("evaluation.num_val=0",), "num_val counts pictures"),
+    (("frozen.old.decay=2",), "decay.kind=0, 1 or 2"),
+    (("rollout.guidance=nan",), "guidance is a number"),
+    (("trainer.max_epochs=-1",), "use schedule.kind=constant, or set trainer.max_steps"),
+    (("trainer.check_val_every_n_epoch=0",), "counts epochs"),
+    (("schedule.floor=2",), "in [0, 1]"),
+    (("optimisation.max_skipped=-1",), "bounds are 0 or more"),
+    (("tune=lora", "tune.alpha=-3"), "must be positive"),
     (("trainer.precision=16-true",), "use trainer.precision=16-mixed"),
     (("model=sd3_5_medium",), "model=sd3_5_medium loads them in bfloat16: use model.train_dtype=float32"),
     (

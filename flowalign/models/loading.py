@@ -80,7 +80,7 @@ def load_pipeline(
     where = resolve(pretrained)
     index = Path(where) / "model_index.json"
     if index.is_file():
-        found = json.loads(index.read_text())["_class_name"]
+        found = json.loads(index.read_text()).get("_class_name", "pipeline without a class name")
         if found.startswith("CogVideoX"):
             raise ValueError(
                 f"{pretrained} holds a {found}, which is no flow-matching model: CogVideoX is a variance-preserving "

@@ -22,6 +22,11 @@ class Follow:
     interval: int = 1
 
     def __post_init__(self) -> None:
+        if not callable(self.decay):
+            raise ValueError(
+                f"decay={self.decay} is no schedule: the published ones are written decay.kind=0, 1 or 2, of "
+                "flowalign.algorithms.decay.Decay."
+            )
         if self.interval < 1 or (self.interval > 1 and self.every != "step"):
             raise ValueError(
                 f"a copy that follows after every {self.every} at an interval of {self.interval}: intervals count "

@@ -37,6 +37,8 @@ class Lora:
         """start: adapters to go on from, as a file, folder or hub id; the reference is then this start."""
         if rank < 1:
             raise ValueError(f"tune.rank must be at least 1 (got {rank}).")
+        if alpha <= 0:
+            raise ValueError(f"tune.alpha scales what adapters add and must be positive (got {alpha}).")
         if dropout:
             # Rollout and training would drop different things and be two policies: the ratio would never be 1.
             raise ValueError(f"tune.dropout must be 0 for reinforcement learning (got {dropout}).")
