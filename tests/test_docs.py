@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -222,10 +222,10 @@ def read_once() -> Iterator[None]:
         yield
 
 
-def checked(cfg: DictConfig) -> None:
+def checked(cfg: DictConfig, multirun: bool) -> None:
     """What a run checks before anything is loaded, and what it would say once the networks are."""
     check(cfg)
-    check_launch(cfg, multirun=False)
+    check_launch(cfg, multirun)
     size = OmegaConf.select(cfg, "trainer.num_nodes") * devices(cfg.trainer.devices)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != size:
         raise ConfigError(f"torchrun starts {os.environ['WORLD_SIZE']} processes for {size} devices.")
@@ -264,7 +264,7 @@ def refused(words: tuple[str, ...], launched: tuple[tuple[str, str], ...]) -> st
     """The sentence against a run, or nothing; many pages name the same one. Each makes half a million objects."""
     gc.disable()
     try:
-        preflight(words, CONF, "train", checked)
+        preflight(words, CONF, "train", partial(checked, multirun="-m" in words))
     except ConfigError as refusal:
         return str(refusal)
     finally:
@@ -278,7 +278,7 @@ def _matches(printed: str, said: str) -> bool:
 
 
 def test_the_commands_are_found():
-    assert len(COMMANDS) >= 140
+    assert len(COMMANDS) >= 155
     pages = {command.where.partition(":")[0] for command in COMMANDS}
     assert {"README.md", "CONTRIBUTING.md", "docs/scaling.md", "docs/algorithms/nft.md"} <= pages
     assert sum(bool(command.refusal) for command in COMMANDS) >= 9
