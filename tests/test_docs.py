@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from omegaconf import OmegaConf
 
-from tests.conftest import ROOT, TINY, settled
+from flowalign.checks import ConfigError
+from flowalign.checks.preflight import preflight
+from flowalign.checks.signatures import locate
+from flowalign.launching import check_launch
+from flowalign.planning import devices
+from flowalign.run import CONF, check, size_of
+from tests.conftest import ROOT, TINY, installed, settled
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 FENCED = re.compile(r"```(?:python|yaml)\n# ((?:flowalign|conf|tests)/\S+)\n(.*?)```", re.DOTALL)
 PAGES = ("docs/architecture.md", "docs/adding-a-model.md")
@@ -71,3 +87,198 @@ def test_the_example_of_a_model_passes_what_every_model_has_to(extended: Path):
 def test_the_example_of_an_algorithm_is_twenty_lines():
     pages = dict(FENCED.findall((ROOT / "docs/architecture.md").read_text()))
     assert len(pages["flowalign/algorithms/awr.py"].strip().splitlines()) <= 20
+
+
+# ------------------------------------------------------------ commands
+
+
+STARTS = re.compile(r"(?:exec |srun )?(?:python train\.py|flowalign-train|make train|torchrun .*?train\.py)(?= |$)")
+"""What a command of a run begins with."""
+CELLS = ("command", "write")
+"""Columns of tables whose cells are the overrides of a run."""
+STAND_INS = {"algo=NAME": "algo=nft", "HOST:29500": "localhost:29500"}
+"""For words in capitals that the reader replaces."""
+LEFT_OUT = {
+    "algo=awr": "test_what_the_four_doors_show_trains runs it",
+}
+"""Words of commands that are not tried here, and why."""
+EXTRAS = {"hydra/launcher=": "hydra_plugins", "hparams_search=optuna": "hydra_plugins"}
+"""Words of commands that compose only with an extra of the package."""
+
+
+class Command(NamedTuple):
+    """A documented run: where, as printed, and the beginning of the sentence that is printed to refuse it."""
+
+    where: str
+    text: str
+    refusal: str = ""
+
+
+def logical_lines(text: str) -> list[tuple[int, str]]:
+    """Lines of a block by their first number, those that end in a backslash joined with the next."""
+    lines: list[tuple[int, str]] = []
+    joined, first = "", 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        first = first if joined else number
+        joined += line.strip() if joined else line
+        if joined.endswith("\\"):
+            joined = joined[:-1]
+            continue
+        lines.append((first, joined))
+        joined = ""
+    return lines
+
+
+def commands_of(page: Path) -> list[Command]:
+    """The commands of blocks, of code within a line, and of the tables of CELLS."""
+    found: list[Command] = []
+    columns: list[int] = []
+    refusing, fenced = False, False
+    lines = logical_lines(page.read_text())
+    for i, (number, line) in enumerate(lines):
+        where = f"{page.relative_to(ROOT)}:{number}"
+        fenced ^= line.startswith("```")
+        stripped = line.strip().removeprefix("# " if page.suffix == ".yaml" else "$ ")
+        if (fenced or line.startswith("    ") or page.suffix == ".yaml") and STARTS.match(stripped):
+            after = lines[i + 1][1].strip() if i + 1 < len(lines) else ""
+            found.append(Command(where, stripped, after.removeprefix("error: ") if after.startswith("error: ") else ""))
+            continue
+        if fenced or not line.startswith("|"):
+            columns = []
+            found += [Command(where, span) for span in re.findall("`([^`]+)`", line) if STARTS.match(span)]
+            continue
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if i + 1 < len(lines) and lines[i + 1][1].startswith("|--"):
+            columns = [at for at, cell in enumerate(cells) if cell in CELLS]
+            refusing = "what it says" in cells
+            continue
+        for at, cell in enumerate(cells):
+            for span in re.findall("`([^`]+)`", cell):
+                if STARTS.match(span):
+                    found.append(Command(where, span))
+                elif span.startswith("-m ") or (at in columns and "=" in span):
+                    said = re.findall("`([^`]+)`", cells[at + 1])[0] if refusing else ""
+                    found.append(Command(where, f"python train.py {span}", said))
+                elif at in columns and span.startswith("~"):
+                    found.append(Command(where, f"python train.py {span}"))
+    return found
+
+
+DOCUMENTED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = [c for page in [*DOCUMENTED, *sorted((ROOT / "conf/experiment").glob("*.yaml"))] for c in commands_of(page)]
+
+
+def words_of(command: str) -> tuple[list[str], dict[str, str]]:
+    """The arguments of a run without what the reader fills in, and the variables that its launcher would set."""
+    words = [STAND_INS.get(word, word) for word in shlex.split(command, comments=True) if word != "…"]
+    words = [word.replace("…", "any") for word in words]
+    launcher, arguments = [], words
+    for start in ("train.py", "flowalign-train", "train"):
+        if start in words:
+            at = words.index(start)
+            launcher, arguments = words[:at], words[at + 1 :]
+            break
+    if launcher[:1] == ["make"]:
+        arguments = shlex.split(arguments[0].removeprefix("ARGS=")) if arguments else []
+    if "torchrun" not in launcher:
+        return arguments, {}
+    given = dict(zip(launcher[1:], launcher[2:], strict=False))
+    nodes, local = int(given.get("--nnodes", 1)), int(given["--nproc-per-node"])
+    ranks = {"WORLD_SIZE": str(nodes * local), "LOCAL_WORLD_SIZE": str(local), "RANK": "0"}
+    return arguments, ranks | {"TORCHELASTIC_RUN_ID": "documented"}
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that readers have been told to write by then."""
+    folder = tmp_path_factory.mktemp("beside")
+    written = re.compile(r"```(?:python|yaml)\n# ((?:my_conf/|my_)\S+)\n(.*?)```", re.DOTALL)
+    for page in DOCUMENTED:
+        for path, text in written.findall(page.read_text()):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+    (folder / "my_conf/reward/mine.yaml").write_text((ROOT / "conf/reward/jpeg.yaml").read_text())
+    (folder / "mypackage").mkdir()
+    (folder / "mypackage/rewards.py").write_text(
+        "class Contrast:\n    def __call__(self, media, prompts, metadata): ...\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def read_once() -> Iterator[None]:
+    """Every YAML is parsed once for all commands: parsing is a fifth of what they take."""
+    parsed: dict[str, Any] = {}
+    load = OmegaConf.load
+
+    def kept(file: Any) -> Any:
+        name = str(getattr(file, "name", file))
+        if name not in parsed:
+            parsed[name] = load(file)
+        return deepcopy(parsed[name])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(OmegaConf, "load", kept)
+        yield
+
+
+def checked(cfg: DictConfig, multirun: bool) -> None:
+    """What a run checks before anything is loaded, and what it would say once the networks are."""
+    check(cfg)
+    check_launch(cfg, multirun)
+    size = OmegaConf.select(cfg, "trainer.num_nodes") * devices(cfg.trainer.devices)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != size:
+        raise ConfigError(f"torchrun starts {os.environ['WORLD_SIZE']} processes for {size} devices.")
+    if locate(cfg.tune["_target_"]).kind == "full" and cfg.model.get("train_dtype", "float32") != "float32":
+        raise ConfigError("tune=full trains float32 weights: set model.train_dtype=float32, or use tune=lora.")
+    for part in ("train", "eval"):
+        size_of(cfg, part)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.where)
+def test_a_documented_command_is_accepted_or_refused_as_printed(
+    command: Command, beside: Path, read_once: None, monkeypatch: pytest.MonkeyPatch
+):
+    for word, why in LEFT_OUT.items():
+        if word in command.text:
+            pytest.skip(why)
+    for word, module in EXTRAS.items():
+        if word in command.text and not installed(module):
+            pytest.skip(f"{word} needs {module}")
+    words, environment = words_of(command.text)
+    for name in [name for name in os.environ if name == "WORLD_SIZE" or name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(beside)
+    monkeypatch.syspath_prepend(beside)
+    said = refused(tuple(words), tuple(environment.items()))
+    if command.refusal:
+        assert _matches(command.refusal, said), f"{command.text}\n{said or 'is accepted'}"
+    else:
+        assert not said, f"{command.text}\n{said}"
+
+
+@cache
+def refused(words: tuple[str, ...], launched: tuple[tuple[str, str], ...]) -> str:
+    """The sentence against a run, or nothing; many pages name the same one. Each makes half a million objects."""
+    gc.disable()
+    try:
+        preflight(words, CONF, "train", partial(checked, multirun="-m" in words))
+    except ConfigError as refusal:
+        return str(refusal)
+    finally:
+        gc.enable()
+    return ""
+
+
+def _matches(printed: str, said: str) -> bool:
+    """Whether a sentence is the printed one, which may leave the rest of a list to `…`."""
+    return re.fullmatch(".*".join(map(re.escape, printed.split("…"))), said) is not None
+
+
+def test_the_commands_are_found():
+    assert len(COMMANDS) >= 155
+    pages = {command.where.partition(":")[0] for command in COMMANDS}
+    assert {"README.md", "CONTRIBUTING.md", "docs/scaling.md", "docs/algorithms/nft.md"} <= pages
+    assert sum(bool(command.refusal) for command in COMMANDS) >= 9
