@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ class Embeddings:
             return self._distrust(file, "its content has changed")
         return Conditioning(tensors)
 
+    def holds(self, key: tuple[str, ...]) -> bool:
+        """Whether there is a file, be it damaged."""
+        return self._file(key).is_file()
+
     def write(self, key: tuple[str, ...], row: Conditioning) -> None:
         """Keeps one row, (1, …) each."""
         from safetensors.torch import save_file
@@ -53,10 +58,13 @@ class Embeddings:
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in row.items()}
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial = file.with_name(f".{file.name}.{uuid4().hex}")  # in containers, ranks share process numbers
         said = {"prompt": json.dumps(key), "encoder": self.encoder, "digest": _content(tensors)}
-        save_file(tensors, partial, said)
-        os.replace(partial, file)
+        try:
+            save_file(tensors, partial, said)
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _file(self, key: tuple[str, ...]) -> Path:
         name = _digest(json.dumps(key))
