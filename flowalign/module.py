@@ -175,7 +175,7 @@ class AlignModule(Forward):
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self._consult_frozen()  # which knows nothing of rewards: the last ones are scored meanwhile
             if self.current_epoch + 1 != self.trainer.max_epochs:
-                self.collect.foresee(self.current_epoch + 1)  # nor do prompts
+                self.collect.foresee(self.current_epoch + 1, self.replica)  # nor do prompts
             with memory_of("rollout"):  # of the last rewards too
                 got.settle()
             spread = diversity(got.x0, g.batch.group_size, self._gather)
