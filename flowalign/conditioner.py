@@ -16,6 +16,8 @@ from flowalign.types import Conditioning
 Key = tuple[str, ...]
 Area = tuple[int, int, int | None]
 """Height, width and frames."""
+VERSION = "2, without autocast"
+"""Of the way from prompt to row: files of another one are not used."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Conditioner:
         self.model, self.guided, self.encoding = model, guided, encoding or Encoding()
         self._rows: dict[Key, Conditioning] = {}
         folder = self.encoding.cache
-        self._disk = None if folder is None else Embeddings(folder, model.text_fingerprint())
+        self._disk = None if folder is None else Embeddings(folder, f"{model.text_fingerprint()} {VERSION}")
 
     def __call__(self, prompts: Sequence[Prompt], device: torch.device, size: Area) -> Conditioning:
         """One row a prompt, in order. The size of what will be made matters only to families that see pictures."""
@@ -71,11 +73,13 @@ class Conditioner:
     def _encode(self, keys: list[Key], prompts: list[Prompt], size: Area) -> None:
         negatives = [p.negative or "" for p in prompts] if self.guided else None
         texts = [p.text for p in prompts]
-        if self.model.sees_images:
-            images = [torch.stack(pictures_of(p, size[:2])).to(self.model.device) for p in prompts]
-            cond = self.model.encode(texts, negatives, images, size)
-        else:
-            cond = self.model.encode(texts, negatives)
+        # Rollouts and evaluations run under autocast, the plan of memory does not: a row must not tell who asked first.
+        with torch.autocast(self.model.device.type, enabled=False):
+            if self.model.sees_images:
+                images = [torch.stack(pictures_of(p, size[:2])).to(self.model.device) for p in prompts]
+                cond = self.model.encode(texts, negatives, images, size)
+            else:
+                cond = self.model.encode(texts, negatives)
         for i, key in enumerate(keys):
             # A copy: a view of one row would keep the whole batch in memory.
             row = Conditioning({name: t[i : i + 1].cpu().clone() for name, t in cond.items()})

@@ -20,6 +20,7 @@ class Encoder:
     """Remembers what it was asked; a prompt's row is as long as its text."""
 
     sees_images = False
+    device = CPU
 
     def __init__(self) -> None:
         self.asked: list[str] = []
