@@ -84,7 +84,9 @@ class Collected:
     points: Point
     """Without credit (NaN) before `settle`."""
     cond: Conditioning
+    """A row for each prompt of this rank."""
     prompt_of_point: Tensor
+    """(points,) rows of it."""
     x0: Tensor
     """(n, …) the final latents of all samples of this rank."""
     images: Tensor
@@ -184,10 +186,11 @@ class Collector:
         """
         group_size = self.geometry.batch.group_size
         chosen = self._chosen(epoch)
-        local = self.geometry.local_samples(rank)
-        rows = torch.tensor([sample // group_size for sample in local], device=device)
-        cond = self.conditioner([self.prompts.prompts[i] for i in chosen], device, self.size.area)
-        which = [chosen[row] for row in rows.tolist()]
+        local, groups = self.geometry.local_samples(rank), self._groups(rank)
+        row_of = {group: row for row, group in enumerate(groups)}
+        rows = torch.tensor([row_of[sample // group_size] for sample in local], device=device)
+        cond = self.conditioner([self.prompts.prompts[chosen[group]] for group in groups], device, self.size.area)
+        which = [chosen[sample // group_size] for sample in local]
         share = Share(epoch, local, [self.prompts.prompts[i] for i in which], cond.index(rows), device)
         if self.algorithm.source == "images":
             made, earned = self._given(share, which, report), partial(Given.equal, self.geometry.samples)
@@ -208,9 +211,19 @@ class Collector:
             points, cond, of_point, made.rollout.x0, made.images, share.prompts, made.calls, trained, mine, earned
         )  # fmt: skip
 
-    def foresee(self, epoch: int) -> None:
+    def foresee(self, epoch: int, rank: int) -> None:
         """Encodes the prompts of an epoch to come, for a moment that would otherwise be spent waiting."""
-        self.conditioner.prepare([self.prompts.prompts[i] for i in self._chosen(epoch)], self.size.area)
+        chosen = self._chosen(epoch)
+        self.conditioner.prepare([self.prompts.prompts[chosen[group]] for group in self._groups(rank)], self.size.area)
+
+    def _groups(self, rank: int) -> list[int]:
+        """Those whose prompts a rank encodes: its own, or all where rows are padded to the longest of the epoch.
+
+        Padding counts in the last bit, and a rollout does not depend on the number of ranks.
+        """
+        if not self.model.one_text_length:
+            return list(range(self.geometry.batch.prompts))
+        return sorted({sample // self.geometry.batch.group_size for sample in self.geometry.local_samples(rank)})
 
     def _chosen(self, epoch: int) -> list[int]:
         return self.prompts.epoch(self.seed, epoch, self.geometry.batch.prompts)

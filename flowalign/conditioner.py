@@ -1,8 +1,10 @@
-"""Text conditioning, encoded once a prompt and kept on the CPU, and on disk if a folder is given."""
+"""Text conditioning, encoded a prompt at a time and kept on the CPU within bounds, and on disk if a folder is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,8 @@ from flowalign.types import Conditioning
 Key = tuple[str, ...]
 Area = tuple[int, int, int | None]
 """Height, width and frames."""
+VERSION = "2, without autocast"
+"""Of the way from prompt to row: files of another one are not used."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,14 @@ class Encoding:
     batch_size: int = 1
     """Prompts in one forward pass. With several, rounding and padding depend on the neighbours: a resumed run, which
     meets prompts in other company, then equals the uninterrupted one only to rounding."""
+    keep_gib: float = 4.0
+    """Rows in the memory of each rank. Beyond it the longest unused leave, to be read or encoded again when asked for;
+    never those that were asked for last, and none where nothing could bring them back: released without a folder."""
+
+    @property
+    def bound(self) -> float:
+        """Bytes."""
+        return math.inf if self.release and self.cache is None else self.keep_gib * 2**30
 
 
 class Conditioner:
@@ -36,28 +48,59 @@ class Conditioner:
 
     def __init__(self, model: FlowModel, guided: bool, encoding: Encoding | None = None) -> None:
         self.model, self.guided, self.encoding = model, guided, encoding or Encoding()
-        self._rows: dict[Key, Conditioning] = {}
+        self._rows: OrderedDict[Key, Conditioning] = OrderedDict()
+        """The last used last."""
+        self._held = 0
         folder = self.encoding.cache
-        self._disk = None if folder is None else Embeddings(folder, model.text_fingerprint())
+        self._disk = None if folder is None else Embeddings(folder, f"{model.text_fingerprint()} {VERSION}")
 
     def __call__(self, prompts: Sequence[Prompt], device: torch.device, size: Area) -> Conditioning:
         """One row a prompt, in order. The size of what will be made matters only to families that see pictures."""
         self.prepare(prompts, size)
         return Conditioning.cat([self._rows[self._key(p, size)] for p in prompts]).to(device)
 
-    def prepare(self, prompts: Sequence[Prompt], size: Area, report: Callable[[int], None] | None = None) -> None:
-        """Encodes what is not known yet; `report` is told how many of the distinct prompts are done."""
+    def prepare(self, prompts: Sequence[Prompt], size: Area) -> None:
+        """Encodes what is not known yet; all of it stays in memory until other prompts are asked for."""
         asked = {self._key(p, size): p for p in prompts}
-        missing = [key for key in asked if key not in self._rows]
-        if self._disk is not None:
-            found = {key: row for key in missing if (row := self._disk.read(key)) is not None}
-            self._rows |= found
-            missing = [key for key in missing if key not in found]
+        missing = [key for key in asked if not self._found(key)]
         for start in range(0, len(missing), self.encoding.batch_size):
             part = missing[start : start + self.encoding.batch_size]
             self._encode(part, [asked[key] for key in part], size)
-            if report is not None:
-                report(len(asked) - len(missing) + start + len(part))
+        self._forget(asked)
+
+    def prepare_all(
+        self, prompts: Sequence[Prompt], size: Area, report: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """The same of more than memory may hold; `report` is told how many of the distinct prompts are done."""
+        distinct = [*{self._key(p, size): p for p in prompts}.values()]
+        for start in range(0, len(distinct), self.encoding.batch_size):
+            part = distinct[start : start + self.encoding.batch_size]
+            self.prepare(part, size)
+            report(start + len(part))
+
+    def absent(self, prompts: Sequence[Prompt], size: Area) -> list[Prompt]:
+        """Those of which there is neither a row in memory nor a file, which is not read for it."""
+        return [p for p in prompts if not self._is_there(self._key(p, size))]
+
+    def _is_there(self, key: Key) -> bool:
+        return key in self._rows or (self._disk is not None and self._disk.holds(key))
+
+    def _found(self, key: Key) -> bool:
+        """Whether the row is in memory, as the last used one, or could be read into it."""
+        if key in self._rows:
+            self._rows.move_to_end(key)
+        elif self._disk is not None and (row := self._disk.read(key)) is not None:
+            self._keep(key, row)
+        return key in self._rows
+
+    def _keep(self, key: Key, row: Conditioning) -> None:
+        self._rows[key] = row
+        self._held += _bytes(row)
+
+    def _forget(self, asked: Container[Key]) -> None:
+        """The longest unused rows leave memory; those that are asked for are behind all others."""
+        while self._held > self.encoding.bound and next(iter(self._rows)) not in asked:
+            self._held -= _bytes(self._rows.popitem(last=False)[1])
 
     def _key(self, prompt: Prompt, size: Area) -> Key:
         """All that the row depends on beside the encoder."""
@@ -71,7 +114,7 @@ class Conditioner:
     def _encode(self, keys: list[Key], prompts: list[Prompt], size: Area) -> None:
         negatives = [p.negative or "" for p in prompts] if self.guided else None
         texts = [p.text for p in prompts]
-        # Encoders have a type of their own, and a row is the same whoever asks first, inside of autocast or not.
+        # Rollouts and evaluations run under autocast, the plan of memory does not: a row must not tell who asked first.
         with torch.autocast(self.model.device.type, enabled=False):
             if self.model.sees_images:
                 images = [torch.stack(pictures_of(p, size[:2])).to(self.model.device) for p in prompts]
@@ -81,6 +124,10 @@ class Conditioner:
         for i, key in enumerate(keys):
             # A copy: a view of one row would keep the whole batch in memory.
             row = Conditioning({name: t[i : i + 1].cpu().clone() for name, t in cond.items()})
-            self._rows[key] = row
+            self._keep(key, row)
             if self._disk is not None:
                 self._disk.write(key, row)
+
+
+def _bytes(row: Conditioning) -> int:
+    return sum(t.nbytes for t in row.values())

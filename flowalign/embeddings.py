@@ -6,9 +6,9 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from torch import Tensor
 from flowalign.types import Conditioning
 
 log = logging.getLogger("flowalign")
-FORMAT = "2"
-"""Of what is kept: since 2 it does not depend on the precision of the trainer."""
 
 
 class Embeddings:
@@ -28,8 +26,8 @@ class Embeddings:
     """
 
     def __init__(self, folder: str | Path, encoder: str) -> None:
-        self.encoder = f"{encoder} {FORMAT}"
-        self.folder = Path(folder).expanduser() / _digest(self.encoder)[:16]
+        self.folder = Path(folder).expanduser() / _digest(encoder)[:16]
+        self.encoder = encoder
 
     def read(self, key: tuple[str, ...]) -> Conditioning | None:
         """The row of a prompt, or None if it is not there or cannot be trusted."""
@@ -49,6 +47,10 @@ class Embeddings:
             return self._distrust(file, "its content has changed")
         return Conditioning(tensors)
 
+    def holds(self, key: tuple[str, ...]) -> bool:
+        """Whether there is a file, be it damaged."""
+        return self._file(key).is_file()
+
     def write(self, key: tuple[str, ...], row: Conditioning) -> None:
         """Keeps one row, (1, …) each."""
         from safetensors.torch import save_file
@@ -56,10 +58,13 @@ class Embeddings:
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in row.items()}
-        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex}")  # processes of several nodes may share a number
+        partial = file.with_name(f".{file.name}.{uuid4().hex}")  # in containers, ranks share process numbers
         said = {"prompt": json.dumps(key), "encoder": self.encoder, "digest": _content(tensors)}
-        save_file(tensors, partial, said)
-        os.replace(partial, file)
+        try:
+            save_file(tensors, partial, said)
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _file(self, key: tuple[str, ...]) -> Path:
         name = _digest(json.dumps(key))

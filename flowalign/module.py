@@ -124,19 +124,21 @@ class AlignModule(Forward):
             self._encode_all()
 
     def _encode_all(self) -> None:
-        """Every prompt of the run is encoded now, by rank 0 first where a folder keeps it; then the encoders go."""
+        """Every prompt of the run is encoded now, by all ranks in parts where a folder keeps it; then the encoders go.
+
+        What another rank has put where this one does not see it, as on a disk of its own machine, is made again.
+        """
         r, strategy = self.recipe, self.trainer.strategy
         if not r.model.text_encoders():  # setup comes once for each of fit, validate and test
             return
         r.model.to(strategy.root_device)
         evaluated = [p for prompts in self.eval_prompts.values() for p in prompts]
         for prompts, size in ((r.data["train"].prompts, r.train_size), (evaluated, r.eval_size)):
-            self.report.begin("encode", len(prompts))
-            advance = partial(self.report.advance, "encode")
-            if r.encoding.cache is not None and self.trainer.is_global_zero:
-                self.conditioner.prepare(prompts, size.area, advance)
+            mine = prompts if r.encoding.cache is None else prompts[self.global_rank :: self.trainer.world_size]
+            self.report.begin("encode", len(mine))
+            self.conditioner.prepare_all(mine, size.area, partial(self.report.advance, "encode"))
             strategy.barrier("prompts")
-            self.conditioner.prepare(prompts, size.area, advance)
+            self.conditioner.prepare_all(self.conditioner.absent(prompts, size.area), size.area)
             self.report.end("encode")
         r.model.release_text_encoders()
 
@@ -182,7 +184,7 @@ class AlignModule(Forward):
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self._consult_frozen()  # which knows nothing of rewards: the last ones are scored meanwhile
             if self.current_epoch + 1 != self.trainer.max_epochs:
-                self.collect.foresee(self.current_epoch + 1)  # nor do prompts
+                self.collect.foresee(self.current_epoch + 1, self.replica)  # nor do prompts
             with memory_of("rollout"):  # of the last rewards too
                 got.settle()
             spread = diversity(got.x0, g.batch.group_size, self._gather)

@@ -101,6 +101,32 @@ def test_ranks_divide_what_one_process_would_make(collect: Callable[..., Phase],
     assert sorted(seen) == list(range(8))
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_rank_encodes_what_it_samples_unless_padding_depends_on_the_others(
+    collect: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch, ragged: bool
+):
+    overrides = ("algo=nft", "batch.extremes=2")  # whole groups on every rank
+    whole = collect(*overrides).got
+    monkeypatch.setattr(FlowModel, "one_text_length", not ragged)
+    for rank in range(2):
+        half = collect(*overrides, rank=rank, ranks=2).got
+        assert half.cond.batch_size == (2 if ragged else 1)
+        rows = whole.prompt_of_point[whole.prompt_of_point == rank]
+        for name, entry in half.cond.index(half.prompt_of_point).items():
+            assert torch.equal(entry, whole.cond[name][rows]), name
+
+
+@pytest.mark.parametrize("extremes", ["null", "2"])
+def test_what_is_foreseen_is_all_that_the_next_epoch_encodes(
+    collect: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch, extremes: str
+):
+    collector = collect("algo=nft", f"batch.extremes={extremes}", rank=1, ranks=2).collector
+    collector.foresee(5, rank=1)
+    monkeypatch.setattr(collector.model, "encode", None)
+    with torch.no_grad():
+        settled(collector, lambda rewards: torch.arange(8.0)[:, None].expand(-1, rewards.shape[1]), epoch=5, rank=1)
+
+
 def test_mixgrpo_with_a_full_window_is_grpo(collect: Callable[..., Phase]):
     window = collect("algo=mixgrpo", "steps.width=4", "steps.skip=0", epoch=3)
     plain = collect("algo=grpo", "steps=all", "steps.trained=1.0", epoch=3)

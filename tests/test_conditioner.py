@@ -1,17 +1,23 @@
-"""Each distinct prompt is encoded once."""
+"""Each distinct prompt is encoded once, or as often as it has left memory, and always to the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from flowalign.conditioner import Conditioner, Encoding
+from flowalign.embeddings import Embeddings
 from flowalign.prompts import Prompt
+from flowalign.run import build_recipe
 from flowalign.types import Conditioning
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 CPU, SIZE = torch.device("cpu"), (32, 32, None)
 
@@ -27,14 +33,12 @@ class Encoder:
         self.negatives: list[str] | None = None
         self.largest = 0
         self.name = "first"
-        self.mixed = False
 
     def text_fingerprint(self) -> str:
         return self.name
 
     def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
         self.asked += prompts
-        self.mixed = torch.is_autocast_enabled("cpu")
         self.negatives = None if negatives is None else [*(self.negatives or []), *negatives]
         self.largest = max(self.largest, len(prompts))
         longest = max(len(p) for p in prompts)
@@ -75,13 +79,64 @@ def test_encoding_goes_in_batches():
     assert encoder.largest == 3
 
 
-def test_the_precision_of_whoever_asks_first_is_not_in_a_row():
-    condition, encoder = conditioner()
-    with torch.autocast("cpu", torch.bfloat16):
-        condition([Prompt("red")], CPU, SIZE)
-        assert torch.is_autocast_enabled("cpu")
-    assert encoder.asked == ["red"]
-    assert not encoder.mixed
+# ------------------------------------------------------------ the same bits
+
+
+def test_a_row_does_not_tell_whether_autocast_was_on(tiny: Callable[..., DictConfig]):
+    rows = []
+    for on in (False, True):
+        condition = Conditioner(build_recipe(tiny()).model, guided=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            rows.append(condition([Prompt("a red circle")], CPU, SIZE))
+    assert equal(*rows)
+
+
+def test_a_row_that_has_left_memory_comes_back_the_same(tiny: Callable[..., DictConfig]):
+    condition = Conditioner(build_recipe(tiny()).model, True, Encoding(keep_gib=0))
+    red, blue = Prompt("a red circle"), Prompt("a blue square")
+    together = condition([red, blue], CPU, SIZE)
+    for row, prompt in enumerate((red, blue)):
+        assert equal(condition([prompt], CPU, SIZE), together.index(slice(row, row + 1)))
+
+
+def equal(one: Conditioning, other: Conditioning) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+# ------------------------------------------------------------ in memory
+
+
+def test_the_longest_unused_row_leaves_memory_first():
+    condition, encoder = conditioner(keep_gib=2 * 4 * 4 / 2**30)  # two rows of four letters in float32
+    for text in ("grey", "blue", "grey", "pink"):
+        condition([Prompt(text)], CPU, SIZE)
+    assert encoder.asked == ["grey", "blue", "pink"]
+    condition([Prompt("pink"), Prompt("grey")], CPU, SIZE)
+    assert encoder.asked == ["grey", "blue", "pink"]
+    assert words(condition([Prompt("blue")], CPU, SIZE)) == ["blue"]
+    assert encoder.asked == ["grey", "blue", "pink", "blue"]
+
+
+def test_what_is_asked_at_once_stays_together_until_others_are_asked_for():
+    condition, encoder = conditioner(keep_gib=0)
+    texts = ["grey", "blue", "pink"]
+    condition.prepare([Prompt(text) for text in texts], SIZE)
+    for _ in range(2):
+        assert words(condition([Prompt(text) for text in texts], CPU, SIZE)) == texts
+    assert encoder.asked == texts
+    condition.prepare([Prompt("red")], SIZE)
+    condition.prepare([Prompt("grey")], SIZE)
+    assert encoder.asked == [*texts, "red", "grey"]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_row_is_lost_once_the_encoders_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool):
+    cache = str(tmp_path) if cached else None
+    condition, encoder = conditioner(keep_gib=0, release=True, cache=cache)
+    texts = ["grey", "blue", "pink"]
+    condition.prepare_all([Prompt(text) for text in texts], SIZE)
+    monkeypatch.setattr(encoder, "encode", None)
+    assert [words(condition([Prompt(text)], CPU, SIZE)) for text in texts] == [[text] for text in texts]
 
 
 # ------------------------------------------------------------ on disk
@@ -147,5 +202,55 @@ def test_progress_counts_distinct_prompts(tmp_path: Path):
     condition, _ = conditioner(batch_size=2, cache=str(tmp_path))
     condition.prepare([Prompt("red")], SIZE)
     seen: list[int] = []
-    condition.prepare([Prompt(c) for c in ("red", "blue", "blue", "green", "grey")], SIZE, seen.append)
-    assert seen == [3, 4]
+    condition.prepare_all([Prompt(c) for c in ("red", "blue", "blue", "green", "grey")], SIZE, seen.append)
+    assert seen == [2, 4]
+
+
+def test_rows_of_another_way_of_encoding_are_not_used(tmp_path: Path):
+    condition, encoder = conditioner(cache=str(tmp_path))
+    Embeddings(tmp_path, encoder.text_fingerprint()).write(("red",), Conditioning({"tokens": torch.zeros(1, 3)}))
+    assert words(condition([Prompt("red")], CPU, SIZE)) == ["red"]
+
+
+def test_two_processes_of_one_number_may_write_a_prompt_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As ranks in containers do."""
+    cache, row, replace = Embeddings(tmp_path, "encoder"), Conditioning({"tokens": torch.ones(1, 2)}), os.replace
+
+    def overtaken(*names: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        cache.write(("red",), row)
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    cache.write(("red",), row)
+    read = cache.read(("red",))
+    assert read is not None
+    assert equal(read, row)
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*names: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        Embeddings(tmp_path, "encoder").write(("red",), Conditioning({"tokens": torch.ones(1, 2)}))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_the_ranks_have_divided_none_has_to_make_again(tmp_path: Path):
+    prompts = [Prompt(f"prompt {i}") for i in range(5)]
+    ranks = [conditioner(cache=str(tmp_path), keep_gib=0) for _ in range(2)]
+    for rank, (condition, _) in enumerate(ranks):
+        condition.prepare_all(prompts[rank::2], SIZE)
+    for rank, (condition, encoder) in enumerate(ranks):
+        assert condition.absent(prompts, SIZE) == []
+        assert words(condition(prompts, CPU, SIZE)) == texts_of(prompts)
+        assert encoder.asked == texts_of(prompts[rank::2])
+    elsewhere, _ = conditioner(cache=str(tmp_path / "of another machine"), keep_gib=0)
+    elsewhere.prepare_all(prompts[0::2], SIZE)
+    assert elsewhere.absent(prompts, SIZE) == prompts[1::2]
+
+
+def texts_of(prompts: Sequence[Prompt]) -> list[str]:
+    return [p.text for p in prompts]

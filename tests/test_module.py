@@ -6,8 +6,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -526,3 +528,37 @@ def test_letting_the_text_encoders_go_changes_no_number(prepared: Callable[..., 
             assert torch.equal(parameter, kept.module.live.trained()[name]), name
     with pytest.raises(RuntimeError, match=r"'something new' cannot be encoded: the text encoders have left memory"):
         released.recipe.model.encode(["something new"])
+
+
+@pytest.mark.parametrize("folders", [("one", "one"), ("one", "other")])
+def test_ranks_divide_the_encoding_for_a_folder_that_all_of_them_see(
+    prepared: Callable[..., Run], tmp_path: Path, folders: tuple[str, str]
+):
+    gate, asked = threading.Barrier(2), ([], [])
+    words = ("algo=nft", "data.train.limit=8", "encoding.release=true")
+    modules = [prepared(*words, f"encoding.cache={tmp_path / name}").build()[0] for name in folders]
+
+    def encode_all(rank: int) -> None:
+        module, encode = modules[rank], modules[rank].recipe.model.encode
+        strategy = SimpleNamespace(root_device=torch.device("cpu"), barrier=lambda name: gate.wait(60))
+        module.trainer = SimpleNamespace(strategy=strategy, world_size=2, global_rank=rank)  # type: ignore[assignment]
+
+        def noted(texts: list[str], *others: Any) -> Any:
+            asked[rank].extend(texts)
+            return encode(texts, *others)
+
+        module.recipe.model.encode = noted  # type: ignore[method-assign]
+        module._encode_all()
+
+    with ThreadPoolExecutor(2) as ranks:
+        list(ranks.map(encode_all, range(2)))
+    trained = {p.text for p in modules[0].recipe.data["train"].prompts}
+    evaluated = {p.text for prompts in modules[0].eval_prompts.values() for p in prompts}
+    for module in modules:  # their encoders are gone
+        module.conditioner.prepare(module.recipe.data["train"].prompts, module.recipe.train_size.area)
+    if folders == ("one", "one"):
+        assert {*asked[0], *asked[1]} == trained | evaluated
+        assert [len(trained.intersection(texts)) for texts in asked] == [4, 4]
+        assert not trained.intersection(asked[0], asked[1])
+    else:
+        assert {*asked[0]} == {*asked[1]} == trained | evaluated
