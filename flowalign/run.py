@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -172,7 +172,7 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         shrink(module)
     continue_logs(trainer.loggers, ckpt_path if cfg.train else None)
     log_hyperparameters(trainer, cfg)
-    summary = Summary(folder, cfg.seed, module, own_words())
+    summary = Summary(folder, cfg.seed, module, typed(HydraConfig.get()))
     if ckpt_path is None:
         summary.baseline(evaluate(trainer, module, cfg.test and not postpones(cfg)))
         optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
@@ -190,11 +190,16 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     return optimised(cfg, summary)
 
 
-def own_words() -> list[str]:
-    """The command's own words, folders of configs among them."""
-    node = HydraConfig.get()
-    sources = [source.path for source in node.runtime.config_sources if source.provider == "command-line"]
-    return [*(f"--config-dir={path}" for path in sources), *node.overrides.task]
+def typed(node: Any) -> list[str]:
+    """The words of the command line that decide what is composed; node: Hydra's own config."""
+    found = {source.provider: str(source.path) for source in node.runtime.config_sources}
+    flags = {
+        "--config-path": "" if found["main"] == str(CONF) else found["main"],
+        "--config-dir": found.get("command-line", ""),
+        "--config-name": "" if node.job.config_name == "train" else node.job.config_name,
+    }
+    searched = [word for word in node.overrides.hydra if word.startswith("hydra.searchpath=")]
+    return [part for flag in flags.items() if flag[1] for part in flag] + searched + list(node.overrides.task)
 
 
 def postpones(cfg: DictConfig) -> bool:

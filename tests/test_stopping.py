@@ -7,12 +7,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from flowalign.callbacks.preemption import Preemption
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.stopping import Requests, Stopped, asked, farewell, slurm_job
 
@@ -146,6 +148,19 @@ def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Any]:
         return module
 
     return train
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(1, [1, 2, 3, 4, 5, 6, 7, 8]), (2, [3, 6, 8])])
+def test_ranks_ask_each_other_once_a_step(monkeypatch: pytest.MonkeyPatch, ranks: int, expected: list[int]):
+    """Of three micro-batches; the last step of a limited epoch has two."""
+    looked: list[int] = []
+    trainer: Any = SimpleNamespace(world_size=ranks, accumulate_grad_batches=3, num_training_batches=8)
+    monkeypatch.setattr(Preemption, "_look", lambda self, trainer, left: looked.append(batch + 1))
+    callback, nobody = Preemption(), cast(Any, None)
+    for batch in range(8):
+        callback.on_train_batch_start(trainer, nobody, None, batch)
+        callback.on_train_batch_end(trainer, nobody, None, None, batch)
+    assert looked == expected
 
 
 @pytest.mark.parametrize(

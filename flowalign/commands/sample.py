@@ -84,7 +84,7 @@ def batches(
     condition = Conditioner(saved.model, sampling.guidance > saved.model.guidance_off)
     for start in range(0, len(asked), sampling.batch_size):
         numbers, prompts = zip(*asked[start : start + sampling.batch_size], strict=True)
-        with saved.use(weights), saved.autocast():
+        with saved.use(weights):
             cond = condition(list(prompts), saved.model.device, size.area)
             part = generate(saved.model, cond, numbers, seed, sampling, size, saved.model.device)
         yield Made(list(numbers), part.media, Latents(part.x0, cond))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import DictConfig
 
 from flowalign.collect import Size
@@ -18,9 +19,6 @@ from flowalign.run import composed, instantiate, size_of
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
 from flowalign.strategies import folders
-
-MIXED = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
-"""What Lightning's names of precisions mean for a forward pass."""
 
 
 @dataclass
@@ -44,14 +42,19 @@ class Saved:
 
     @contextmanager
     def use(self, weights: str) -> Iterator[None]:
-        """Inside, the network is the live one, a frozen copy (`ema`), or as it was before training (`base`)."""
-        with self.policy.use(None if weights == "live" else weights):
+        """Inside, the network is the live one, a frozen copy (`ema`), or as it was before training (`base`), and
+        computes in the run's precision."""
+        with self.policy.use(None if weights == "live" else weights), self._precision():
             yield
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """The precision of the run's forward passes, without which its figures do not come out again."""
-        dtype = MIXED.get(str(self.config.trainer.precision))
-        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype, cache_enabled=False)
+    def _precision(self) -> AbstractContextManager[None]:
+        """What the Trainer has around a forward pass; under 64-true float32, which differs by rounding."""
+        mixed = str(self.config.trainer.precision).removesuffix("-mixed")
+        if mixed not in ("16", "bf16"):
+            return nullcontext()
+        device = self.model.device.type
+        kind = "bf16-mixed" if device == "cpu" else f"{mixed}-mixed"  # the Trainer too knows no float16 on CPUs
+        return MixedPrecision(kind, device).forward_context()  # type: ignore[arg-type]
 
     def sampling(self, steps: int = 0, guidance: float = -1.0, batch: int = 0) -> Sampling:
         """That of the run's evaluation, where nothing else is asked for."""
@@ -128,6 +131,10 @@ def _bound(rewards: Rewards | None, config: DictConfig, model: FlowModel) -> Sco
 
 
 def _placed(saved: Saved, device: str) -> Saved:
+    """On its device, where networks run as in the run, but for what is only quicker or may not be installed here."""
+    torch.set_float32_matmul_precision("high")
+    running = instantiate(saved.config.running)
+    replace(running, gradient_checkpointing=False, compile=False, attention=None).apply(saved.model)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     saved.policy.to(where)
     saved.model.to(where)
