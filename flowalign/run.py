@@ -25,6 +25,7 @@ from flowalign.imports import uncollected
 from flowalign.launching import agree, check_launch, choose_device
 from flowalign.lock import held
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
+from flowalign.resuming import check_unused, find_checkpoint, own_checkpoint
 from flowalign.rewards.errors import RewardError
 from flowalign.settings import flatten
 from flowalign.stopping import Stopped, asked, farewell
@@ -301,48 +302,6 @@ def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str |
 def plain(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The metrics of an evaluation, without what is for TensorBoard alone."""
     return {key: float(value) for key, value in found[0].items() if not key.startswith("hp/")}
-
-
-def own_checkpoint(folder: Path) -> str | None:
-    """ckpt_path=auto: of an earlier run in this output folder, if it has written one."""
-    from flowalign.strategies.folders import restore
-
-    restore(folder / "checkpoints")
-    last = folder / "checkpoints" / "last.ckpt"
-    return str(last) if last.exists() else None
-
-
-def check_unused(folder: Path) -> None:
-    """ConfigError where a run that begins would replace the checkpoints of another one."""
-    if (last := own_checkpoint(folder)) is not None:
-        raise ConfigError(
-            f"{folder} holds a run already ({last}), and this one would replace it: ckpt_path=auto goes on with that "
-            "run, and another hydra.run.dir=… begins a new one."
-        )
-
-
-def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None:
-    """The file to resume from, or a sentence; `last` is that of this output folder, or else the newest last.ckpt under
-    outputs/. The folder of a run stands for its last one."""
-    from flowalign.strategies.folders import is_folder, restore
-
-    if given is None:
-        return None
-    for waiting in Path("outputs").glob("**/.*.old") if given == "last" else [Path(given)]:
-        restore(waiting.parent)
-    if given == "last" and folder is not None and (own := own_checkpoint(folder)) is not None:
-        return own
-    if given == "last":
-        found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")
-        given = str(found[-1])
-    if (inside := Path(given) / "checkpoints" / "last.ckpt").exists():
-        return str(inside)
-    if not Path(given).is_file() and not is_folder(given):
-        nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
-        raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
-    return given
 
 
 def log_hyperparameters(trainer: Trainer, cfg: DictConfig) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-OWN = ("ckpt_path", "paths.", "task_name", "trainer.max_", "logger.", "callbacks.", "test", "requeue", "hydra", "debug")
+OWN = (
+    "ckpt_path", "paths.", "task_name", "trainer.max_", "trainer.default_root_dir", "logger.", "callbacks.", "test",
+    "requeue", "hydra", "debug",
+)  # fmt: skip
 """What a continued run has of its own, by how the names begin."""
 
 

@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "planning",
         "compatibility",
         "launching",
+        "resuming",
         "sweeps",
         "summary",
         "curves",

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.run import find_checkpoint
+from flowalign.resuming import find_checkpoint
 from tests.conftest import ROOT, TINY, settled
 
 WORDS = ("algo=nft", "algo.kl_beta=0.01", "dynamics=cps", "optimizer.lr=0.01", "seed=3")

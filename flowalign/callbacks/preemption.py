@@ -63,10 +63,10 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        done = batch_idx + 1
-        # Not between the micro-batches of a step, in which ranks need not wait for each other.
-        if done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches:
-            self._look(trainer, self._left(done, trainer.num_training_batches))
+        done, total = batch_idx + 1, trainer.num_training_batches
+        # Micro-batches between two steps wait for no other rank, and are not to wait for this.
+        if trainer.world_size == 1 or done % trainer.accumulate_grad_batches == 0 or done == total:
+            self._look(trainer, self._left(done, total))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = time.monotonic()

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from omegaconf import DictConfig
 
 from flowalign.collect import Size
@@ -49,6 +48,8 @@ class Saved:
 
     def _precision(self) -> AbstractContextManager[None]:
         """What the Trainer has around a forward pass; under 64-true float32, which differs by rounding."""
+        from lightning.pytorch.plugins import MixedPrecision
+
         mixed = str(self.config.trainer.precision).removesuffix("-mixed")
         if mixed not in ("16", "bf16"):
             return nullcontext()

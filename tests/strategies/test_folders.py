@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO, sweep
-from flowalign.run import find_checkpoint
+from flowalign.resuming import find_checkpoint
 from flowalign.strategies import folders
 from flowalign.tensors import put_together, taken_apart
 

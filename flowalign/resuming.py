@@ -1,0 +1,49 @@
+"""Which checkpoint a run goes on from, and whose it must not replace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowalign.checks import ConfigError
+
+
+def own_checkpoint(folder: Path) -> str | None:
+    """ckpt_path=auto: of an earlier run in this output folder, if it has written one."""
+    from flowalign.strategies.folders import restore
+
+    restore(folder / "checkpoints")
+    last = folder / "checkpoints" / "last.ckpt"
+    return str(last) if last.exists() else None
+
+
+def check_unused(folder: Path) -> None:
+    """ConfigError where a run that begins would replace the checkpoints of another one."""
+    if (last := own_checkpoint(folder)) is not None:
+        raise ConfigError(
+            f"{folder} holds a run already ({last}), and this one would replace it: ckpt_path=auto goes on with that "
+            "run, and another hydra.run.dir=… begins a new one."
+        )
+
+
+def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None:
+    """The file to resume from, or a sentence; `last` is that of this output folder, or else the newest last.ckpt under
+    outputs/. The folder of a run stands for its last one."""
+    from flowalign.strategies.folders import is_folder, restore
+
+    if given is None:
+        return None
+    for waiting in Path("outputs").glob("**/.*.old") if given == "last" else [Path(given)]:
+        restore(waiting.parent)
+    if given == "last" and folder is not None and (own := own_checkpoint(folder)) is not None:
+        return own
+    if given == "last":
+        found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")
+        given = str(found[-1])
+    if (inside := Path(given) / "checkpoints" / "last.ckpt").exists():
+        return str(inside)
+    if not Path(given).is_file() and not is_folder(given):
+        nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
+        raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
+    return given
