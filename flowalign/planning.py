@@ -36,7 +36,7 @@ def instantiate(node: Any, **arguments: Any) -> Any:
         while isinstance(cause, InstantiationException):
             cause = cause.__cause__
         # Lightning's refusal is known by its name: a reward server has no Lightning.
-        told = isinstance(cause, (ValueError, TypeError, RewardError))
+        told = isinstance(cause, (ValueError, TypeError, RewardError, ImportError))
         if cause is not None and (told or type(cause).__name__ == "MisconfigurationException"):
             where = node._get_full_key(None) or str(node.get("_target_"))
             raise ConfigError(f"{where}: {one_line(cause)}") from error

@@ -264,6 +264,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.nn.functional.all_gather is deprecated.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # see check_tasks
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # see Csv
     warnings.filterwarnings("ignore", message=".*instantiated without `get_apply_tensor_subclass`.*")
     for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):  # whose parts may be absent

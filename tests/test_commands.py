@@ -304,6 +304,7 @@ def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
 
     (tmp_path / "asked.txt").write_text("two red circles\n\na blue square\n")
     words = (f"ckpt={trained / 'checkpoints' / 'last.ckpt'}", f"prompts={tmp_path / 'asked.txt'}", "steps=1")
+    words = (f"ckpt={trained}", *words[1:])  # a run's folder stands for its last checkpoint
     code, out, _ = say(main, "sample", *words, f"to={tmp_path / 'p.png'}", "compare=true")
     assert code == 0
     assert [Path(line).name for line in out.split()] == ["p_0.png", "p_1.png", "p_compare.png"]
@@ -317,6 +318,8 @@ def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
         (("sample", "ckpt={last}"), "needs either prompt=… or prompts=FILE"),
         (("sample", "ckpt={last}", "prompt=a", "to=a.mp4"), "a.mp4 cannot hold a picture"),
         (("sample", "ckpt={last}", "prompt=a", "compare=perhaps"), "compare takes true or false, and not 'perhaps'"),
+        (("sample", "ckpt={last}", "prompt=a", "num=-1"), "makes num=1 or more pictures"),
+        (("sample", "ckpt={last}", "prompt=a", "to=/proc/x/a.png"), "to=/proc/x/… cannot be written"),
         (("evaluate", "ckpt={last}", "split=train"), "split is val or test"),
         (("evaluate", "ckpt={last}", "prompts=nowhere.txt"), "there is no prompt file nowhere.txt"),
         (("export", "ckpt={last}", "to=x", "weights=base"), "there is nothing to export"),

@@ -42,12 +42,15 @@ def sample(
     """
     if bool(prompt) == bool(prompts):
         raise ValueError("flowalign sample needs either prompt=… or prompts=FILE.")
+    if num < 1 or seed < 0:
+        raise ValueError(f"flowalign sample makes num=1 or more pictures from seed=0 or more (got {num}, {seed}).")
     asked = [Prompt(prompt)] if prompt else read_prompts(prompts)
     asked = [p for p in asked for _ in range(num)]
     saved = opened(ckpt, weights, base=compare)
     video = saved.model.modality == "video"
     target = Path(to or ("sample.gif" if video else "sample.png"))
     check_suffix(target, video)
+    _check_folder(target.parent)
     sampling, area = saved.sampling(steps, guidance), saved.size(size)
     media = made(saved, asked, seed, sampling, area, weights)
     paths = [target if len(asked) == 1 else target.with_stem(f"{target.stem}_{i}") for i in range(len(asked))]
@@ -58,6 +61,14 @@ def sample(
         path = target.with_name(f"{target.stem}_compare.png")
         _compared(saved, asked, media, made(saved, asked, seed, sampling, area, "base"), path)
         print(path)
+
+
+def _check_folder(folder: Path) -> None:
+    """ValueError for one that cannot be written to, before anything is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"to={folder}/… cannot be written ({error.strerror}).") from error
 
 
 def made(saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str) -> Tensor:

@@ -83,6 +83,8 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", re
     Raises ValueError with one sentence for anything else.
     """
     path = Path(ckpt).expanduser()
+    if (last := path / "checkpoints" / "last.ckpt").exists():  # the folder of a run
+        path = last
     if not path.exists():
         raise ValueError(f"ckpt={ckpt} does not exist.")
     try:

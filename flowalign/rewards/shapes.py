@@ -34,7 +34,13 @@ class _OfScene(FrameReward):
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts
         images = pictures.cpu().movedim(-3, -1).numpy()
-        scenes = [Spec.from_metadata(entry) for entry in metadata]
+        try:
+            scenes = [Spec.from_metadata(entry) for entry in metadata]
+        except ValueError as error:  # prompts of one's own
+            raise RewardError(
+                f"{error}; prompts of your own want another reward, such as reward=jpeg or reward=pickscore: see "
+                "docs/rewards.md."
+            ) from error
         return torch.tensor([self.judge(i, s) for i, s in zip(images, scenes, strict=True)], dtype=torch.float32)
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowalign.rewards.base import Reward
+from flowalign.rewards.base import Reward, RewardError
 from flowalign.rewards.shapes import Quality, Shapes, Strict
 from flowalign.shapes.quality import quality
 from flowalign.shapes.render import picture
@@ -88,3 +88,8 @@ def test_metadata_of_another_world_are_refused(media):
 def test_a_weight_outside_zero_and_one_is_refused():
     with pytest.raises(ValueError, match="strict_weight"):
         Shapes(1.5)
+
+
+def test_prompts_of_ones_own_are_told_to_want_another_reward():
+    with pytest.raises(RewardError, match=r"got \{\}; prompts of your own want another reward, such as reward=jpeg"):
+        Strict()(torch.rand(1, 3, 64, 64), ["a cat"], [{}])
