@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError
 from flowalign.checks.signatures import locate
-from flowalign.planning import devices, is_sharded, objective
+from flowalign.planning import is_sharded, objective, replicas
 
 if TYPE_CHECKING:
     from flowalign.steps.base import Steps
@@ -100,17 +100,17 @@ def _check_density(cfg: DictConfig, dynamics: Any) -> None:
 
 def _check_numbers(cfg: DictConfig) -> None:
     """What neither a class of ours nor the Trainer refuses in a sentence."""
-    rate, ends = cfg.optimizer.get("lr", 0.0), max(cfg.trainer.max_epochs or 0, cfg.trainer.max_steps) > 0
+    rate, trainer = cfg.optimizer.get("lr", 0.0), cfg.trainer
     if type(rate) not in (int, float) or not 0 <= rate < math.inf:
         raise ConfigError(f"optimizer.lr is a number from 0 on (got {rate}).")
-    if cfg.seed < 0:
+    if isinstance(cfg.seed, int) and cfg.seed < 0:  # another type is refused by its annotation
         raise ConfigError(f"seed is a number from 0 on (got {cfg.seed}).")
-    if cfg.trainer.check_val_every_n_epoch is not None and cfg.trainer.check_val_every_n_epoch < 1:
+    if isinstance(every := trainer.check_val_every_n_epoch, int) and every < 1:
         raise ConfigError(
-            f"trainer.check_val_every_n_epoch={cfg.trainer.check_val_every_n_epoch} counts epochs, from 1 on: a number "
-            "above trainer.max_epochs evaluates at the end only."
+            f"trainer.check_val_every_n_epoch={every} counts epochs, from 1 on: a number above trainer.max_epochs "
+            "evaluates at the end only."
         )
-    if cfg.schedule.kind != "constant" and cfg.trainer.max_epochs == -1 and not ends:
+    if cfg.schedule.kind != "constant" and trainer.max_epochs == trainer.max_steps == -1:
         raise ConfigError(
             f"schedule.kind={cfg.schedule.kind} falls towards the end of the run, and trainer.max_epochs=-1 has none: "
             "use schedule.kind=constant, or set trainer.max_steps."
@@ -137,8 +137,7 @@ def _check_strategy(cfg: DictConfig) -> None:
     """Plain DDP waits for gradients of every weight, and a batch may leave an expert without."""
     several = len(locate(cfg.model["_target_"]).denoiser_names) > 1
     strategy = OmegaConf.select(cfg, "trainer.strategy")
-    alone = devices(cfg.trainer.devices) * cfg.trainer.num_nodes == 1
-    if several and (strategy == "ddp" or (strategy in (None, "auto") and not alone)):
+    if several and (strategy == "ddp" or (strategy == "auto" and replicas(cfg) > 1)):
         raise ConfigError(
             f"model={choice('model', cfg)} has several denoisers, and not every batch asks each of them: use "
             "trainer.strategy=ddp_find_unused_parameters_true, or strategy=fsdp."

@@ -37,6 +37,13 @@ class Encoding:
     """Rows in the memory of each rank. Beyond it the longest unused leave, to be read or encoded again when asked for;
     never those that were asked for last, and none where nothing could bring them back: released without a folder."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.keep_gib < 0:
+            raise ValueError(
+                f"prompts are encoded 1 or more at a time and kept in 0 GiB or more (got batch_size={self.batch_size}, "
+                f"keep_gib={self.keep_gib})."
+            )
+
     @property
     def bound(self) -> float:
         """Bytes."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import timedelta
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig
 
 from flowalign.checks import ConfigError
 from flowalign.planning import devices
@@ -53,15 +52,14 @@ def choose_device(trainer: DictConfig) -> None:
     """Makes this process's GPU the current one before a reward or a model is loaded: Lightning does so after that, and
     until then every process of a machine would use the first one."""
     import torch
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch.accelerators import CUDAAccelerator
 
     if trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return
-    wanted = OmegaConf.to_container(DictConfig({"devices": trainer.devices}))["devices"]  # type: ignore[index]
-    with suppress(MisconfigurationException):  # which the Trainer will say
-        found = CUDAAccelerator.parse_devices(-1 if wanted == "auto" else wanted) or [0]
-        torch.cuda.set_device(found[local_rank(os.environ) % len(found)])
+    there = torch.cuda.device_count()
+    named = trainer.devices if isinstance(trainer.devices, ListConfig) else range(there)
+    place = local_rank(os.environ)
+    if place < len(named) and named[place] < there:  # what is not there, the Trainer refuses
+        torch.cuda.set_device(named[place])
 
 
 def started(environment: Mapping[str, str], rank: int) -> str:

@@ -150,7 +150,7 @@ class AlignModule(Forward):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         epochs, steps = self.trainer.max_epochs or 1, self.trainer.max_steps
         ends = [self.geometry.steps_per_epoch * epochs] * (epochs > 0) + [steps] * (steps > 0)
-        total = min(ends, default=0)  # without an end the schedule is a constant one
+        total = min(ends, default=0)  # without an end, only a constant schedule is let through
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(r.schedule, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -259,7 +259,7 @@ class AlignModule(Forward):
         means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
         means["train/loss"] = loss.detach()
         if "ratio" in metrics:
-            means["train/ratio_std"] = metrics["ratio"].std(correction=0)
+            means["train/ratio_std"] = metrics["ratio"][point.counts].std(correction=0).nan_to_num()  # 0 of none
         if not finite:  # every rank has to log something, and this weighs nothing
             means = {name: torch.zeros_like(mean) for name, mean in means.items()}
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx) * finite)
@@ -291,7 +291,7 @@ class AlignModule(Forward):
         gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
         # float16's scaler looks for the largest factor by letting gradients overflow, and leaves such steps out itself.
-        overflow = not norm.isfinite() and str(self.trainer.precision) not in ("16-mixed", "16")
+        overflow = not norm.isfinite() and str(self.trainer.precision) != "16-mixed"
         spoilt = self.trainer.strategy.reduce_boolean_decision(self.finite.spoilt or bool(overflow), all=False)
         self.log("train/skipped_steps", float(spoilt), on_step=False, on_epoch=True, reduce_fx="sum")
         if spoilt:

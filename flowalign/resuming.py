@@ -8,7 +8,7 @@ from flowalign.checks import ConfigError
 
 
 def own_checkpoint(folder: Path) -> str | None:
-    """ckpt_path=auto: of an earlier run in this output folder, if it has written one."""
+    """The last one of the run in this output folder, if there is one: what `auto` means, or the folder itself."""
     from flowalign.strategies.folders import restore
 
     restore(folder / "checkpoints")
@@ -32,18 +32,24 @@ def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None
 
     if given is None:
         return None
-    for waiting in Path("outputs").glob("**/.*.old") if given == "last" else [Path(given)]:
-        restore(waiting.parent)
-    if given == "last" and folder is not None and (own := own_checkpoint(folder)) is not None:
-        return own
     if given == "last":
-        found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")
-        given = str(found[-1])
-    if (inside := Path(given) / "checkpoints" / "last.ckpt").exists():
-        return str(inside)
-    if not Path(given).is_file() and not is_folder(given):
-        nearby = sorted(str(p) for p in Path(given).parent.glob("*.ckpt")) if Path(given).parent.is_dir() else []
+        return (None if folder is None else own_checkpoint(folder)) or _newest()
+    path = Path(given)
+    restore(path.parent)
+    if (own := own_checkpoint(path)) is not None:
+        return own
+    if not path.is_file() and not is_folder(path):
+        nearby = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
     return given
+
+
+def _newest() -> str:
+    from flowalign.strategies.folders import restore
+
+    for waiting in Path("outputs").glob("**/.*.old"):
+        restore(waiting.parent)
+    found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")
+    return str(found[-1])

@@ -94,7 +94,7 @@ class DPMState:
     def step(
         self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool, careful: bool = False
     ) -> Tensor:
-        """x' = s'/s x - α (b m + c1 D1 + c2 D2) in the predictions m of now and before, and their differences D."""
+        """x' = s'/s x + α (-b m + c1 D1 - c2 D2) of the prediction m and its first and second difference D1, D2."""
         self.push(x, v, sigma)
         (m, s), *before = self.history
         s_next = expand(sigma_next, m).double()

@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 
 from flowalign.checks import ConfigError
 from flowalign.checks.preflight import preflight
-from flowalign.checks.signatures import locate
 from flowalign.launching import check_launch
 from flowalign.planning import devices
 from flowalign.run import CONF, check, size_of
@@ -229,8 +228,6 @@ def checked(cfg: DictConfig, multirun: bool) -> None:
     size = OmegaConf.select(cfg, "trainer.num_nodes") * devices(cfg.trainer.devices)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != size:
         raise ConfigError(f"torchrun starts {os.environ['WORLD_SIZE']} processes for {size} devices.")
-    if locate(cfg.tune["_target_"]).kind == "full" and cfg.model.get("train_dtype", "float32") != "float32":
-        raise ConfigError("tune=full trains float32 weights: set model.train_dtype=float32, or use tune=lora.")
     for part in ("train", "eval"):
         size_of(cfg, part)
 

@@ -47,7 +47,6 @@ def test_a_process_has_its_own_gpu_before_a_reward_is_loaded(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], devices: Any, own: int
 ):
     import torch
-    from lightning.pytorch.accelerators import CUDAAccelerator
     from omegaconf import DictConfig
 
     for name in ("LOCAL_RANK", "SLURM_LOCALID", "TORCHELASTIC_RUN_ID", *SLURM):
@@ -57,14 +56,10 @@ def test_a_process_has_its_own_gpu_before_a_reward_is_loaded(
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    everything = list(range(8))
-    monkeypatch.setattr(
-        CUDAAccelerator,
-        "parse_devices",
-        staticmethod(lambda given: given if isinstance(given, list) else everything[: given if given > 0 else None]),
-    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     for accelerator in ("cpu", "gpu"):
         choose_device(DictConfig({"accelerator": accelerator, "devices": devices}))
+    choose_device(DictConfig({"accelerator": "gpu", "devices": [9, 9, 9, 9]}))  # which the Trainer refuses
     assert chosen == [own]
 
 

@@ -26,6 +26,7 @@ class StepPlan:
     """Share of the steps after the last stochastic one that is kept, re-spaced and solved by `tail_solver`; None: all
     of them, as they are (MixGRPO-Flash)."""
     tail_solver: Solver = DPM()
+    """It remembers every step before the tail too."""
 
     @property
     def points(self) -> int:
