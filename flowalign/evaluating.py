@@ -24,6 +24,7 @@ from flowalign.recipe import Recipe
 from flowalign.report import Report
 from flowalign.scoring import Latents, Scores, Seen, Turns
 from flowalign.strategies.sharded import Sharded
+from flowalign.types import given
 
 
 class Evaluating(LightningModule):
@@ -127,17 +128,22 @@ class Evaluating(LightningModule):
     @torch.no_grad()
     def _evaluate(self, stage: str, positions: Tensor, copy: str | None) -> None:
         r, sampling = self.recipe, self.recipe.evaluation.sampling
-        ids = positions.tolist()
-        prompts = [self.eval_prompts[stage][i] for i in ids]
+        ids, everyone = positions.tolist(), self.eval_prompts[stage]
+        prompts = [everyone[i % len(everyone)] for i in ids]
         with self.live.use(copy), self._precision():
             cond = self.conditioner(prompts, self.device, r.eval_size.area)
             made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
-        self._meter(f"{stage}/velocity_rms").update(made.rms)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.replicas
-        wanted = set(r.evaluation.shows(len(self.eval_prompts[stage])))
+        if inside := sum(i < len(everyone) for i in ids):  # only the last can lie beyond the set
+            seen = Seen(prompts, made.media, Latents(made.x0, cond)).index(slice(inside))
+            self._begin_to_score(stage, ids[:inside], seen, made.rms[:inside])
+
+    def _begin_to_score(self, stage: str, ids: list[int], seen: Seen, rms: Tensor) -> None:
+        self._meter(f"{stage}/velocity_rms").update(rms)
+        wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))
         rows = [row for row, i in enumerate(ids) if i in wanted]
-        shown = stills(made.media[rows]).cpu()
-        scoring = r.scorer.start(Seen(prompts, made.media, Latents(made.x0, cond)), evaluation=True)
+        shown = stills(given(seen.media, "media")[rows]).cpu()
+        scoring = self.recipe.scorer.start(seen, evaluation=True)
         self.turns.add(scoring, partial(self._scored, stage, ids, rows, shown))
 
     def _scored(self, stage: str, ids: list[int], rows: list[int], images: Tensor, scores: Scores) -> None:

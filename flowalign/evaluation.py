@@ -46,15 +46,14 @@ class Evaluation:
 
 
 class Positions:
-    """Loader of (b,) positions in the evaluation set, dealt to ranks round-robin in equal numbers of batches."""
+    """Loader of (b,) positions in the evaluation set, dealt to ranks round-robin.
+
+    Every rank has equally many, since ranks that share a network have to ask it together. Where `number` does not
+    divide, the last ones lie beyond the set: such a picture is made and counted nowhere.
+    """
 
     def __init__(self, number: int, batch_size: int, rank: int, world_size: int) -> None:
-        if number % world_size:
-            raise ValueError(
-                f"{number} evaluation pictures cannot be dealt evenly to {world_size} ranks: use "
-                f"{number - number % world_size} or {number + world_size - number % world_size}."
-            )
-        self.mine = torch.arange(rank, number, world_size)
+        self.mine = torch.arange(rank, -(-number // world_size) * world_size, world_size)
         self.batch_size = batch_size
 
     def __len__(self) -> int:

@@ -179,7 +179,9 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
     else:
         log.info("resuming from %s", ckpt_path)
-        tidy(Path(ckpt_path).parents[1])
+        before = Path(ckpt_path).absolute().parent.parent
+        tidy(before)
+        summary.continued(before)
     if cfg.train:
         fit(trainer, module, summary, ckpt_path, late=ckpt_path is None and postpones(cfg))
         summary.final(evaluate(trainer, module, cfg.test))

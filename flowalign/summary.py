@@ -23,6 +23,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.tree import Tree
 
+from flowalign.before import keep, kept
 from flowalign.grid import grid
 from flowalign.memory import GIB, Share, advice, by_size
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from flowalign.module import AlignModule
 
 PACKAGES = ("flowalign", "torch", "lightning", "diffusers", "transformers", "peft", "hydra-core")
+BEFORE = "before"
+"""The folder of the pictures from before the training, in a run's own."""
 _console = Console(highlight=False)
 
 
@@ -100,14 +103,29 @@ class Summary:
     def baseline(self, metrics: dict[str, float]) -> None:
         """The untouched policy. Its results travel in the checkpoints, so that a resumed run still has them."""
         self.results["baseline"] = self.module.baseline = metrics
-        self.before = self._shown()
+        self._keep_before()
         self.began_training = time.perf_counter()
 
     def completed(self, metrics: dict[str, float], seconds: float) -> None:
         """More of the untouched policy, which took so many seconds in the midst of training and was none."""
         self.module.baseline |= metrics
-        self.before = self._shown()
+        self._keep_before()
         self.began_training += seconds
+
+    def continued(self, folder: Path) -> None:
+        """Of the run in this folder, whose pictures from before the training are this one's too."""
+        self.before = kept(folder / BEFORE)
+        if self.before is not None and folder.resolve() != self.folder.resolve():
+            self._write_before(self.before)
+
+    def _keep_before(self) -> None:
+        self.before = self._shown()
+        if self.before is not None:
+            self._write_before(self.before)
+
+    @rank_zero_only
+    def _write_before(self, shown: Shown) -> None:
+        keep(shown, self.folder / BEFORE)
 
     def trained(self) -> None:
         self.train_s = time.perf_counter() - getattr(self, "began_training", self.began)
@@ -136,10 +154,14 @@ class Summary:
             "git_commit": _commit(),
         }
         (self.folder / "summary.json").write_text(json.dumps(document, indent=2) + "\n")
-        if self.before and self.after:
-            sheet = grid(self.before, self.after, titles=("before", "after"))
-            Image.fromarray(sheet).save(self.folder / "before_after.png")
+        self._write_pictures(self.folder / "before_after.png")
         self._table(trainer)
+
+    def _write_pictures(self, file: Path) -> None:
+        """None where other prompts are shown than before the training, and none that an earlier part of it has left."""
+        file.unlink(missing_ok=True)
+        if self.before and self.after and self.before.prompts == self.after.prompts:
+            Image.fromarray(grid(self.before, self.after, titles=("before", "after"))).save(file)
 
     def _again(self, last: Path, epochs: int) -> str:
         """The command that goes on from `last`: its own words, but for those that are set anew."""

@@ -283,10 +283,11 @@ def test_evaluate_gives_the_figures_of_the_run_again(trained: Path, tmp_path: Pa
         assert Image.open(folder / "pictures.png").width > 64
 
 
-def test_evaluate_has_the_precision_of_the_run(tmp_path: Path, say: Callable[..., Any]):
+def test_evaluate_has_the_precision_and_the_weights_of_the_run(tmp_path: Path, say: Callable[..., Any]):
     from flowalign.cli import main
 
-    done = train(tmp_path / "run", *WORDS, "trainer.precision=bf16-mixed", "tune=lora")
+    words = ("trainer.precision=bf16-mixed", "tune=lora", "evaluation.weights=ema", "optimizer.lr=1e-2")
+    done = train(tmp_path / "run", *WORDS, *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     figures = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
     words = (f"ckpt={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}", f"to={tmp_path / 'judged'}")
@@ -295,6 +296,9 @@ def test_evaluate_has_the_precision_of_the_run(tmp_path: Path, say: Callable[...
     assert [scores[name] for name in ("reward", "quality")] == [
         pytest.approx(figures[f"test/{name}"], abs=1e-6) for name in ("reward", "quality")
     ]
+    assert say(main, "evaluate", words[0], "weights=live", f"to={tmp_path / 'live'}")[0] == 0
+    live = json.loads((tmp_path / "live" / "summary.json").read_text())["scores"]
+    assert abs(live["quality"] - scores["quality"]) > 1e-3
 
 
 def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
@@ -447,14 +451,19 @@ def test_other_commands_of_the_readme_finish(tmp_path: Path, words: tuple[str, .
     assert (tmp_path / "summary.json").is_file()
 
 
-def test_a_resumed_command_goes_on_and_still_knows_its_baseline(trained: Path, tmp_path: Path):
-    last = trained / "checkpoints" / "last.ckpt"
-    done = train(tmp_path, *WORDS, "trainer.max_epochs=2", f"ckpt_path={last}")
+def test_a_resumed_command_goes_on_and_still_knows_what_was_before(trained: Path, tmp_path: Path):
+    """Figures and pictures; the checkpoint is named as one does inside its folder."""
+    words = settled(*TINY, f"hydra.run.dir={tmp_path}", *WORDS, "trainer.max_epochs=2", "ckpt_path=last.ckpt")
+    done = command(str(ROOT / "train.py"), *words, cwd=trained / "checkpoints")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     before, after = (json.loads((folder / "summary.json").read_text()) for folder in (trained, tmp_path))
     assert after["epochs"] == 2
     assert after["samples"] == 8
     assert after["baseline"] == before["baseline"]
+    one, other = (np.asarray(Image.open(folder / "before_after.png")) for folder in (trained, tmp_path))
+    half = len(one) // 2  # pictures of before lie above those of after
+    assert np.array_equal(one[:half], other[:half])
+    assert not np.array_equal(one[half:], other[half:])
 
 
 @pytest.mark.slow

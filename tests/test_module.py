@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flowalign.checks.errors import RunError
 from flowalign.collect import Collected
+from flowalign.evaluation import Positions
 from flowalign.rewards.base import RewardError
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.sampler import walk
@@ -491,6 +492,16 @@ def test_an_evaluation_reports_every_measure_and_every_category(prepared: Callab
         by_tag = [metrics[f"val/{name}/{tag}"] for tag in tags]
         assert metrics[f"val/{name}"] == pytest.approx(sum(by_tag) / 4, abs=1e-6)  # equal shares
     assert module.shown["val"].images.shape == (2, 3, 64, 64)
+
+
+def test_pictures_beyond_the_set_are_made_and_count_nowhere(prepared: Callable[..., Run]):
+    """A rank of several makes them where the set does not divide: all four of a set, and five more, in threes."""
+    module, trainer = prepared("evaluation.sampling.batch_size=3").build()
+    plain = trainer.validate(module, verbose=False)[0]
+    module, trainer = prepared().build()
+    module._positions = lambda stage: Positions(9, 3, 0, 1)  # type: ignore[method-assign]
+    assert trainer.validate(module, verbose=False)[0] == pytest.approx(plain, abs=1e-5)  # batches are others
+    assert module.counts["evaluation"] == 9 * 3
 
 
 def test_an_evaluation_is_the_same_twice_and_in_batches_of_any_size(prepared: Callable[..., Run]):

@@ -46,14 +46,14 @@ def evaluate(
     guidance: float = -1.0,
     size: int = 0,
     batch: int = 0,
-    weights: str = "live",
+    weights: str = "",
     keep: bool = True,
     again: bool = False,
 ) -> None:
     """Scores fixed prompts with fixed noise: scores.csv, table.csv, summary.json, pictures.png and the pictures.
 
-    ckpt=… alone takes prompts, noise and rewards of the run's final evaluation: weights=live gives its figures again,
-    and weights=base those before training. model=… is a model of conf/model that was never trained. suite=… takes the
+    ckpt=… alone takes prompts, noise, rewards and weights of the run's final evaluation, and gives its figures again;
+    weights=base those before training. model=… is a model of conf/model that was never trained. suite=… takes the
     prompts of a benchmark and a reward for it. num=… is of prompts, images=… of pictures a prompt, batch=… of pictures
     made at once. Given once more, the command goes on where an interrupted one stopped; again=true begins anew.
     """
@@ -72,12 +72,12 @@ def evaluate(
     evaluation, node = saved.config.evaluation, saved.config.reward if node is None else node
     seed = evaluation.seed if seed < 0 else seed
     sampling, area, scorer = saved.sampling(steps, guidance, batch), saved.size(size), saved.judged_by
-    about = _about(saved, wanted, suite, weights, seed, sampling, area, node)
+    about = _about(saved, wanted, suite, seed, sampling, area, node)
     record = Record.opened(Path(to), about, scorer.measures, again)
     shown = [wanted[i] for i in instantiate(evaluation).shows(len(wanted))]
     missing = record.missing(wanted)
     if missing:
-        made = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, weights)
+        made = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, saved.weights)
         _score(record, missing, made, scorer, wanted if keep else shown)
     _finish(record, wanted, shown, benchmark)
 
@@ -115,7 +115,6 @@ def _about(
     saved: Saved,
     wanted: Sequence[Asked],
     suite: str,
-    weights: str,
     seed: int,
     sampling: Sampling,
     area: Size,
@@ -127,7 +126,7 @@ def _about(
         "suite": suite or None,
         "ckpt": str(saved.path),
         "written": saved.path.stat().st_mtime_ns if saved.path.is_file() else None,
-        "weights": weights,
+        "weights": saved.weights,
         "seed": seed,
         "samples": len(wanted),
         "prompts": hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16],

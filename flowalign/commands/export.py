@@ -13,7 +13,7 @@ from flowalign.curves import curves
 from flowalign.models.loading import resolve
 
 
-def export(ckpt: str, to: str, weights: str = "live", merge: bool = False) -> None:
+def export(ckpt: str, to: str, weights: str = "", merge: bool = False) -> None:
     """Writes what plain diffusers loads: a folder for `load_lora_weights`, or denoisers for `from_pretrained`.
 
     merge=true adds adapters to the base's weights and writes those, as for a run with tune=full.
@@ -26,8 +26,8 @@ def export(ckpt: str, to: str, weights: str = "live", merge: bool = False) -> No
             f"merge=true: the base of ckpt={ckpt} is held in {saved.model.quantised}, to which nothing can be added: "
             "use merge=false, and fuse_lora() of diffusers on the whole base."
         )
-    if weights != "live":
-        saved.policy.copy_into_live(weights)
+    if saved.weights != "live":
+        saved.policy.copy_into_live(saved.weights)
     lora = saved.config.tune["_target_"].endswith("Lora")
     folder = Path(to)
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def export(ckpt: str, to: str, weights: str = "live", merge: bool = False) -> No
         for name, denoiser in saved.policy.denoisers.items():
             _write_whole(denoiser, folder / name, lora)
     config = OmegaConf.to_container(saved.config, resolve=True)
-    about = {"base": saved.model.pretrained, "weights": weights, "epoch": saved.epoch, "config": config}
+    about = {"base": saved.model.pretrained, "weights": saved.weights, "epoch": saved.epoch, "config": config}
     (folder / "flowalign.json").write_text(json.dumps(about, indent=2, default=str))
     (folder / "README.md").write_text(card(saved, lora and not merge))
     print(folder)

@@ -32,7 +32,7 @@ def sample(
     steps: int = 0,
     guidance: float = -1.0,
     size: int = 0,
-    weights: str = "live",
+    weights: str = "",
     compare: bool = False,
     fps: float = 0.0,
 ) -> None:
@@ -52,7 +52,7 @@ def sample(
     check_suffix(target, video)
     _check_folder(target.parent)
     sampling, area = saved.sampling(steps, guidance), saved.size(size)
-    media = made(saved, asked, seed, sampling, area, weights)
+    media = made(saved, asked, seed, sampling, area, saved.weights)
     paths = [target if len(asked) == 1 else target.with_stem(f"{target.stem}_{i}") for i in range(len(asked))]
     for one, path in zip(media, paths, strict=True):
         save(one, path, fps or area.fps or 16)

@@ -79,7 +79,8 @@ Rewards = Callable[[DictConfig], Scorer]
 
 
 def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", rewards: Rewards | None = None) -> Saved:
-    """A checkpoint of flowalign that holds such weights; base=True keeps those before training too.
+    """A checkpoint of flowalign that holds such weights, "" for those that its run judges; base=True keeps those before
+    training too.
 
     Raises ValueError with one sentence for anything else.
     """
@@ -96,6 +97,7 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", re
     config = DictConfig(state["flowalign"]["config"])
     held = {key.removeprefix("policy."): value for key, value in state["state_dict"].items()}
     copies = sorted({key.split(".")[1] for key in held if key.startswith("copies.")})
+    weights = weights or config.evaluation.weights
     if weights not in (known := ["live", *copies, "base"]):
         raise ValueError(f"weights={weights}: the checkpoint holds {', '.join(known)}.")
     model = instantiate(config.model)

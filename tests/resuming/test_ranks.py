@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 RANKS = (1, 2, 4)
 SAME = (
     "batch.prompts=4", "batch.group_size=4", "batch.micro=2", "batch.updates=1", "optimizer.eps=1e-3",
-    "trainer.max_epochs=1", "evaluation.num_val=4",
+    "trainer.max_epochs=1", "evaluation.num_val=5", "evaluation.sampling.batch_size=1",
 )  # fmt: skip
 """eps as in tests/strategies: with 1e-8 an entry whose gradient is zero but for rounding moves by a whole step."""
 ALGORITHMS = ("nft", "grpo")
@@ -70,6 +70,15 @@ def test_rollouts_and_advantages_do_not_depend_on_the_ranks(made: dict[Any, Job]
         for name, values in one.items():
             assert torch.equal(values, other[name]), name
         assert rollouts(made[algo, 1, batch]) == rollouts(made[algo, ranks, batch])
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
+def test_an_evaluation_that_does_not_divide_is_that_of_one_rank(made: dict[Any, Job], ranks: int):
+    """Five pictures on two ranks and on four; to rounding, since two trainings and sums over ranks lie before."""
+    one, other = (made["nft", n, "4"].metrics[-1] for n in (1, ranks))
+    judged = [name for name in one if name.startswith("val/")]
+    assert {"val/reward", "val/strict", "val/quality"} <= set(judged)
+    assert [one[name] for name in judged] == pytest.approx([other[name] for name in judged], abs=1e-3)
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)

@@ -1,0 +1,36 @@
+"""Pictures from before the training, in a folder, so that a continued run has them too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flowalign.evaluation import Shown
+from flowalign.media import save
+
+INDEX = "shown.json"
+
+
+def keep(shown: Shown, folder: Path) -> None:
+    """Numbered PNG files and an index, in place of what the folder held. The index comes last: without it there is
+    nothing."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for i, image in enumerate(shown.images):
+        save(image, folder / f"{i:02d}.png")
+    scores = {name: values.tolist() for name, values in shown.scores.items()}
+    (folder / INDEX).write_text(json.dumps({"prompts": shown.prompts, "scores": scores}, indent=1))
+
+
+def kept(folder: Path) -> Shown | None:
+    """What `keep` has written there, or None; pictures are rounded to 256 values."""
+    if not (folder / INDEX).is_file():
+        return None
+    about = json.loads((folder / INDEX).read_text())
+    files = [folder / f"{i:02d}.png" for i in range(len(about["prompts"]))]
+    pictures = [torch.from_numpy(np.array(Image.open(file))).movedim(-1, 0) / 255 for file in files]
+    return Shown(torch.stack(pictures), about["prompts"], {k: torch.tensor(v) for k, v in about["scores"].items()})
