@@ -33,7 +33,8 @@ class Marked:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         red, green, blue = (frames[:, :, 0, 0] * 255).round().T
         scores = red * 65536 + green * 256 + blue
-        return torch.where(torch.tensor([prompt == "nan" for prompt in prompts]), torch.nan, scores)
+        scores = torch.where(torch.tensor([prompt == "nan" for prompt in prompts]), torch.nan, scores)
+        return scores.tolist() if "list" in prompts else scores  # type: ignore[return-value]
 
 
 class Members(Marked):

@@ -113,7 +113,7 @@ class Evaluating(LightningModule):
         self.report.begin("evaluate", len(self._positions(stage).mine))
         self.shown.pop(stage, None)
         self.turns.cancel()  # what an evaluation has left that was interrupted
-        tags = sorted({str(p.metadata["tag"]) for p in self.eval_prompts[stage] if "tag" in p.metadata})
+        tags = sorted({str(tag) for p in self.eval_prompts[stage] if (tag := p.metadata.get("tag")) is not None})
         for name in (*self.recipe.scorer.measures, "velocity_rms"):
             for key in (name, *(f"{name}/{tag}" for tag in (*tags, "not_scored") if name != "velocity_rms")):
                 self._meter(f"{stage}/{key}").reset()

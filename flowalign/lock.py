@@ -17,6 +17,11 @@ log = logging.getLogger("flowalign")
 NAME = ".lock"
 
 
+def is_of_a_run(folder: Path) -> bool:
+    """Whether a run has ever held it."""
+    return (folder / NAME).is_file()
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Inside, `folder` is this process's: ConfigError if another one has it. The kernel lets go when a process dies."""

@@ -50,6 +50,8 @@ class AlignModule(Forward):
         self.stats: dict[str, float] = {}
         self.finite = Finite(recipe.optimisation.max_skipped)
         self.base = ""
+        self.gap: float | None = None
+        """Largest |ρ − 1| of this rank before the first update of the epoch; None where there is no ratio."""
         for size in (recipe.train_size, recipe.eval_size):
             recipe.model.check_size(*size.area)
         self._require_images()
@@ -280,11 +282,14 @@ class AlignModule(Forward):
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], point: Point, batch_idx: int) -> bool:
         """Whether the losses are finite; what is not spoils its optimiser step, on all ranks."""
         finite = self.finite.judge(losses, point.sigma, self.current_epoch, self.global_step)
-        if finite and batch_idx < self.geometry.accumulate and "ratio" in metrics and point.counts.any():
-            tolerance = self.recipe.optimisation.on_policy_tolerance
-            gap = check_ratio(metrics["ratio"][point.counts], tolerance, str(self.trainer.precision))
-            self.log("train/on_policy_gap", gap, on_step=False, on_epoch=True, reduce_fx="max")
+        if batch_idx < self.geometry.accumulate and "ratio" in metrics:
+            self.gap = max(self.gap or 0.0, self._gap_of(metrics["ratio"][point.counts]) if finite else 0.0)
         return finite
+
+    def _gap_of(self, ratio: Tensor) -> float:
+        """Largest |ρ − 1| before the first update, 0 of none. Raises where it is more than rounding."""
+        tolerance = self.recipe.optimisation.on_policy_tolerance
+        return check_ratio(ratio, tolerance, str(self.trainer.precision)) if len(ratio) else 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Gradients are unscaled here and not clipped yet.
@@ -314,8 +319,12 @@ class AlignModule(Forward):
     def on_train_epoch_end(self) -> None:
         self.report.end("optimise")
         self._follow("rollout")
+        if self.gap is not None:
+            self.log("train/on_policy_gap", self.gap, sync_dist=True, reduce_fx="max")
+            self.gap = None
         if self.device.type == "cuda":
-            self.log("memory/peak_gib", torch.cuda.max_memory_allocated(self.device) / GIB)
+            peak = torch.cuda.max_memory_allocated(self.device) / GIB
+            self.log("memory/peak_gib", peak, sync_dist=True, reduce_fx="max")
 
     def _follow(self, when: Literal["step", "rollout"]) -> None:
         # Inside optimizer_step Lightning has not counted the step yet.

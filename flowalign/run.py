@@ -23,7 +23,7 @@ from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
 from flowalign.imports import uncollected
 from flowalign.launching import agree, check_launch, choose_device
-from flowalign.lock import held
+from flowalign.lock import held, is_of_a_run
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
 from flowalign.resuming import check_unused, find_checkpoint, own_checkpoint
 from flowalign.rewards.errors import RewardError
@@ -116,13 +116,16 @@ def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
     # The checkpoint of resumption last: it holds what the others know, and they must have judged this epoch by then.
     callbacks = sorted(cfg.callbacks.items(), key=lambda item: item[0] == "last")
-    return instantiate(
+    trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=[instantiate(node) for _, node in callbacks if node is not None],
         logger=[instantiate(node) for node in cfg.logger.values() if node is not None],
         plugins=[AtomicCheckpointIO()],
         accumulate_grad_batches=accumulate,
     )
+    # With max_steps it takes the finished epoch of a checkpoint for an unfinished one, and ends it a second time.
+    trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
+    return trainer
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -187,7 +190,7 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         summary.final(evaluate(trainer, module, cfg.test))
     elif ckpt_path is not None:
         metrics = evaluate(trainer, module, cfg.test, ckpt_path)
-        summary.trained()
+        summary.results["baseline"] = module.baseline
         summary.final(metrics)
     summary.write(trainer)
     return optimised(cfg, summary)
@@ -223,6 +226,7 @@ def fit(trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str 
     # Not before: a resumed run has no baseline, and batch.micro=auto is settled with the loader.
     plan = LambdaCallback(on_train_start=show_plan)
     trainer.callbacks.extend([baseline, plan] if late else [plan])  # type: ignore
+    summary.begins()
     try:
         trainer.fit(module, ckpt_path=ckpt_path)
     except MisconfigurationException as error:  # a checkpoint of more epochs than there are to be
@@ -250,11 +254,12 @@ def take(folder: Path, cleanup: ExitStack) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """The same of the folder that is resumed from, unless its run is still going or it cannot be written to."""
+    """The same of the run's folder that is resumed from, unless its run is still going or it cannot be written to."""
     from flowalign.callbacks.checkpoint_io import sweep
 
-    with suppress(ConfigError, OSError), held(folder):
-        sweep(folder / "checkpoints")
+    if is_of_a_run(folder):
+        with suppress(ConfigError, OSError), held(folder):
+            sweep(folder / "checkpoints")
 
 
 def quieten() -> None:

@@ -97,14 +97,13 @@ class Summary:
         self.results: dict[str, dict[str, float]] = {"baseline": {}, "final": {}}
         self.before: Shown | None = None
         self.after: Shown | None = None
-        self.began = time.perf_counter()
+        self.began = self.began_training = time.perf_counter()
         self.train_s = 0.0
 
     def baseline(self, metrics: dict[str, float]) -> None:
         """The untouched policy. Its results travel in the checkpoints, so that a resumed run still has them."""
         self.results["baseline"] = self.module.baseline = metrics
         self._keep_before()
-        self.began_training = time.perf_counter()
 
     def completed(self, metrics: dict[str, float], seconds: float) -> None:
         """More of the untouched policy, which took so many seconds in the midst of training and was none."""
@@ -127,8 +126,12 @@ class Summary:
     def _write_before(self, shown: Shown) -> None:
         keep(shown, self.folder / BEFORE)
 
+    def begins(self) -> None:
+        """The training."""
+        self.began_training = time.perf_counter()
+
     def trained(self) -> None:
-        self.train_s = time.perf_counter() - getattr(self, "began_training", self.began)
+        self.train_s = time.perf_counter() - self.began_training
         self.results["baseline"] = self.module.baseline
 
     def final(self, metrics: dict[str, float]) -> None:
@@ -163,10 +166,12 @@ class Summary:
         if self.before and self.after and self.before.prompts == self.after.prompts:
             Image.fromarray(grid(self.before, self.after, titles=("before", "after"))).save(file)
 
-    def _again(self, last: Path, epochs: int) -> str:
-        """The command that goes on from `last`: its own words, but for those that are set anew."""
-        kept = [shlex.quote(w) for w in self.overrides if not w.startswith(("ckpt_path=", "trainer.max_epochs="))]
-        return " ".join(["python train.py", *kept, f"ckpt_path={last}", f"trainer.max_epochs={epochs}"])
+    def _again(self, last: Path, trainer: Trainer) -> str:
+        """The command that goes on from `last` to twice the length: its own words, but for those that are set anew."""
+        ends = {"trainer.max_epochs": trainer.max_epochs or -1, "trainer.max_steps": trainer.max_steps}
+        anew = {"ckpt_path": str(last)} | {key: str(2 * end) for key, end in ends.items() if end > 0}
+        kept = [shlex.quote(word) for word in self.overrides if word.partition("=")[0].lstrip("+") not in anew]
+        return " ".join(["python train.py", *kept, *("=".join(item) for item in anew.items())])
 
     def _table(self, trainer: Trainer) -> None:
         before, after = self.results["baseline"], self.results["final"]
@@ -187,7 +192,7 @@ class Summary:
             lines += [
                 f"sample    flowalign sample ckpt={last} prompt='two red circles'",
                 f"export    flowalign export ckpt={last} to={self.folder / 'export'}",
-                f"go on     {self._again(last, 2 * (trainer.max_epochs or 1))}",
+                f"go on     {self._again(last, trainer)}",
             ]
         for line in [*lines, "watch     tensorboard --logdir outputs"]:
             _console.print(line, soft_wrap=True, markup=False)  # a command has brackets of its own

@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "conditioner",
         "scoring",
     )
-    + ("report", "collect", "generate", "media", "guards", "strategies"),
+    + ("report", "collect", "generate", "media", "before", "guards", "strategies"),
     ("recipe", "alive", "decoding", "memory", "fitting", "evaluating", "forward", "module", "callbacks", "loggers"),
     (
         "imports",

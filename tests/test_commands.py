@@ -325,6 +325,7 @@ def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
         (("sample", "ckpt={last}", "prompt=a", "num=-1"), "makes num=1 or more pictures"),
         (("sample", "ckpt={last}", "prompt=a", "to=/proc/x/a.png"), "to=/proc/x/… cannot be written"),
         (("evaluate", "ckpt={last}", "split=train"), "split is val or test"),
+        (("evaluate", "ckpt={last}", "num=-1"), "num=-1 is less than 0"),
         (("evaluate", "ckpt={last}", "prompts=nowhere.txt"), "there is no prompt file nowhere.txt"),
         (("export", "ckpt={last}", "to=x", "weights=base"), "there is nothing to export"),
         (("export", "ckpt=README.md", "to=x"), "ckpt=README.md cannot be read as a checkpoint"),

@@ -80,6 +80,7 @@ def differing(one: Any, other: Any) -> list[str]:
 RECIPES = {
     "grpo": ("algo=grpo", "algo.kl_beta=0.04", "steps=random", "steps.num=3"),
     "nft": ("algo=nft", "algo.kl_beta=0.01", "dynamics=cps"),
+    "nft by steps": ("algo=nft", "algo.kl_beta=0.01", "trainer.max_epochs=-1", "trainer.max_steps=4"),
 }
 SAVINGS = (
     "rollout.keep_in=bfloat16", "rollout.same_noise=true", "rollout.guidance=2",
@@ -95,6 +96,7 @@ COMMON = ("evaluation.weights=ema", "schedule.kind=cosine", "optimizer.lr=0.003"
         ("grpo", "lora", "null"),
         ("nft", "full", "null"),
         ("nft", "lora", "nf4"),
+        ("nft by steps", "lora", "null"),
         pytest.param("grpo", "full", "null", marks=pytest.mark.slow),
         pytest.param("nft", "lora", "null", marks=pytest.mark.slow),
         pytest.param("grpo", "lora", "int8", marks=pytest.mark.slow),
@@ -116,9 +118,10 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(
     assert differing(straight.state_dict(), resumed.state_dict()) == []
     assert differing(trainer.optimizers[0].state_dict(), other.optimizers[0].state_dict()) == []
     assert trainer.global_step == other.global_step == 4
+    assert trainer.current_epoch == other.current_epoch == 2
     assert metrics == found
     assert straight.counts["rollout"] == resumed.counts["rollout"]
-    copies = {"grpo": {"reference", "ema"}, "nft": {"old", "reference", "ema"}}[algo]
+    copies = {"grpo": {"reference", "ema"}, "nft": {"old", "reference", "ema"}}[algo.split()[0]]
     assert set(straight.live.copies) == copies
     changed = differing(straight.state_dict(), halfway)  # the second epoch did something, to the copies as well
     assert {name.split(".")[2] for name in changed if ".copies." in name} == copies - {"reference"}

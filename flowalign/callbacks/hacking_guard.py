@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +69,8 @@ class HackingGuard(Callback):
 
     def judge(self, objective: float, gold: float, epoch: int) -> bool:
         """Whether the reward counts as hacked after this evaluation; a NaN is no evidence of anything."""
+        if math.isnan(gold) or math.isnan(objective):
+            return self.strikes >= self.patience
         if self.best is None or gold > self.best.gold:
             self.best, self.strikes = Best(gold, objective, epoch), 0
             return False

@@ -44,6 +44,7 @@ class PhaseProgress(Callback):
     def __init__(self) -> None:
         self.console = Console(highlight=False)
         self.bars: Bars | None = None
+        self.began = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del stage

@@ -17,7 +17,7 @@ from PIL import Image
 from flowalign.checks import check_signatures
 from flowalign.checks.suggest import suggest
 from flowalign.collect import Size
-from flowalign.commands.figures import figure, shown_table, summarised, written_table
+from flowalign.commands.figures import figure, plain, shown_table, summarised, written_table
 from flowalign.commands.record import Asked, Record, asked
 from flowalign.commands.sample import Made, batches
 from flowalign.commands.saved import Saved, opened, untrained
@@ -28,6 +28,7 @@ from flowalign.rewards.base import RewardError
 from flowalign.run import composed, instantiate
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
+from flowalign.strategies import folders
 from flowalign.suites import SUITES, Suite, spread
 
 
@@ -58,6 +59,9 @@ def evaluate(
     made at once. Given once more, the command goes on where an interrupted one stopped; again=true begins anew.
     """
     _check(ckpt, model, suite, split)
+    for name, number in {"num": num, "images": images, "steps": steps, "size": size, "batch": batch}.items():
+        if number < 0:
+            raise ValueError(f"{name}={number} is less than 0, which stands for the run's own.")
     benchmark = SUITES.get(suite)
     texts = benchmark.prompts(suite, prompts) if benchmark else []  # what is cheap to refuse comes first
     node = _reward(reward or (benchmark.reward if benchmark else ""))
@@ -121,11 +125,12 @@ def _about(
     reward: DictConfig,
 ) -> dict[str, Any]:
     """Whatever the scores depend on."""
+    mark = saved.path / folders.META if folders.is_folder(saved.path) else saved.path
     lines = [[one.number, one.prompt.text, one.prompt.negative, one.prompt.metadata] for one in wanted]
     return {
         "suite": suite or None,
         "ckpt": str(saved.path),
-        "written": saved.path.stat().st_mtime_ns if saved.path.is_file() else None,
+        "written": mark.stat().st_mtime_ns if mark.exists() else None,
         "weights": saved.weights,
         "seed": seed,
         "samples": len(wanted),
@@ -159,12 +164,13 @@ def _score(record: Record, missing: list[Asked], made: Iterable[Made], scorer: S
 
 def _finish(record: Record, wanted: list[Asked], shown: list[Asked], benchmark: Suite | None) -> None:
     scores, prompts = record.finish(wanted), [one.prompt for one in wanted]
-    summary = record.about | {"scores": summarised(prompts, scores)}
+    summary = record.about | {"scores": {name: plain(mean) for name, mean in summarised(prompts, scores).items()}}
     written_table(record.folder / "table.csv", prompts, scores)
     lines = shown_table(prompts, scores)
     if benchmark is not None:
-        summary["figure"] = figure(benchmark, prompts, scores)
-        lines.append("{title}: {value:.4f} ({measure}, {mean})".format(**summary["figure"]))
+        found = figure(benchmark, prompts, scores)
+        lines.append("{title}: {value:.4f} ({measure}, {mean})".format(**found))
+        summary["figure"] = found | {"value": plain(found["value"])}
     (record.folder / "summary.json").write_text(json.dumps(summary, indent=2))
     places = [wanted.index(one) for one in shown]
     pictures = torch.stack([record.kept(one) for one in shown])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ Scores = Mapping[str, Tensor]
 
 def _members(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """(N,) bool of each category, the `tag` of prompts that have one."""
-    tags = [str(p.metadata["tag"]) if "tag" in p.metadata else None for p in prompts]
+    tags = [None if (tag := p.metadata.get("tag")) is None else str(tag) for p in prompts]
     return {tag: torch.tensor([t == tag for t in tags]) for tag in sorted({t for t in tags if t is not None})}
 
 
@@ -32,6 +33,11 @@ def summarised(prompts: Sequence[Prompt], scores: Scores) -> dict[str, float]:
         if missing := int(values.isnan().sum()):
             summary[f"{name}/not_scored"] = missing / len(values)
     return summary
+
+
+def plain(value: float) -> float | None:
+    """As JSON can hold it, which has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def figure(suite: Suite, prompts: Sequence[Prompt], scores: Scores) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from flowalign.collect import Size
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
 from flowalign.policy.base import identity
-from flowalign.resuming import own_checkpoint
+from flowalign.resuming import last_checkpoint
 from flowalign.run import composed, instantiate, size_of
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
@@ -85,7 +85,7 @@ def opened(ckpt: str, weights: str, base: bool = False, device: str = "auto", re
     Raises ValueError with one sentence for anything else.
     """
     path = Path(ckpt).expanduser()
-    path = Path(own_checkpoint(path) or path)
+    path = Path(last_checkpoint(path) or path)
     if not path.exists():
         raise ValueError(f"ckpt={ckpt} does not exist.")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.functional import normalize
 
 from flowalign.rewards.clip_score import ClipScore
 from flowalign.rewards.geneval_rules import COLOURS, Thing
+from flowalign.rewards.weights import once
 
 _GREY = 0.6  # what stands around a masked thing: #999, as in the benchmark
 
@@ -35,7 +35,7 @@ def crop(picture: Tensor, thing: Thing) -> Tensor:
     return picture[:, top:bottom, left:right]
 
 
-@lru_cache(maxsize=2)
+@once(maxsize=2)
 def _clip(pretrained: str, revision: str | None) -> ClipScore:
     """One network, however many rewards ask it."""
     return ClipScore(pretrained, revision=revision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.geneval_rules import Thing
 from flowalign.rewards.pixels import Pixels, Triple, as_bytes
-from flowalign.rewards.weights import model_of, processor_of, settings_of
+from flowalign.rewards.weights import model_of, once, processor_of, settings_of
 
 _FLOOR = 0.05  # of confidence: what no rule would ever keep is not carried along
 _STRIDE = 32  # sides are multiples of it, so that no network has to pad
@@ -37,7 +37,7 @@ class Detector(Protocol):
         ...
 
 
-@lru_cache(maxsize=4)
+@once(maxsize=4)
 def _network(kind: str, pretrained: str, revision: str | None) -> Any:
     """One network, however many rewards look with it."""
     return model_of(kind, pretrained, revision, torch.float32)

@@ -23,6 +23,8 @@ HOPELESS = {400, 413, 415, 422}  # the request's own fault
 BUSY = {429, 503}
 FORBIDDEN = {401, 403}
 LONGEST_ANSWER = 64 << 20  # bytes
+QUIET = 10.0
+"""Seconds after which a wait for servers is told."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Replicas:
         A refusal means that a replica is not ready yet; RewardError if that is so for all until `patience.start`, or if
         one does not know us, which waiting would not change.
         """
-        until, trouble = time.monotonic() + self.patience.start, ""
+        began, trouble, told = time.monotonic(), "", False
         while True:
             found: dict[str, T] = {}
             for replica in self.replicas:
@@ -167,8 +169,12 @@ class Replicas:
                     trouble = str(error)
             if found:
                 return found
-            if time.monotonic() > until:
-                raise RewardError(f"nobody was ready in {self.patience.start:g} s: {trouble}")
+            waited = time.monotonic() - began
+            if waited > self.patience.start:
+                raise RewardError(f"no server was ready within {self.patience.start:g} s: {trouble}")
+            if waited >= QUIET and not told:  # what never gets ready, as a wrong path, should not take that long to see
+                log.warning("waiting up to %g s for a reward server: %s", self.patience.start, trouble)
+                told = True
             time.sleep(0.5)
 
     def close(self) -> None:

@@ -6,13 +6,17 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from flowalign.rewards.base import RewardError
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -74,6 +78,22 @@ def processor_of(pretrained: str, revision: str | None = None) -> Any:
         import transformers
 
         return transformers.AutoProcessor.from_pretrained(where, revision=revision)
+
+
+def once(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """lru_cache that makes a thing once, also where several rewards, each in a thread of its own, ask at a time."""
+
+    def decorate(make: Callable[P, T]) -> Callable[P, T]:
+        cached, lock = lru_cache(maxsize=maxsize)(make), Lock()
+
+        @wraps(make)
+        def asked(*arguments: P.args, **more: P.kwargs) -> T:
+            with lock:
+                return cached(*arguments, **more)  # type: ignore[arg-type]
+
+        return asked
+
+    return decorate
 
 
 def model_of(kind: str, pretrained: str, revision: str | None, dtype: torch.dtype) -> Any:

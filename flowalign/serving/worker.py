@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import time
@@ -125,13 +124,13 @@ class Worker:
         more = {}
         if getattr(reward, "groupwise", False):
             more["groups"] = torch.tensor([sample.group for sample in samples])
-        scores = reward(media, [s.prompt for s in samples], [s.metadata for s in samples], **more)
+        found = reward(media, [s.prompt for s in samples], [s.metadata for s in samples], **more)
+        scores = torch.as_tensor(found).detach().float().cpu()
         if scores.shape != (len(samples),):
             raise ValueError(f"the reward gave scores of shape {tuple(scores.shape)} for {len(samples)} samples")
-        found = scores.detach().float().cpu().tolist()
-        if any(math.isinf(score) for score in found):
+        if scores.isinf().any():
             log.warning("%s gave an infinite score, which goes out as null", job.query.part)
-        return found
+        return scores.tolist()
 
 
 def _empty_cache(error: BaseException) -> None:

@@ -46,6 +46,11 @@ def test_anything_else_is_no_hack(evaluations: list[tuple[float, float]]):
     assert not any(judged(HackingGuard(), BASELINE, *evaluations))
 
 
+def test_what_could_not_be_scored_neither_hides_a_hack_nor_forgets_it():
+    nan = float("nan")
+    assert judged(HackingGuard(), (0.5, nan), (0.6, 0.9), (0.7, 0.5), (nan, 0.4), (0.8, 0.3)) == [False] * 4 + [True]
+
+
 def test_a_second_event_is_said_again(caplog: Any):
     low, high = (0.7, 0.5), (0.7, 0.6)
     judged(HackingGuard(), BASELINE, low, low, high, low, low, low)

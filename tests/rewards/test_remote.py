@@ -172,9 +172,19 @@ def test_the_check_waits_for_a_server_that_is_still_starting(nobody: str):
         process.wait()
 
 
+def test_who_waits_for_a_server_is_told_once_what_for(
+    nobody: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("flowalign.rewards.transport.QUIET", 0.0)
+    with caplog.at_level("WARNING", "flowalign"), pytest.raises(RewardError, match="within 1.2 s"):
+        Remote([nobody], patience=Patience(connect=0.2, start=1.2)).self_check()
+    assert len(caplog.messages) == 1
+    assert "waiting up to 1.2 s for a reward server" in caplog.text
+
+
 def test_the_check_says_what_is_wrong(nobody: str, server: str):
     impatient = Patience(connect=0.2, start=0.1)
-    with pytest.raises(RewardError, match="nobody was ready in 0.1 s: .*refused"):
+    with pytest.raises(RewardError, match="no server was ready within 0.1 s: .*refused"):
         Remote([nobody], patience=impatient).self_check()
     with pytest.raises(RewardError, match="does not serve 'beauty', but reward"):
         Remote([f"{server}/none"], part="beauty", patience=SHORT).self_check()

@@ -120,6 +120,10 @@ def test_not_a_number_comes_back_as_nan(server: Server):
     assert found.isnan().tolist() == [True] + [False] * 10
 
 
+def test_a_list_of_scores_serves_as_it_does_here(server: Server):
+    assert server.remote(on_failure="stop")(MEDIA, ["list"] * 11, METADATA).tolist() == NUMBERS
+
+
 @pytest.mark.parametrize(
     ("prompt", "reason"),
     [

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO, sweep
-from flowalign.resuming import find_checkpoint
+from flowalign.lock import held
+from flowalign.resuming import find_checkpoint, last_checkpoint
 from flowalign.strategies import folders
 from flowalign.tensors import put_together, taken_apart
 
@@ -117,6 +118,17 @@ def test_a_kill_while_the_folder_takes_its_place_loses_nothing(
     assert same(folders.read(target), checkpoint(1))
     sweep(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "store"]
+
+
+def test_what_waits_in_the_folder_of_a_run_that_is_going_is_its_own(tmp_path: Path):
+    """It is about to put the new one into its place."""
+    waiting = tmp_path / "checkpoints" / ".last.ckpt.old"
+    waiting.parent.mkdir()
+    waiting.touch()
+    with held(tmp_path):
+        assert last_checkpoint(tmp_path) is None
+        assert waiting.exists()
+    assert last_checkpoint(tmp_path) == str(waiting.with_name("last.ckpt"))
 
 
 @pytest.mark.usefixtures("alone")

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
-from flowalign.commands.figures import figure, shown_table
+from flowalign.collect import Size
+from flowalign.commands.evaluate import _about
+from flowalign.commands.figures import figure, plain, shown_table, summarised
 from flowalign.commands.record import asked
 from flowalign.prompts import Prompt
 from flowalign.rewards.geneval import Geneval
 from flowalign.rewards.geneval_colours import HueColours
 from flowalign.shapes.render import picture
 from flowalign.shapes.world import specs
+from flowalign.strategies.folders import META
 from flowalign.suites import SUITES
 from tests.conftest import ROOT
 from tests.suites.toys import Counted, SceneDetector
@@ -248,6 +254,24 @@ def test_geneval_weighs_categories_alike_and_drawbench_pictures():
 def test_another_reward_does_not_go_by_the_name_of_the_benchmark():
     other = figure(SUITES["geneval"], some(["a", "b"]), {"reward": torch.tensor([1.0, 0.0])})
     assert (other["title"], other["measure"], other["value"]) == ("score", "reward", 0.5)
+
+
+def test_a_mean_of_nothing_is_null_and_a_tag_of_null_is_none():
+    found = summarised(
+        [Prompt("a", None, {"tag": "x"}), Prompt("b", None, {"tag": None})], {"reward": torch.tensor([torch.nan, 1])}
+    )
+    assert found.keys() == {"reward", "reward/x", "reward/not_scored"}
+    assert [plain(value) for value in found.values()] == [1.0, None, 0.5]
+
+
+def test_a_folder_that_was_written_anew_is_another_checkpoint(tmp_path: Path):
+    (tmp_path / META).touch()
+    saved = SimpleNamespace(path=tmp_path, weights="live")
+    settings = ("", 0, SimpleNamespace(num_steps=1, guidance=1.0, solver=None), Size(64, 64), OmegaConf.create({}))
+    first = _about(saved, [], *settings)  # type: ignore[arg-type]
+    assert _about(saved, [], *settings) == first  # type: ignore[arg-type]
+    os.utime(tmp_path / META, ns=(1, 1))
+    assert _about(saved, [], *settings) != first  # type: ignore[arg-type]
 
 
 def test_the_table_counts_what_has_no_score():

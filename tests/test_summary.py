@@ -1,0 +1,30 @@
+"""What a run says at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flowalign.summary import Summary
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "given", "said"),
+    [
+        (2, -1, ["seed=1", "trainer.max_epochs=2"], "seed=1 {again} trainer.max_epochs=4"),
+        (
+            -1,
+            20,
+            ["trainer.max_steps=20", "trainer.max_epochs=-1"],
+            "trainer.max_epochs=-1 {again} trainer.max_steps=40",
+        ),
+        (50, 20, ["+trainer.max_steps=20", "ckpt_path=auto"], "{again} trainer.max_epochs=100 trainer.max_steps=40"),
+    ],
+)
+def test_the_command_to_go_on_with_ends_later_than_the_run(epochs: int, steps: int, given: list[str], said: str):
+    trainer: Any = SimpleNamespace(max_epochs=epochs, max_steps=steps)
+    summary = Summary(Path(), 0, SimpleNamespace(), given)  # type: ignore[arg-type]
+    assert summary._again(Path("last.ckpt"), trainer) == "python train.py " + said.format(again="ckpt_path=last.ckpt")
