@@ -180,6 +180,11 @@ def _check_extremes(cfg: DictConfig, algorithm: Any) -> None:
             f"batch.extremes={extremes} contradicts algo={name}, which trains on {algorithm.samples_per_group} "
             f"pictures of each group by its own rule: {keep}."
         )
+    if locate(cfg.steps["_target_"]).__name__ == "Branch":
+        raise ConfigError(
+            f"batch.extremes={extremes} compares the pictures of a prompt, and steps={choice('steps', cfg)} compares "
+            f"those of a branch: {keep}."
+        )
     if algorithm.source == "images":
         raise ConfigError(
             f"batch.extremes={extremes} chooses by reward, and algo={name} learns from given pictures without any: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from flowalign.rewards.errors import RewardError
 
 if TYPE_CHECKING:  # PyTorch takes longer to import than a help text to be written
     from flowalign.geometry import Geometry
-    from flowalign.steps.base import Steps
+    from flowalign.steps.base import StepPlan, Steps
 
 LIGHT = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
 """Fields of a Recipe that a plan follows from, by config group."""
@@ -55,17 +56,35 @@ def check_plan(cfg: DictConfig) -> None:
     with refusals():
         geometry = batch_plan(SimpleNamespace(**parts, scorer=scorer), replicas(cfg))  # type: ignore[arg-type]
     if parts["algorithm"].point == "transition":
-        _check_every_epoch(geometry, parts["steps"], parts["rollout"].num_steps, cfg.trainer.max_epochs)
+        plans = _plans(parts["steps"], parts["rollout"].num_steps, cfg.trainer.max_epochs)
+        _check_every_epoch(geometry, plans)
+        if locate(cfg.dynamics["_target_"]).still_at_end:
+            _check_last_step(parts["rollout"].num_steps, plans)
 
 
-def _check_every_epoch(geometry: Geometry, steps: Steps, num_steps: int, epochs: Any) -> None:
+def _plans(steps: Steps, num_steps: int, epochs: Any) -> list[StepPlan]:
+    """Of the first epochs of a run."""
+    number = epochs if isinstance(epochs, int) and epochs > 0 else LOOKED_AT
+    return [steps(epoch, num_steps) for epoch in range(min(number, LOOKED_AT))]
+
+
+def _check_every_epoch(geometry: Geometry, plans: Sequence[StepPlan]) -> None:
     """The batches of a run are of one size, so every epoch has to train equally many steps."""
-    for epoch in range(min(epochs if isinstance(epochs, int) and epochs > 0 else LOOKED_AT, LOOKED_AT)):
-        if (points := steps(epoch, num_steps).points) != geometry.points_per_sample:
+    for epoch, plan in enumerate(plans):
+        if plan.points != geometry.points_per_sample:
             raise ConfigError(
-                f"steps trains {geometry.points_per_sample} steps of a picture in epoch 0 and {points} in epoch "
+                f"steps trains {geometry.points_per_sample} steps of a picture in epoch 0 and {plan.points} in epoch "
                 f"{epoch}, while the batches of a run are of one size: use steps=window, whose windows are always full."
             )
+
+
+def _check_last_step(num_steps: int, plans: Sequence[StepPlan]) -> None:
+    """A step without noise has no density to be weighed by."""
+    if any(num_steps - 1 in plan.trained for plan in plans):
+        raise ConfigError(
+            "steps trains the last step, to which this dynamics adds no noise, so that it has no density: use "
+            "steps.trained=0.99 (steps=window: steps.skip=1), or dynamics=flow_sde."
+        )
 
 
 def objective(reward: DictConfig) -> list[DictConfig]:

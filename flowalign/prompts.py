@@ -69,7 +69,9 @@ def _record(line: str, source: str) -> Prompt:
 
 
 def _found(path: str) -> Path | None:
-    suffixes = ["", *([] if Path(path).suffix in SUFFIXES else SUFFIXES)]  # of another kind: refused when it is read
+    """The file itself, one of this name and a suffix, or Flow-GRPO's `train_metadata.jsonl` for `train`."""
+    # A file of another kind is refused when it is read.
+    suffixes = ["", *([] if Path(path).suffix in SUFFIXES else (*SUFFIXES, "_metadata.jsonl"))]
     names = [f"{path}{suffix}" for suffix in suffixes]
     return next((p for name in names for p in (Path(name).expanduser(), ASSETS / name) if p.is_file()), None)
 
@@ -116,7 +118,9 @@ class PromptSet:
         found = next((file for name in named if (file := _found(name)) is not None), None)
         if found is None:
             known = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
-            raise ValueError(f"there is no prompt file {path}; embedded ones are {known}")
+            beside = sorted(p.name for p in Path(path).expanduser().parent.glob("*") if p.suffix in SUFFIXES)
+            there = f"its folder has {', '.join(beside[:8])}; " if beside else ""
+            raise ValueError(f"there is no prompt file {path}; {there}embedded ones are {known}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit keeps the first prompts of a file and must be at least 1 (got {limit})")
         return cls(read_prompts(found)[:limit], balance, images)

@@ -362,6 +362,11 @@ def test_without_noise_every_dynamics_is_the_ode(tiny: Callable[..., DictConfig]
         (("algo=grpo", "steps=branch", "steps.num=1"), r"group_size=2 is not .* trunks of 4 branches: use .*size=4"),
         (("algo=nft", "rollout.same_noise=true"), r"pictures of a group equal: use rollout.same_noise=false"),
         (("algo=dpo", "batch.extremes=2"), r"trains on 2 pictures .* its own rule: leave batch.extremes=null"),
+        (("algo=tempflow", "steps.branches=2", "batch.extremes=2"), r"compares those of a branch: leave batch.ext"),
+        (
+            ("algo=grpo", "dynamics=cps", "steps.trained=1"),
+            r"last step, .*so that it has no density: use steps.trained=0.99",
+        ),
         (("algo=sft", "batch.extremes=2"), r"learns from given pictures without any: leave batch.extremes=null"),
     ],
 )

@@ -182,5 +182,12 @@ def test_a_folder_of_prompt_files_needs_no_suffixes(tmp_path):
     assert [p.text for p in PromptSet.read(f"{tmp_path}/val", otherwise=f"{tmp_path}/test").prompts] == ["c"]
     (tmp_path / "val.txt").write_text("d")
     assert [p.text for p in PromptSet.read(f"{tmp_path}/val", otherwise=f"{tmp_path}/test").prompts] == ["d"]
-    with pytest.raises(ValueError, match=r"there is no prompt file .*/dev; embedded ones are"):
+    with pytest.raises(
+        ValueError, match=r"no prompt file .*/dev; its folder has test.jsonl, train.txt, val.txt; embedded"
+    ):
         PromptSet.read(f"{tmp_path}/dev")
+
+
+def test_a_folder_of_flow_grpo_is_read_as_it_is(tmp_path):
+    (tmp_path / "train_metadata.jsonl").write_text('{"prompt": "a", "tag": "two_object"}')
+    assert PromptSet.read(f"{tmp_path}/train").prompts[0].metadata == {"tag": "two_object"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flowalign.run import keep_trace
 from flowalign.summary import Summary
 
 
@@ -28,3 +31,17 @@ def test_the_command_to_go_on_with_ends_later_than_the_run(epochs: int, steps: i
     trainer: Any = SimpleNamespace(max_epochs=epochs, max_steps=steps)
     summary = Summary(Path(), 0, SimpleNamespace(), given)  # type: ignore[arg-type]
     assert summary._again(Path("last.ckpt"), trainer) == "python train.py " + said.format(again="ckpt_path=last.ckpt")
+
+
+def test_the_trace_of_an_error_is_in_the_log_file_and_not_twice_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file, terminal = logging.FileHandler(tmp_path / "run.log"), logging.StreamHandler(io.StringIO())
+    monkeypatch.setattr(logging.getLogger(), "handlers", [file, terminal])
+    try:
+        raise KeyError("velocity")
+    except KeyError:
+        keep_trace()
+    file.close()
+    assert "KeyError: 'velocity'" in (tmp_path / "run.log").read_text()
+    assert terminal.stream.getvalue() == ""

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class Dynamics(ABC):
 
     stochastic: bool = True
     """Whether a step has a density, which policy-gradient algorithms need."""
+    still_at_end: ClassVar[bool] = False
+    """Whether the step to sigma = 0 adds no noise, so that it has none."""
 
     @abstractmethod
     def _moments(self, x: Tensor, v: Tensor, s: Tensor, s_next: Tensor, s_max: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ class CPS(Dynamics):
     eta = 0 keeps all of the predicted noise (the ODE), eta = 1 none of it. Published eta: 0.7 and 0.8.
     """
 
+    still_at_end = True
+
     def __init__(self, eta: float = 0.7) -> None:
         if not 0 <= eta <= 1:
             raise ValueError(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from flowalign.rewards.base import RewardError
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
