@@ -60,14 +60,14 @@ def test_every_option_composes_and_its_classes_accept_what_it_says(compose: Call
     check_signatures(cfg)
 
 
-SHAPING = [option for option in OPTIONS if option.startswith(("algo/", "steps/", "times/", "debug/", "experiment/"))]
-"""Options that say how many points there are, or how they are cut."""
+SHAPING = [option for option in OPTIONS if option.startswith(("algo/", "steps/", "times/", "debug/"))]
+"""Options that say how many points there are, or how they are cut; experiments are below."""
 
 
 @pytest.mark.parametrize("option", SHAPING)
 def test_the_batch_plan_of_every_option_fits_with_every_algorithm(compose: Callable[..., DictConfig], option: str):
     group, _, name = option.rpartition("/")
-    chosen = [()] if group in ("algo", "experiment") else [(f"algo={algo}",) for algo in ALGORITHMS]
+    chosen = [()] if group == "algo" else [(f"algo={algo}",) for algo in ALGORITHMS]
     for algo in chosen:
         cfg = compose(*algo, f"{group}={name}")
         if refused(cfg):
@@ -91,6 +91,41 @@ def test_a_leaf_is_small_and_says_what_it_is(option: str):
     assert len(text.splitlines()) <= 40
     assert text.endswith("\n")
     assert "/home/" not in text
+
+
+# ------------------------------------------------------------ experiments
+
+
+EXPERIMENTS = [option.removeprefix("experiment/") for option in OPTIONS if option.startswith("experiment/")]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_recipe_is_accepted_on_its_own_devices_and_on_one(compose: Callable[..., DictConfig], name: str):
+    cfg = compose(f"experiment={name}")
+    check(cfg)
+    size = cfg.trainer.devices * cfg.trainer.num_nodes
+    assert not cfg.evaluation.num_val % size
+    assert not cfg.evaluation.num_test % size
+    cfg.trainer.num_nodes = cfg.trainer.devices = 1
+    check(cfg)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_header_of_a_recipe_names_paper_hardware_score_and_its_own_command(name: str):
+    package, *lines = (CONF / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0].splitlines()
+    assert package == "# @package _global_"
+    fields = dict(re.findall(r"^# (paper|hardware|score): (.+)$", "\n".join(lines), re.MULTILINE))
+    assert set(fields) == {"paper", "hardware", "score"}
+    assert re.search(r"arXiv:\d{4}\.\d{5}\b", fields["paper"])
+    commands = [line for line in lines if "train.py" in line]
+    assert [re.findall(r" experiment=(\w+)", command) for command in commands] == [[name]]
+
+
+def test_the_page_of_recipes_lists_every_published_one():
+    own = {"sd3_5_medium", "flux1_24gb", "published_grpo", "published_nft", "train_small_judge_large"}
+    page = (CONF.parent / "docs/recipes.md").read_text()
+    assert sorted(re.findall(r"\| `(\w+)` \|$", page, re.MULTILINE)) == sorted(set(EXPERIMENTS) - own)
+    assert all(f"`{name}`" in page for name in own)
 
 
 # ------------------------------------------------------------ algorithms and dynamics
