@@ -58,6 +58,7 @@ def check_groups(cfg: DictConfig) -> None:
     _check_noise(cfg, algorithm, dynamics)
     _check_extremes(cfg, algorithm)
     _check_kept(cfg, algorithm)
+    _check_guard(cfg)
     if (steps := _built(cfg.steps)) is not None:
         _check_steps(cfg, steps, algorithm, dynamics)
 
@@ -199,6 +200,21 @@ def _check_kept(cfg: DictConfig, algorithm: Any) -> None:
             f"rollout.keep_in={cfg.rollout.keep_in} rounds the states of recorded steps, and "
             f"algo={choice('algo', cfg)} records none: use rollout.keep_in=float32, or algo=grpo."
         )
+
+
+def _check_guard(cfg: DictConfig) -> None:
+    """The hacking guard watches rewards that there are."""
+    if (guard := OmegaConf.select(cfg, "callbacks.hacking_guard")) is None:
+        return
+    several = cfg.reward.objective if "_target_" not in cfg.reward.objective else {}
+    names = ["reward", *several, *(OmegaConf.select(cfg, "reward.held_out") or {})]
+    for key in ("objective", "gold"):
+        stage, _, name = str(guard[key]).partition("/")
+        if stage != "val" or name.partition("/")[0] not in names:
+            raise ConfigError(
+                f"callbacks.hacking_guard.{key}={guard[key]} is measured by no reward; there are "
+                f"{', '.join(f'val/{name}' for name in names)}, and what is held out in addition (docs/rewards.md)."
+            )
 
 
 def _built(node: DictConfig) -> Any:

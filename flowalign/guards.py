@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from flowalign.checks.errors import RunError
+from flowalign.algorithms.base import Algorithm
+from flowalign.checks.errors import ConfigError, RunError
+from flowalign.types import Point
 
 log = logging.getLogger("flowalign")
 
@@ -52,6 +55,32 @@ class Finite:
                 "fp32 helps, and algo.adv_clip bounds the credit."
             )
         log.warning("%s: the step is left out (%d of at most %d)", reason, self.skipped, self.limit)
+
+
+def losses_of(
+    algorithm: Algorithm, point: Point, v: Tensor, copies: Collection[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss (B,) and metrics (B,) of an algorithm; ConfigError for what an algorithm of one's own may get wrong.
+
+    copies: names of all frozen copies there can be.
+    """
+    name = type(algorithm).__name__
+    try:
+        losses, metrics = algorithm.loss(point, v)
+    except KeyError as error:
+        if not error.args or error.args[0] not in {*copies, "reference"} - point.frozen.keys():
+            raise
+        raise ConfigError(
+            f"{name}.loss asks for point.frozen[{error}], which is there for the copies that the algorithm names in "
+            "`consults`."
+        ) from error
+    for what, value in {"loss": losses, **metrics}.items():
+        if value.shape != v.shape[:1]:
+            raise ConfigError(
+                f"{name}.loss returned {what} of shape {tuple(value.shape)} for {len(v)} points: loss and metrics have "
+                "one value a point, (B,), of which the run takes the mean."
+            )
+    return losses, metrics
 
 
 def check_ratio(ratio: Tensor, tolerance: float | None, precision: str) -> float:

@@ -53,13 +53,22 @@ def choose_device(trainer: DictConfig) -> None:
     until then every process of a machine would use the first one."""
     import torch
 
-    if trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+    accelerator = trainer.accelerator
+    if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or _has_mps() and accelerator == "gpu"):
+        raise ConfigError(f"trainer.accelerator={accelerator}: PyTorch finds no GPU here; trainer=cpu does without.")
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return
     there = torch.cuda.device_count()
     named = trainer.devices if isinstance(trainer.devices, ListConfig) else range(there)
     place = local_rank(os.environ)
     if place < len(named) and named[place] < there:  # what is not there, the Trainer refuses
         torch.cuda.set_device(named[place])
+
+
+def _has_mps() -> bool:
+    import torch
+
+    return torch.backends.mps.is_available()
 
 
 def started(environment: Mapping[str, str], rank: int) -> str:

@@ -171,7 +171,8 @@ def peak_of_pass(
 ) -> int:
     """The same on fake tensors, for latents of this shape. Raises what they raise where they do not do."""
     device = _device(cond)
-    with faked(model.denoisers().values()) as weights:
+    # Under detect_anomaly an error of the fake pass, which is caught, would print its trace.
+    with faked(model.denoisers().values()) as weights, torch.autograd.set_detect_anomaly(False):
         trained = [p for p in weights if p.requires_grad]
         if accumulated:
             for p in trained:

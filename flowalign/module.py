@@ -23,7 +23,7 @@ from flowalign.collect import Collector
 from flowalign.diversity import diversity
 from flowalign.exhausted import memory_of
 from flowalign.forward import Forward
-from flowalign.guards import Finite, check_ratio
+from flowalign.guards import Finite, check_ratio, losses_of
 from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
@@ -252,7 +252,7 @@ class AlignModule(Forward):
         point.frozen |= dict.fromkeys(self.recipe.same_as_live, v.detach())
         if self.recipe.algorithm.follows_reward:
             point.reward = self._judged(point, v, cond)
-        losses, metrics = self.recipe.algorithm.loss(point, v)
+        losses, metrics = losses_of(self.recipe.algorithm, point, v, self.recipe.frozen)
         finite = self._guard(losses, metrics, point, batch_idx)
         self.counts["train"] += len(idx) * self.replicas
         # What could not be scored weighs nothing, in the loss as in its diagnostics.

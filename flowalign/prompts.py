@@ -120,7 +120,8 @@ class PromptSet:
             known = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
             beside = sorted(p.name for p in Path(path).expanduser().parent.glob("*") if p.suffix in SUFFIXES)
             there = f"its folder has {', '.join(beside[:8])}; " if beside else ""
-            raise ValueError(f"there is no prompt file {path}; {there}embedded ones are {known}")
+            ways = "" if Path(path).suffix in SUFFIXES else " (.txt or .jsonl)"
+            raise ValueError(f"there is no prompt file {path}{ways}; {there}embedded ones are {known}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit keeps the first prompts of a file and must be at least 1 (got {limit})")
         return cls(read_prompts(found)[:limit], balance, images)

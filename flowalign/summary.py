@@ -7,8 +7,9 @@ import math
 import platform
 import shlex
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,8 +171,9 @@ class Summary:
         """The command that goes on from `last` to twice the length: its own words, but for those that are set anew."""
         ends = {"trainer.max_epochs": trainer.max_epochs or -1, "trainer.max_steps": trainer.max_steps}
         anew = {"ckpt_path": str(last)} | {key: str(2 * end) for key, end in ends.items() if end > 0}
-        kept = [shlex.quote(word) for word in self.overrides if word.partition("=")[0].lstrip("+") not in anew]
-        return " ".join(["python train.py", *kept, *("=".join(item) for item in anew.items())])
+        kept = [shlex.quote(word) for word in _without(self.overrides, anew)]
+        program = "flowalign-train" if Path(sys.argv[0]).name == "flowalign-train" else "python train.py"
+        return " ".join([program, *kept, *("=".join(item) for item in anew.items())])
 
     def _table(self, trainer: Trainer) -> None:
         before, after = self.results["baseline"], self.results["final"]
@@ -196,6 +198,16 @@ class Summary:
             ]
         for line in [*lines, "watch     tensorboard --logdir outputs"]:
             _console.print(line, soft_wrap=True, markup=False)  # a command has brackets of its own
+
+
+def _without(words: Sequence[str], options: Collection[str]) -> list[str]:
+    """Words of a command line, of several for one option the last, and none for these options."""
+
+    def option(word: str) -> str:
+        return word.partition("=")[0].lstrip("+")
+
+    last = {option(word): i for i, word in enumerate(words)}
+    return [word for i, word in enumerate(words) if last[option(word)] == i and option(word) not in options]
 
 
 def _rank(key: str) -> tuple[bool, bool, str]:

@@ -399,8 +399,16 @@ def test_without_noise_every_dynamics_is_the_ode(tiny: Callable[..., DictConfig]
         (("algo=dpo", "batch.extremes=2"), r"trains on 2 pictures .* its own rule: leave batch.extremes=null"),
         (("algo=tempflow", "steps.branches=2", "batch.extremes=2"), r"compares those of a branch: leave batch.ext"),
         (
-            ("algo=grpo", "dynamics=cps", "steps.trained=1"),
-            r"last step, .*so that it has no density: use steps.trained=0.99",
+            ("algo=grpo", "dynamics=cps", "steps=all", "steps.trained=1", "batch.micro=4"),
+            r"has no density: use steps.trained=0.99",
+        ),
+        (
+            ("callbacks=hacking_guard", "callbacks.hacking_guard.gold=quality"),
+            r"gold=quality .* are val/reward, val/strict",
+        ),
+        (
+            ("callbacks=hacking_guard", "~reward.held_out"),
+            r"gold=val/quality is measured by no reward; there are val/re",
         ),
         (("algo=sft", "batch.extremes=2"), r"learns from given pictures without any: leave batch.extremes=null"),
     ],

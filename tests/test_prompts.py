@@ -183,7 +183,8 @@ def test_a_folder_of_prompt_files_needs_no_suffixes(tmp_path):
     (tmp_path / "val.txt").write_text("d")
     assert [p.text for p in PromptSet.read(f"{tmp_path}/val", otherwise=f"{tmp_path}/test").prompts] == ["d"]
     with pytest.raises(
-        ValueError, match=r"no prompt file .*/dev; its folder has test.jsonl, train.txt, val.txt; embedded"
+        ValueError,
+        match=r"no prompt file .*/dev .\.txt or \.jsonl.; its folder has test.jsonl, train.txt, val.txt; embedded",
     ):
         PromptSet.read(f"{tmp_path}/dev")
 

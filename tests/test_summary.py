@@ -24,6 +24,7 @@ from flowalign.summary import Summary
             ["trainer.max_steps=20", "trainer.max_epochs=-1"],
             "trainer.max_epochs=-1 {again} trainer.max_steps=40",
         ),
+        (2, -1, ["seed=1", "algo=nft", "seed=2"], "algo=nft seed=2 {again} trainer.max_epochs=4"),
         (50, 20, ["+trainer.max_steps=20", "ckpt_path=auto"], "{again} trainer.max_epochs=100 trainer.max_steps=40"),
     ],
 )

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from flowalign.checks import check_signatures
+from flowalign.checks.preflight import section
 from flowalign.checks.suggest import suggest
 from flowalign.collect import Size
 from flowalign.commands.figures import figure, plain, shown_table, summarised, written_table
@@ -25,7 +26,7 @@ from flowalign.evaluation import Shown, stills
 from flowalign.grid import grid
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.rewards.base import RewardError
-from flowalign.run import composed, instantiate
+from flowalign.run import CONF, instantiate
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
 from flowalign.strategies import folders
@@ -50,13 +51,15 @@ def evaluate(
     weights: str = "",
     keep: bool = True,
     again: bool = False,
+    config_dir: str = "",
 ) -> None:
     """Scores fixed prompts with fixed noise: scores.csv, table.csv, summary.json, pictures.png and the pictures.
 
     ckpt=… alone takes prompts, noise, rewards and weights of the run's final evaluation, and gives its figures again;
     weights=base those before training. model=… is a model of conf/model that was never trained. suite=… takes the
     prompts of a benchmark and a reward for it. num=… is of prompts, images=… of pictures a prompt, batch=… of pictures
-    made at once. Given once more, the command goes on where an interrupted one stopped; again=true begins anew.
+    made at once; config_dir=… is a folder of configs of your own. Given once more, the command goes on where an
+    interrupted one stopped; again=true begins anew.
     """
     _check(ckpt, model, suite, split)
     for name, number in {"num": num, "images": images, "steps": steps, "size": size, "batch": batch}.items():
@@ -64,7 +67,7 @@ def evaluate(
             raise ValueError(f"{name}={number} is less than 0, which stands for the run's own.")
     benchmark = SUITES.get(suite)
     texts = benchmark.prompts(suite, prompts) if benchmark else []  # what is cheap to refuse comes first
-    node = _reward(reward or (benchmark.reward if benchmark else ""))
+    node = _reward(reward or (benchmark.reward if benchmark else ""), config_dir)
 
     def rewards(config: DictConfig) -> Scorer:
         return instantiate(config.reward if node is None else node)
@@ -95,10 +98,10 @@ def _check(ckpt: str, model: str, suite: str, split: str) -> None:
         raise ValueError(f"there is no suite={suite}; {suggest(suite, SUITES)}")
 
 
-def _reward(name: str) -> DictConfig | None:
-    """An option of the group `reward`, or a YAML file of that form."""
+def _reward(name: str, config_dir: str) -> DictConfig | None:
+    """An option of the group `reward`, of one's own folder too, or a YAML file of that form."""
     if not name.endswith((".yaml", ".yml")):
-        return composed(f"reward={name}").reward if name else None
+        return section("reward", [f"reward={name}"], CONF, config_dir or None, "train") if name else None
     if not Path(name).is_file():
         raise ValueError(f"reward={name}: there is no such file.")
     node = OmegaConf.load(name)

@@ -54,7 +54,9 @@ def card(saved: Saved, lora: bool) -> str:
     """A model card whose code works from inside the folder."""
     model = saved.model
     none = "".join(f", {name}=None" for name in model.absent)
-    base = model.pretrained if resolve(model.pretrained) == model.pretrained else f"flowalign/assets/{model.pretrained}"
+    embedded = resolve(model.pretrained) != model.pretrained
+    base = f'resolve("{model.pretrained}")' if embedded else f'"{model.pretrained}"'
+    imports = "\nfrom flowalign.models.loading import resolve  # its base is a part of that package" if embedded else ""
     lines = "\n".join(_load_line(name, lora, model.loads_lora) for name in saved.policy.denoisers)
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(saved).items())
     return f"""---
@@ -65,9 +67,9 @@ tags: [flow-matching, reinforcement-learning, {"lora" if lora else "full"}]
 # {"LoRA" if lora else "Denoiser"} aligned with flowalign
 
 ```python
-from diffusers import {model.pipeline}
+from diffusers import {model.pipeline}{imports}
 
-pipe = {model.pipeline}.from_pretrained("{base}"{none})
+pipe = {model.pipeline}.from_pretrained({base}{none})
 {lines}
 ```
 
