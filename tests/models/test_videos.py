@@ -19,13 +19,6 @@ from tests.models.tiny import hunyuan_video, ltx_video, wan2_1, wan2_2
 
 
 @pytest.fixture(scope="module")
-def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wan2_1")
-    wan2_1.build().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def experts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wan2_2")
     wan2_2.build().save_pretrained(folder)
