@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithms.base import Algorithm
+from flowalign.checks.errors import refusals
 from flowalign.conditioner import Conditioner
 from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
@@ -297,18 +298,19 @@ class Collector:
         return Seen(share.prompts[rows], media, Latents(x0, share.cond.index(rows)), groups)
 
     def _given(self, share: Share, which: list[int], report: Progress) -> Pictures:
-        """Real pictures of the prompts instead, encoded; the network is not asked."""
+        """Real pictures or videos of the prompts instead, encoded; the network is not asked."""
         latents, images, batch = [], [], self.sampling.batch_size
         for start in range(0, len(which), batch):
             samples = share.samples[start : start + batch]
             numbers = [keyed_integer(self.seed, share.epoch, s, PICTURE) for s in samples]
-            media = self.prompts.images(which[start : start + batch], numbers, self.size.height, self.size.width)
+            with refusals():
+                media = self.prompts.images(which[start : start + batch], numbers, *self.size.area)
             latents.append(self.model.encode_images(media.to(share.device)))
-            images += list(media[self._first_of_groups(samples)])
+            images += list(media[self._first_of_groups(samples)[: SHOWN - len(images)]])
             report(start + len(samples), None)
         x0 = torch.cat(latents)
         given = Rollout(x0, self._schedule(deterministic(0)))
-        return Pictures(given, _stacked(images[:SHOWN]))
+        return Pictures(given, _stacked(images))
 
     def _schedule(self, plan: StepPlan) -> Tensor:
         area = self.size.area

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from flowalign.beside import pictures_of, seen_pictures
 from flowalign.embeddings import Embeddings
 from flowalign.exhausted import memory_of
 from flowalign.models.base import FlowModel
-from flowalign.prompts import Prompt, pictures_of, seen_pictures
+from flowalign.prompts import Prompt
 from flowalign.types import Conditioning
 
 Key = tuple[str, ...]

@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from flowalign.ffmpeg import ffmpeg
+
 PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4")
 
 
@@ -18,7 +20,7 @@ def check_suffix(target: Path, video: bool) -> None:
         kind = "a video" if video else "a picture"
         raise ValueError(f"{target} cannot hold {kind}: its name must end in {', '.join(possible)}.")
     if target.suffix.lower() == ".mp4":
-        _writer()
+        ffmpeg("an .mp4")
 
 
 def save(media: Tensor, target: Path, fps: float = 16) -> None:
@@ -35,20 +37,12 @@ def save(media: Tensor, target: Path, fps: float = 16) -> None:
         _save_mp4(frames, target, fps)
 
 
-def _writer() -> object:
-    try:
-        import imageio_ffmpeg
-    except ImportError:
-        raise ValueError("an .mp4 needs the video extra (pip install 'flowalign[video]'), a .gif nothing.") from None
-    return imageio_ffmpeg
-
-
 def _save_mp4(frames: np.ndarray, target: Path, fps: float) -> None:
     """H.264; sides are padded to even numbers, which its colour sampling needs."""
     height, width = frames.shape[1:3]
     padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     size = (padded.shape[2], padded.shape[1])
-    writer = _writer().write_frames(str(target), size, fps=fps, codec="libx264", macro_block_size=2, quality=8)  # type: ignore[attr-defined]
+    writer = ffmpeg("an .mp4").write_frames(str(target), size, fps=fps, codec="libx264", macro_block_size=2, quality=8)
     writer.send(None)
     for frame in padded:
         writer.send(np.ascontiguousarray(frame))

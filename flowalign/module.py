@@ -62,10 +62,8 @@ class AlignModule(Forward):
         if r.algorithm.source == "rollout":
             return
         otherwise = "algo.sft_weight=0" if r.algorithm.source == "both" else "algo=nft"
-        if r.model.modality == "video":
-            raise ConfigError(f"learning from given videos is not supported: use {otherwise}.")
         try:
-            r.data["train"].require_images()
+            r.data["train"].require_images(video=r.model.modality == "video")
         except ValueError as error:
             raise ConfigError(f"{error}, or {otherwise}.") from error
 

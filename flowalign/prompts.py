@@ -6,13 +6,16 @@ import heapq
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from flowalign.beside import check_videos, instead, pictures_of, video_of
+from flowalign.footage import read
 
 ASSETS = Path(__file__).parent / "assets"
 SUFFIXES = [".jsonl", ".txt"]
@@ -83,7 +86,8 @@ Painter = Callable[[dict[str, Any], int, int, int], np.ndarray]
 class PromptSet:
     """Chooses prompts by index; with `balance`, a metadata key (say "tag"), each of its values gets an equal share.
 
-    A prompt's real picture is the file that it names under `image`, or painted by `images`.
+    A prompt's real picture is the file that it names under `image`, or painted by `images`; its real video is the file
+    or the folder of frames that it names under `video`, or one of several under `videos`.
     """
 
     def __init__(self, prompts: list[Prompt], balance: str | None = None, images: Painter | None = None) -> None:
@@ -132,20 +136,29 @@ class PromptSet:
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
 
-    def require_images(self) -> None:
-        """Raises ValueError unless there is a real picture for every prompt."""
-        for prompt in self.prompts if self._painter is None else ():
-            if "image" not in prompt.metadata:
+    def require_images(self, video: bool = False) -> None:
+        """Raises ValueError unless there is a real picture, or else a real video, for every prompt."""
+        for prompt in self.prompts if video or self._painter is None else ():
+            if video:
+                check_videos(prompt)
+            elif "image" not in prompt.metadata:
                 raise ValueError(
                     f"{prompt.source}: no picture to learn from: give every line an `image` (a path beside the prompt "
-                    "file), set data.train.images, or use data=shapes"
+                    f"file{instead(prompt, 'video')}), set data.train.images, or use data=shapes"
                 )
 
-    def images(self, indices: Sequence[int], numbers: Sequence[int], height: int, width: int) -> Tensor:
-        """A real picture for each of the prompts, (B, 3, H, W) in [0, 1]; `numbers` say which, where there are many."""
-        return torch.stack(
-            [self._picture(self.prompts[i], number, height, width) for i, number in zip(indices, numbers, strict=True)]
-        )
+    def images(
+        self, indices: Sequence[int], numbers: Sequence[int], height: int, width: int, frames: int | None = None
+    ) -> Tensor:
+        """A real picture for each of the prompts, (B, 3, H, W) in [0, 1], or with `frames` a video (B, F, 3, H, W).
+
+        `numbers` say which, where there are many.
+        """
+        asked = [(self.prompts[i], number) for i, number in zip(indices, numbers, strict=True)]
+        if frames is None:
+            return torch.stack([self._picture(*one, height, width) for one in asked])
+        reading = cache(partial(read, frames=frames, size=(height, width)))  # a group learns from the same file
+        return torch.stack([video_of(*one, reading) for one in asked])
 
     def _picture(self, prompt: Prompt, number: int, height: int, width: int) -> Tensor:
         if self._painter is None or "image" in prompt.metadata:
@@ -176,39 +189,6 @@ class PromptSet:
     def _taken(self, index: int, total: int) -> int:
         """How many of the first `total` prompts ever drawn belong to one class: every class in turn."""
         return (total - index + len(self._classes) - 1) // len(self._classes)
-
-
-def seen_pictures(prompt: Prompt) -> list[Path]:
-    """Files of the pictures that a prompt comes with: its `image`, or its `images`, beside the prompt file."""
-    named = prompt.metadata.get("images", prompt.metadata.get("image", []))
-    named = [named] if isinstance(named, str) else named
-    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
-        raise ValueError(
-            f"{prompt.source}: this model sees pictures beside a prompt: give every line an `image` (a path beside the "
-            f"prompt file) or `images` (a list of them), not {named!r}"
-        )
-    paths = [Path(prompt.source.rpartition(":")[0]).parent / name for name in named]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{prompt.source}: there is no picture {path}")
-    return paths
-
-
-def pictures_of(prompt: Prompt, size: tuple[int, int] | None = None) -> list[Tensor]:
-    """The pictures that a prompt comes with, (3, H, W) float32 in [0, 1]; scaled to cover a size and cut to it."""
-    from PIL import Image, ImageOps
-
-    pictures = []
-    for path in seen_pictures(prompt):
-        try:
-            with Image.open(path) as image:
-                picture = image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{prompt.source}: the picture {path} cannot be read") from error
-        if size is not None:
-            picture = ImageOps.fit(picture, (size[1], size[0]), Image.Resampling.BICUBIC)
-        pictures.append(torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1))
-    return pictures
 
 
 @lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -181,3 +182,44 @@ def sd3_reward(
     from flowalign.models.sd3 import SD3
 
     return untaught(SD3(str(sd3_folder), max_sequence_length=4), tmp_path_factory.mktemp("sd3_reward"))
+
+
+# ------------------------------------------------------------ given videos
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Wan in diffusers layout."""
+    from tests.models.tiny.wan2_1 import build
+
+    folder = tmp_path_factory.mktemp("random_wan")
+    build().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def of_videos(wan_folder: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Words of a run that learns from two videos, a square that moves to the right and one that moves down."""
+    from flowalign.media import save
+
+    ways = {"right": (0, 4), "down": (2, 0)}
+    for way, slope in ways.items():
+        save(moving(*slope), tmp_path / f"{way}.gif")
+    lines = [json.dumps({"prompt": f"a square moves {way}", "video": f"{way}.gif"}) for way in ways]
+    for stage in ("train", "test"):
+        (tmp_path / f"{stage}.jsonl").write_text("\n".join(lines))
+    return (
+        "algo=sft", "tune=full", "optimizer.lr=0.003", "times.num=4", "batch.micro=4", "reward=jpeg",
+        "model=wan2_1_t2v", f"model.pretrained={wan_folder}", "model.dtype=float32", "model.train_dtype=float32",
+        "model.max_sequence_length=16", "encoding.cache=null", "data=folder", f"data.folder={tmp_path}",
+        *(f"++resolution.{part}.{key}={n}" for part in ("train", "eval")
+          for key, n in (("height", 32), ("width", 48), ("frames", 5))),
+    )  # fmt: skip
+
+
+def moving(down: int, right: int) -> Tensor:
+    """(9, 3, 40, 60) of a white square on blue, so many pixels further in each frame."""
+    video = torch.tensor([0.0, 0.0, 1.0])[:, None, None].repeat(9, 1, 40, 60)
+    for i, frame in enumerate(video):
+        frame[:, 4 + i * down : 20 + i * down, 4 + i * right : 20 + i * right] = 1
+    return video

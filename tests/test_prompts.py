@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from flowalign.prompts import Prompt, PromptSet, read_prompts, seen_pictures
+from flowalign.beside import seen_pictures
+from flowalign.prompts import Prompt, PromptSet, read_prompts
 
 
 def balanced(**sizes: int) -> PromptSet:

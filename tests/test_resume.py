@@ -138,6 +138,21 @@ def test_an_interrupted_run_with_every_saving_equals_the_uninterrupted_one(fit: 
     assert straight.counts["frozen"] < straight.counts["train"]  # the reference is asked for a share of the points
 
 
+def test_an_interrupted_run_on_given_videos_equals_the_uninterrupted_one(
+    fit: Callable[..., Fit], of_videos: tuple[str, ...], tmp_path: Path
+):
+    straight, trainer, metrics = fit("straight", *of_videos, seed=1)
+    with pytest.raises(KilledError):
+        fit("killed", *of_videos, seed=2, kill=True)
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    halfway = torch.load(last, weights_only=True)["state_dict"]
+    resumed, other, found = fit("killed", *of_videos, seed=3, resume=last)
+    assert differing(straight.state_dict(), resumed.state_dict()) == []
+    assert differing(trainer.optimizers[0].state_dict(), other.optimizers[0].state_dict()) == []
+    assert differing(straight.state_dict(), halfway)
+    assert metrics == found
+
+
 class Light:
     """Mean of a picture, until so many have been scored."""
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on given pictures: plain flow matching, the loss of pretraining."""
+"""Supervised fine-tuning on given pictures or videos: plain flow matching, the loss of pretraining."""
 
 from typing import ClassVar, Literal
 

@@ -37,8 +37,10 @@ from flowalign.checks.signatures import locate
 from flowalign.cli import main
 from flowalign.decoding import of_decoding
 from flowalign.dynamics import ODE
+from flowalign.media import save
 from flowalign.memory import peak_of_pass
 from flowalign.models.base import FlowModel
+from flowalign.models.video import VideoModel
 from flowalign.policy import Lora
 from flowalign.rewards.latent import Latent
 from flowalign.rewards.latent.trunk import Trunk, main_blocks
@@ -317,12 +319,11 @@ def test_without_negative_prompts_the_rest_is_the_same(family: Family):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_become_latents_on_the_scale_of_the_network(family: Family):
+def test_pictures_and_videos_become_latents_on_the_scale_of_the_network(family: Family):
     model = family.model
-    if model.modality != "image":
-        pytest.skip("learning from given videos is not supported")
-    height, width = family.size["height"], family.size["width"]
-    x = model.encode_images(torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1)))
+    shape = (2, *([family.size["frames"]] if "frames" in family.size else []), 3)
+    media = torch.rand(*shape, family.size["height"], family.size["width"], generator=torch.Generator().manual_seed(1))
+    x = model.encode_images(media)
     assert x.shape == (2, *model.latent_shape(**family.size))
     assert distance(model.normalised(model.denormalised(x)), x) < 1e-5
 
@@ -446,8 +447,9 @@ class Brightness:
 
 @pytest.fixture
 def prompts(tmp_path: Path, made: Callable[[str], Family], kind: str) -> Path:
-    """A file of the prompts, with the pictures that they come with."""
-    tiny = made(kind).tiny
+    """A file of the prompts, with the pictures that they come with and the pictures or videos to learn from."""
+    family = made(kind)
+    tiny = family.tiny
     lines = []
     for i, text in enumerate(PROMPTS):
         record: dict[str, Any] = {"prompt": text, "negative_prompt": NEGATIVES[i]}
@@ -456,9 +458,19 @@ def prompts(tmp_path: Path, made: Callable[[str], Family], kind: str) -> Path:
             for image, file in zip(tiny.IMAGES[i], record["images"], strict=True):
                 array = (image * 255).round().byte().permute(1, 2, 0).numpy()
                 Image.fromarray(array).save(tmp_path / file)
+        record |= to_learn_from(family, tmp_path, i)
         lines.append(json.dumps(record))
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     return tmp_path / "prompts.jsonl"
+
+
+def to_learn_from(family: Family, folder: Path, number: int) -> dict[str, str]:
+    """Writes a random picture of other sides, or a video of some frames more, and says where a prompt names it."""
+    shape = [family.size["frames"] + 2] if "frames" in family.size else []
+    media = torch.rand(*shape, 3, 40, 70, generator=torch.Generator().manual_seed(number))
+    key, suffix = ("video", "gif") if shape else ("image", "png")
+    save(media, folder / f"real_{number}.{suffix}")
+    return {key: f"real_{number}.{suffix}"}
 
 
 @pytest.mark.parametrize("algo", ["grpo", "nft"])
@@ -489,8 +501,30 @@ def test_an_epoch_starts_on_policy_and_moves_the_weights(
     assert any((p != 0).any() for name, p in module.live.trained().items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if issubclass(adapter_of(KINDS[kind]), VideoModel)])
+def test_every_family_of_videos_learns_from_given_ones(
+    tiny: Callable[..., DictConfig], make: Callable[[str], Family], prompts: Path, kind: str
+):
+    from flowalign.module import AlignModule
+
+    family = make(kind)
+    areas = [f"++resolution.{part}.{key}={value}" for part in ("train", "eval") for key, value in family.size.items()]
+    cfg = tiny("algo=sft", "times.num=2", "trainer.check_val_every_n_epoch=9", "batch.micro=4", *areas)
+    for stage in ("train", "val", "test"):
+        cfg.data[stage] = {"_target_": "flowalign.prompts.PromptSet.read", "path": str(prompts)}
+    recipe = build_recipe(cfg)
+    recipe.model, recipe.scorer = family.model, Scorer(Brightness())
+    module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
+    trainer.fit(module)
+    assert trainer.global_step == 2
+    assert trainer.callback_metrics["train/matching"].isfinite()
+    assert any((p != 0).any() for name, p in module.live.trained().items() if "lora_B" in name)
+    assert module.rollout_shown is not None
+    assert module.rollout_shown.shape == (2, family.size["frames"], 3, family.size["height"], family.size["width"])
+
+
 @pytest.mark.parametrize("algo", ["nft", "prfl"])
-@pytest.mark.parametrize("kind", ["Wan", "SD3"])
+@pytest.mark.parametrize("kind", ["Wan", "LTXVideo", "SD3"])
 def test_a_latent_reward_trains_pictures_and_videos(
     tiny: Callable[..., DictConfig], make: Callable[[str], Family], untaught: Callable[[Any, Path], Path],
     prompts: Path, tmp_path: Path, kind: str, algo: str,
@@ -500,8 +534,7 @@ def test_a_latent_reward_trains_pictures_and_videos(
     family = make(kind)
     size = {"frames": "null"} | family.size
     areas = [f"++resolution.{part}.{key}={value}" for part in ("train", "eval") for key, value in size.items()]
-    without = ("algo.sft_weight=0",) if algo == "prfl" else ()
-    cfg = tiny(f"algo={algo}", "times.num=2", "trainer.check_val_every_n_epoch=9", "batch.micro=4", *areas, *without)
+    cfg = tiny(f"algo={algo}", "times.num=2", "trainer.check_val_every_n_epoch=9", "batch.micro=4", *areas)
     for stage in ("train", "val", "test"):
         cfg.data[stage] = {"_target_": "flowalign.prompts.PromptSet.read", "path": str(prompts)}
     cfg.reward = {"_target_": "flowalign.scoring.Scorer", "objective": {
@@ -512,6 +545,7 @@ def test_a_latent_reward_trains_pictures_and_videos(
     module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
     trainer.fit(module)
     assert trainer.callback_metrics["train/loss"].isfinite()
+    assert ("train/matching" in trainer.callback_metrics) == (algo == "prfl")  # beside it, by default
     assert any((p != 0).any() for name, p in module.live.trained().items() if "lora_B" in name)
     reward = recipe.scorer.objective["reward"].reward
     assert isinstance(reward, Latent)
