@@ -35,7 +35,7 @@ from flowalign.settings import differences
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
 from flowalign.tensors import whole
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 log = logging.getLogger("flowalign")
 
@@ -238,7 +238,7 @@ class AlignModule(Forward):
         r = self.recipe
         if "reference" in r.algorithm.consults or r.optimisation.kl_share == 1:
             return None
-        return drawn(r.seed, self.current_epoch, given(points.sample, "sample"), r.optimisation.kl_share)
+        return drawn(r.seed, self.current_epoch, required(points.sample, "sample"), r.optimisation.kl_share)
 
     # ------------------------------------------------------------ optimisation phase
 
@@ -254,7 +254,7 @@ class AlignModule(Forward):
         finite = self._guard(losses, metrics, point, batch_idx)
         self.counts["train"] += len(idx) * self.replicas
         # What could not be scored weighs nothing, in the loss as in its diagnostics.
-        weight = given(point.weight, "weight")
+        weight = required(point.weight, "weight")
         loss = (losses * weight).sum() / planned
         means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
         means["train/loss"] = loss.detach()
@@ -376,7 +376,7 @@ class AlignModule(Forward):
         self.counts = dict(kept.get("counts", self.counts))
 
     def _tell_differences(self, then: Mapping[str, Any]) -> None:
-        """A rate that is given anew would be thought to hold, and the optimiser's state brings its own."""
+        """Warns of changed settings, of which the optimiser's state would override the learning rate without a word."""
         now = self.recipe.config
         if then and now and self.trainer.is_global_zero and (found := differences(then, now)):
             log.warning(

@@ -148,7 +148,7 @@ class Point:
         return replace(self, **given_fields, frozen={name: f(v) for name, v in self.frozen.items()})
 
 
-def given(value: Tensor | None, name: str) -> Tensor:
+def required(value: Tensor | None, name: str) -> Tensor:
     """The optional field `name` of a point or a rollout, for a caller that cannot do without it."""
     if value is None:
         raise ValueError(

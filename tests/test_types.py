@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flowalign.types import Conditioning, Point, given
+from flowalign.types import Conditioning, Point, required
 
 
 def prompts(batch: int, length: int) -> Conditioning:
@@ -52,7 +52,7 @@ def test_a_point_is_indexed_in_every_field_and_every_frozen_velocity():
     q = p.index(torch.tensor([2, 0]))
     assert q.x.tolist() == [[4, 5], [0, 1]]
     assert (q.sigma.tolist(), q.advantage.tolist()) == ([4, 0], [5, 1])
-    assert given(q.mean, "mean").tolist() == [[14, 15], [10, 11]]
+    assert required(q.mean, "mean").tolist() == [[14, 15], [10, 11]]
     assert q.frozen["old"].tolist() == [[24, 25], [20, 21]]
     assert q.x_next is None
     assert p.x.shape == (3, 2)
@@ -66,4 +66,4 @@ def test_a_point_moves_with_its_frozen_velocities():
 
 def test_a_missing_field_is_named():
     with pytest.raises(ValueError, match="`x_next`"):
-        given(None, "x_next")
+        required(None, "x_next")
