@@ -53,6 +53,8 @@ def choose_device(trainer: DictConfig) -> None:
     until then every process of a machine would use the first one."""
     import torch
 
+    if torch.backends.mps.is_available():
+        _pass_over_apples(trainer)
     if trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return
     there = torch.cuda.device_count()
@@ -60,6 +62,17 @@ def choose_device(trainer: DictConfig) -> None:
     place = local_rank(os.environ)
     if place < len(named) and named[place] < there:  # what is not there, the Trainer refuses
         torch.cuda.set_device(named[place])
+
+
+def _pass_over_apples(trainer: DictConfig) -> None:
+    """Lightning would choose their GPUs, which lack float64."""
+    if trainer.accelerator == "auto":
+        trainer.accelerator = "cpu"
+    elif trainer.accelerator in ("gpu", "mps"):
+        raise ConfigError(
+            f"trainer.accelerator={trainer.accelerator}: Apple's GPUs have no float64, in which losses and advantages "
+            "are computed here: use trainer=cpu."
+        )
 
 
 def started(environment: Mapping[str, str], rank: int) -> str:
