@@ -24,6 +24,7 @@ from flowalign.diversity import diversity
 from flowalign.exhausted import memory_of
 from flowalign.forward import Forward
 from flowalign.guards import Finite, check_ratio, losses_of
+from flowalign.loggers import runs_of
 from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
@@ -358,6 +359,7 @@ class AlignModule(Forward):
             "counts": self.counts,
             "skipped": self.finite.skipped,
             "micro": self.geometry.micro,
+            "logs": runs_of(self.trainer.loggers),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
