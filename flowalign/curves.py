@@ -16,14 +16,19 @@ def curves(folder: Path, prefix: str) -> dict[str, dict[int, float]]:
     updates = config.batch.updates * config.batch.passes
     between = updates * config.trainer.check_val_every_n_epoch
 
-    def epoch(step: int) -> int:
-        """Lightning files an evaluation during the fit under its last step, counted from 0; others after it."""
-        return (step + 1 if step and (step + 1) % between == 0 else step) // updates
+    def epoch(step: int, first: bool) -> int:
+        """Lightning files an evaluation during the fit under its last step, counted from 0; others, of which the first
+        is the baseline, after it."""
+        during = (step > 0 or not first) and (step + 1) % between == 0
+        return (step + 1 if during else step) // updates
 
     found: dict[str, dict[int, float]] = {}
-    for name, step, value in [*_of_csv(folder / "csv"), *_of_tensorboard(folder / "tensorboard")]:
-        if name.startswith(prefix):
-            found.setdefault(name, {})[epoch(step)] = value
+    for rows in (_of_csv(folder / "csv"), _of_tensorboard(folder / "tensorboard")):
+        seen: set[str] = set()
+        for name, step, value in rows:
+            if name.startswith(prefix):
+                found.setdefault(name, {})[epoch(step, first=name not in seen)] = value
+                seen.add(name)
     return {name: dict(sorted(points.items())) for name, points in found.items()}
 
 

@@ -267,3 +267,13 @@ def test_a_curve_is_read_from_either_file(train: Train, tmp_path: Path):
     assert found["csv"].keys() == found["tensorboard"].keys()
     for name, points in found["csv"].items():
         assert points == pytest.approx(found["tensorboard"][name], abs=1e-6)
+
+
+def test_the_first_epoch_of_one_update_is_not_taken_for_the_baseline(tmp_path: Path):
+    """Both have step 0."""
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / "csv").mkdir()
+    settings = "batch: {updates: 1, passes: 1}\ntrainer: {check_val_every_n_epoch: 1}\n"
+    (tmp_path / ".hydra" / "config.yaml").write_text(settings)
+    (tmp_path / "csv" / "metrics.csv").write_text("step,val/reward\n0,0.1\n0,0.2\n1,0.3\n2,0.4\n")
+    assert curves(tmp_path, "val/") == {"val/reward": {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}}
