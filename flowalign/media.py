@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign.ffmpeg import ffmpeg
+from flowalign.rewards.pixels import as_bytes
 
 PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4")
 
@@ -21,11 +22,6 @@ def check_suffix(target: Path, video: bool) -> None:
         raise ValueError(f"{target} cannot hold {kind}: its name must end in {', '.join(possible)}.")
     if target.suffix.lower() == ".mp4":
         ffmpeg("an .mp4")
-
-
-def as_bytes(media: Tensor) -> np.ndarray:
-    """(…, 3, H, W) in [0, 1] to (…, H, W, 3) uint8."""
-    return (media.clamp(0, 1).float().cpu() * 255).round().byte().movedim(-3, -1).numpy()
 
 
 def save(media: Tensor, target: Path, fps: float = 16) -> None:

@@ -7,8 +7,8 @@ from lightning import Callback, LightningModule, Trainer
 from flowalign.evaluation import stills
 from flowalign.grid import grid
 from flowalign.loggers import show
-from flowalign.media import as_bytes
 from flowalign.module import AlignModule
+from flowalign.rewards.pixels import as_bytes
 
 
 class Pictures(Callback):
