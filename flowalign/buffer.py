@@ -10,10 +10,8 @@ from torch import Tensor
 
 from flowalign.flow import at_least_float32
 from flowalign.geometry import Geometry
-from flowalign.keyed import keyed_generator
+from flowalign.keyed import TURN, keyed_generator
 from flowalign.types import Conditioning, Point
-
-ORDER_OF_SAMPLES = 9000  # stream of the permutations; the sample number in the key is the rank
 
 
 class Buffer:
@@ -64,7 +62,7 @@ class IndexLoader:
         g = self.geometry
         members, steps = torch.arange(g.unit), torch.arange(g.points_per_sample)
         for turn in range(g.batch.passes):
-            generator = keyed_generator(self.seed, self.epoch, self.rank, ORDER_OF_SAMPLES + turn)
+            generator = keyed_generator(self.seed, self.epoch, self.rank, TURN + turn)
             for part in torch.randperm(g.units_local, generator=generator).chunk(g.batch.updates):
                 samples = (part[:, None] * g.unit + members).flatten()
                 points = samples[:, None] * g.points_per_sample + steps

@@ -22,13 +22,14 @@ ORDER = 3000
 """Stream of the order in which a sample visits the noise levels."""
 CHOICE = 4000
 """Stream of choices an epoch makes once for all samples."""
-
 PICTURE = 5000
 """Stream of the given picture that a sample is made of."""
-PENALTY = 7000
-"""Stream of the points of a sample at which the way to the reference is penalised."""
 REAL = 6000
 """Stream REAL + j: noise of the j-th re-noised point of a given picture, where the sample has its own points too."""
+PENALTY = 7000
+"""Stream of the points of a sample at which the way to the reference is penalised."""
+TURN = 9000
+"""Stream TURN + i: order of the training points in the i-th pass; the sample number in the key is the rank."""
 
 
 def keyed_integer(seed: int, epoch: int, sample: int, stream: int) -> int:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from flowalign.checks import ConfigError
+from flowalign.files import restore
 from flowalign.lock import held, is_of_a_run
 
 
@@ -17,8 +18,6 @@ def last_checkpoint(run: Path) -> str | None:
 
 def own_checkpoint(folder: Path) -> str | None:
     """The same of the folder that is this run's: what `auto` means."""
-    from flowalign.strategies.folders import restore
-
     restore(folder / "checkpoints")
     return _last(folder)
 
@@ -59,8 +58,6 @@ def _last(run: Path) -> str | None:
 
 def _mend(checkpoints: Path) -> None:
     """Puts back what a kill has left waiting. A run that is still going is let be: it may be about to do so itself."""
-    from flowalign.strategies.folders import restore
-
     if not is_of_a_run(checkpoints.parent):
         restore(checkpoints)
         return

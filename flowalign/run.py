@@ -20,6 +20,7 @@ from flowalign.checks import ConfigError, RunError, check_signatures, refusals
 from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
+from flowalign.files import sweep
 from flowalign.imports import uncollected
 from flowalign.launching import agree, check_launch, choose_device
 from flowalign.lock import held, is_of_a_run
@@ -246,8 +247,6 @@ def take(folder: Path, cleanup: ExitStack) -> None:
     """The first rank locks the output folder, and removes what a killed run has left half written there."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    from flowalign.callbacks.checkpoint_io import sweep
-
     if rank_zero_only.rank == 0:
         cleanup.enter_context(held(folder))
         sweep(folder / "checkpoints")
@@ -255,8 +254,6 @@ def take(folder: Path, cleanup: ExitStack) -> None:
 
 def tidy(folder: Path) -> None:
     """The same of the run's folder that is resumed from, unless its run is still going or it cannot be written to."""
-    from flowalign.callbacks.checkpoint_io import sweep
-
     if is_of_a_run(folder):
         with suppress(ConfigError, OSError), held(folder):
             sweep(folder / "checkpoints")

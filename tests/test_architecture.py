@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("flow", "types", "transfer"),
+    ("flow", "types", "transfer", "files"),
     ("keyed", "dynamics", "solvers", "steps", "times", "credit", "points", "shapes", "rewards"),
     ("algorithms", "models"),
     (

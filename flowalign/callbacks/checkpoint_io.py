@@ -4,21 +4,15 @@ Lightning's own writer keeps the file twice in memory and assembles it in the te
 disk, so the last move is a plain copy: with the disk full, or the job killed meanwhile, it destroys the previous file.
 """
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-from uuid import uuid4
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from flowalign.checks.errors import RunError
+from flowalign.files import replacing
 from flowalign.strategies import folders
-
-PARTIAL = ".partial"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -43,42 +37,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return folders.read(path) if folders.is_folder(path) else super().load_checkpoint(path, *arguments, **settings)
 
 
-@contextmanager
-def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `target` when the block ends well, and vanishes when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}{PARTIAL}")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        folders.take_place(partial, target)
-    except BaseException:  # Ctrl-C too
-        partial.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def sweep(folder: str | Path) -> list[Path]:
-    """Remove what killed runs left half written; call it before anything writes there. Returns what was removed."""
-    leftovers = sorted(Path(folder).glob(f".*{PARTIAL}"))
-    for leftover in leftovers:
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        leftover.unlink(missing_ok=True)
-    return leftovers
-
-
 def _is_remote(path: str | Path) -> bool:
     return "://" in str(path) and not str(path).startswith("file://")
-
-
-def _sync_folder(folder: Path) -> None:
-    # The new name itself must survive a power cut. Some network file systems cannot sync a folder; they need not.
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

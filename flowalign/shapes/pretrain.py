@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from flowalign.callbacks.checkpoint_io import replacing
+from flowalign.files import replacing
 from flowalign.shapes import tokenizer
 from flowalign.shapes.data import Captions, cache_latents, draw_specs, pictures, to_numpy
 from flowalign.shapes.muon import Muon

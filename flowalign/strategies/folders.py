@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from flowalign.files import PARTIAL, take_place
 from flowalign.tensors import Place, put_together, taken_apart
 
 META = "meta.pt"
@@ -44,7 +44,7 @@ def joined(frame: dict[str, Any], tensors: dict[Place, Tensor]) -> dict[str, Any
 def write(checkpoint: dict[str, Any], target: Path, first: bool) -> None:
     """Every rank calls it with its own shards; `first` is true on rank 0."""
     frame, tensors = split(checkpoint)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = target.with_name(f".{target.name}{PARTIAL}")
     if first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -57,38 +57,6 @@ def write(checkpoint: dict[str, Any], target: Path, first: bool) -> None:
             os.fsync(file.fileno())
         take_place(partial, target)
     dist.barrier()
-
-
-def take_place(partial: Path, target: Path) -> None:
-    """A file replaces a file in one move. Where either is a folder it takes two, between which the old one waits under
-    a name of its own."""
-    if not (partial.is_dir() or target.is_dir()):
-        os.replace(partial, target)
-        return
-    waiting = target.with_name(f".{target.name}.old")
-    if target.exists():
-        _remove(waiting)
-        os.rename(target, waiting)
-    os.rename(partial, target)
-    _remove(waiting)
-
-
-def _remove(path: Path) -> None:
-    """A file or a folder, or nothing."""
-    if path.is_file():
-        path.unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def restore(folder: Path) -> None:
-    """Puts back what a kill between those two moves left waiting, and removes what it left behind after them."""
-    for waiting in sorted(folder.glob(".*.old")):
-        target = waiting.with_name(waiting.name.removeprefix(".").removesuffix(".old"))
-        if target.exists():
-            _remove(waiting)
-        else:
-            with suppress(FileNotFoundError):  # another rank was quicker
-                os.rename(waiting, target)
 
 
 def frame_of(folder: Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO, sweep
+from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
 from flowalign.checks.errors import RunError
+from flowalign.files import sweep
 
 OLD, NEW = {"epoch": 1, "w": torch.ones(3)}, {"epoch": 2, "w": torch.zeros(3)}
 

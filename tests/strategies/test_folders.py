@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO, sweep
+from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
+from flowalign.files import sweep
 from flowalign.lock import held
 from flowalign.resuming import find_checkpoint, last_checkpoint
 from flowalign.strategies import folders

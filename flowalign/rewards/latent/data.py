@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from flowalign.callbacks.checkpoint_io import replacing
 from flowalign.collect import Size
 from flowalign.conditioner import Conditioner
+from flowalign.files import replacing
 from flowalign.generate import Generated, generate
 from flowalign.models.base import FlowModel
 from flowalign.prompts import Prompt

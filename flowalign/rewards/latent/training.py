@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowalign.callbacks.checkpoint_io import replacing
 from flowalign.checks.errors import ConfigError
 from flowalign.collect import Size
 from flowalign.conditioner import Conditioner
+from flowalign.files import replacing
 from flowalign.flow import interpolate, shifted
 from flowalign.prompts import Prompt
 from flowalign.rewards.latent.data import Examples
