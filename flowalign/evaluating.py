@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from flowalign.conditioner import Conditioner
-from flowalign.evaluation import Positions, Shown, stills
+from flowalign.evaluation import Positions, Shown, gathered, stills
 from flowalign.exhausted import memory_of
 from flowalign.generate import generate
 from flowalign.policy import Policy
@@ -157,7 +157,7 @@ class Evaluating(LightningModule):
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
         if rows:
             chosen = {name: values[rows].cpu() for name, values in scores.items()}
-            new = Shown(images, [prompts[row].text for row in rows], chosen)
+            new = Shown(images, [prompts[row].text for row in rows], chosen, [ids[row] for row in rows])
             self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
         done = ids[-1] // self.replicas + 1
         self.report.advance("evaluate", done, reward=float(scores["reward"].nanmean()))
@@ -175,9 +175,17 @@ class Evaluating(LightningModule):
     def _measured(self, stage: str) -> dict[str, MeanMetric]:
         """What an evaluation has found, once its last scores are there; shares that are not scored only if any."""
         self.turns.finish()
+        self._gather_shown(stage)
         self.report.end("evaluate")
         found = {key: self._meter(key) for key in self.meters if key.startswith(f"{stage}/")}
         return {key: meter for key, meter in found.items() if not key.endswith("/not_scored") or meter.compute()}
+
+    def _gather_shown(self, stage: str) -> None:
+        """The first rank, which writes grids, gets the pictures of the others too."""
+        if self.trainer.world_size > 1:
+            mine = self.shown.pop(stage, None) if self.global_rank % self.alike == 0 else None
+            if (everyones := gathered(mine, self.trainer.is_global_zero)) is not None:
+                self.shown[stage] = everyones
 
     def judge_test(self, copy: str) -> dict[str, float]:
         """What `trainer.test` would find if the live weights were this copy's, for asking within a training.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from flowalign.sampler import Sampling
@@ -77,8 +79,31 @@ class Shown:
     prompts: list[str]
     scores: dict[str, Tensor]
     """(n,) each."""
+    places: list[int] = field(default_factory=list)
+    """Where in the evaluation set they are; empty of any other pictures."""
 
     def followed_by(self, more: Shown) -> Shown:
-        """These and then those of a later batch."""
+        """These and then those of a later batch, or of another rank."""
         scores = {name: torch.cat([self.scores[name], values]) for name, values in more.scores.items()}
-        return Shown(torch.cat([self.images, more.images]), self.prompts + more.prompts, scores)
+        images, places = torch.cat([self.images, more.images]), self.places + more.places
+        return Shown(images, self.prompts + more.prompts, scores, places)
+
+    def in_order(self) -> Shown:
+        """By their places."""
+        order = sorted(range(len(self.places)), key=self.places.__getitem__)
+        scores = {name: values[order] for name, values in self.scores.items()}
+        return Shown(self.images[order], [self.prompts[i] for i in order], scores, sorted(self.places))
+
+
+def gathered(mine: Shown | None, first: bool) -> Shown | None:
+    """Those of all ranks, in order, on the first one; None on the others, and of nothing. All ranks call it together.
+
+    Pictures are sent in 8 bits a value, in which they are shown.
+    """
+    parts: list[Any] | None = [None] * dist.get_world_size() if first else None
+    dist.gather_object(mine and replace(mine, images=(mine.images * 255).round().byte()), parts)
+    there: list[Shown] = [part for part in parts or [] if part is not None]
+    if not there:
+        return None
+    whole = reduce(Shown.followed_by, there)
+    return replace(whole, images=whole.images / 255).in_order()

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 RANKS = (1, 2, 4)
 SAME = (
     "batch.prompts=4", "batch.group_size=4", "batch.micro=2", "batch.updates=1", "optimizer.eps=1e-3",
-    "trainer.max_epochs=1", "evaluation.num_val=5", "evaluation.sampling.batch_size=1",
+    "trainer.max_epochs=1", "evaluation.num_val=5", "evaluation.sampling.batch_size=1", "evaluation.shown=5",
 )  # fmt: skip
 """eps as in tests/strategies: with 1e-8 an entry whose gradient is zero but for rounding moves by a whole step."""
 ALGORITHMS = ("nft", "grpo")
@@ -79,6 +79,9 @@ def test_an_evaluation_that_does_not_divide_is_that_of_one_rank(made: dict[Any, 
     judged = [name for name in one if name.startswith("val/")]
     assert {"val/reward", "val/strict", "val/quality"} <= set(judged)
     assert [one[name] for name in judged] == pytest.approx([other[name] for name in judged], abs=1e-3)
+    alone, several = (made["nft", n, "4"].rank(0)["shown"]["val"] for n in (1, ranks))
+    assert len(alone) == 5
+    assert alone == several  # the grid has the pictures of all ranks
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)

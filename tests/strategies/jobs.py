@@ -177,7 +177,8 @@ def _fit(cfg: Any, job: Job, kept: list[dict[str, float]]) -> bool:
         trainer.callbacks.append(killer(job))  # type: ignore[attr-defined]
     with suppress(KilledError):
         trainer.fit(module, ckpt_path=job.resume)
-    Path(job.folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(watch.told()))
+    told = watch.told() | {"shown": {stage: shown.prompts for stage, shown in module.shown.items()}}
+    Path(job.folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(told))
     return trainer.is_global_zero
 
 
