@@ -15,6 +15,11 @@ class Conditioning(dict[str, Tensor]):
     A "neg." prefix marks the unconditional branch and a key that ends in "mask" the validity of a ragged dim 1.
     """
 
+    @property
+    def batch_size(self) -> int:
+        """Number of samples."""
+        return next(iter(self.values())).shape[0]
+
     def index(self, i: Tensor | slice) -> Conditioning:
         """Rows i of every entry."""
         return Conditioning({key: t[i] for key, t in self.items()})

@@ -28,8 +28,15 @@ from tests.conftest import ROOT, TINY, installed, settled
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-FENCED = re.compile(r"```(?:python|yaml)\n# ((?:flowalign|conf|tests)/\S+)\n(.*?)```", re.DOTALL)
+FENCED = re.compile(r"(?:`([^`\s]+)`:\n\n)?```(?:python|yaml)\n(?:# (\S+/\S+|\w+\.py)\n)?(.*?)```", re.DOTALL)
+"""A block that is a file. Its name is in the line above, or its first line: not for what begins with `# @package`."""
 PAGES = ("docs/architecture.md", "docs/adding-a-model.md")
+
+
+def files_of(page: Path, *folders: str) -> dict[str, str]:
+    """The files that a page tells people to write, by those beginnings of their names."""
+    found = {above or inside: text for above, inside, text in FENCED.findall(page.read_text())}
+    return {path: text for path, text in found.items() if path.startswith(folders)}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     for page in PAGES:
-        for path, text in FENCED.findall((ROOT / page).read_text()):
+        for path, text in files_of(ROOT / page, "flowalign/", "conf/", "tests/").items():
             assert not (folder / path).exists()
             (folder / path).write_text(text)
     return folder
@@ -84,8 +91,31 @@ def test_the_example_of_a_model_passes_what_every_model_has_to(extended: Path):
 
 
 def test_the_example_of_an_algorithm_is_twenty_lines():
-    pages = dict(FENCED.findall((ROOT / "docs/architecture.md").read_text()))
-    assert len(pages["flowalign/algorithms/awr.py"].strip().splitlines()) <= 20
+    files = files_of(ROOT / "docs/architecture.md", "flowalign/")
+    assert len(files["flowalign/algorithms/awr.py"].strip().splitlines()) <= 20
+
+
+def test_the_algorithm_of_a_folder_of_ones_own_passes_its_tests_and_trains(tmp_path: Path):
+    files = files_of(ROOT / "docs/adding-an-algorithm.md", "my_", "test_my_")
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    overrides = settled(*TINY, f"hydra.run.dir={tmp_path / 'run'}", "test=false", "algo=nudge", "algo.kl_beta=0.1")
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_algos.py"]
+    for words in (tests, [str(ROOT / "train.py"), "--config-dir", "my_conf", *overrides]):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/adding-an-algorithm.md"])
+def test_a_block_that_is_copied_whole_begins_with_its_package(page: str):
+    """Hydra reads `# @package` in the first line only."""
+    assert "# @package" in (ROOT / page).read_text()
+    assert not re.search(r"```yaml\n(?!# @package)[^`]*# @package", (ROOT / page).read_text())
 
 
 # ------------------------------------------------------------ commands
@@ -191,9 +221,8 @@ def words_of(command: str) -> tuple[list[str], dict[str, str]]:
 def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files that readers have been told to write by then."""
     folder = tmp_path_factory.mktemp("beside")
-    written = re.compile(r"```(?:python|yaml)\n# ((?:my_conf/|my_)\S+)\n(.*?)```", re.DOTALL)
     for page in DOCUMENTED:
-        for path, text in written.findall(page.read_text()):
+        for path, text in files_of(page, "my_").items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(text)
     (folder / "my_conf/reward/mine.yaml").write_text((ROOT / "conf/reward/jpeg.yaml").read_text())
