@@ -1,4 +1,4 @@
-"""What finished runs say of themselves: their summary, config and TensorBoard curves."""
+"""What finished runs say of themselves: their summary, config and curves."""
 
 from __future__ import annotations
 

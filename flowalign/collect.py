@@ -17,7 +17,7 @@ from flowalign.conditioner import Conditioner
 from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
 from flowalign.geometry import Geometry
-from flowalign.keyed import GIVEN, PICTURE, POINT, keyed_integer, keyed_randn
+from flowalign.keyed import PICTURE, POINT, REAL, keyed_integer, keyed_randn
 from flowalign.models.base import FlowModel
 from flowalign.points import below, beside, noised, transitions
 from flowalign.prompts import Prompt, PromptSet
@@ -27,7 +27,7 @@ from flowalign.scoring.stats import statistics
 from flowalign.steps.base import StepPlan, Steps
 from flowalign.steps.tail import shorten
 from flowalign.times import Times
-from flowalign.types import Conditioning, Point, Rollout, given
+from flowalign.types import Conditioning, Point, Rollout, required
 
 Progress = Callable[[int, float | None], None]
 SHOWN = 16
@@ -62,7 +62,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Given:
+class Credited:
     """What every sample of an epoch has been given for its rewards."""
 
     advantage: Tensor
@@ -73,9 +73,9 @@ class Given:
     """What the rewards look like."""
 
     @staticmethod
-    def equal(number: int) -> Given:
+    def equal(number: int) -> Credited:
         """1 for everybody."""
-        return Given(torch.ones(number), torch.ones(number, dtype=torch.bool))
+        return Credited(torch.ones(number), torch.ones(number, dtype=torch.bool))
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Collected:
     """(N,) bool: the samples of the epoch whose points there are."""
     mine: Tensor
     """(n,) the numbers of those whose points are here."""
-    earned: Callable[[], Given]
+    earned: Callable[[], Credited]
     """Waits for the rewards of all samples."""
     stats: dict[str, float] = field(default_factory=dict)
     """Of the rewards, after `settle`."""
@@ -111,7 +111,10 @@ class Collected:
         earned = self.earned()
         # The mean over what is in the loss, on all ranks alike.
         weight = earned.valid / earned.valid[self.trained].double().mean()
-        for place, credit in ((self.points.advantage, earned.advantage), (given(self.points.weight, "weight"), weight)):
+        for place, credit in (
+            (self.points.advantage, earned.advantage),
+            (required(self.points.weight, "weight"), weight),
+        ):
             place.unflatten(0, (len(self.mine), -1)).copy_(credit[self.mine, None])
         self.points.silence()
         self.stats = earned.stats | {"advantage_abs": float(earned.advantage.abs().mean())}
@@ -194,7 +197,7 @@ class Collector:
         which = [chosen[sample // group_size] for sample in local]
         share = Share(epoch, local, [self.prompts.prompts[i] for i in which], cond.index(rows), device)
         if self.algorithm.source == "images":
-            made, earned = self._given(share, which, report), partial(Given.equal, self.geometry.samples)
+            made, earned = self._real(share, which, report), partial(Credited.equal, self.geometry.samples)
         else:
             rewards = Coming(self.scorer, turns, epoch)
             made = self._pictures(share, rewards, report)
@@ -205,8 +208,8 @@ class Collector:
         rollout = made.rollout if len(kept) == len(local) else made.rollout.index(kept)
         points = self._points(epoch, rollout, mine)
         if self.algorithm.source == "both":
-            real = self._given(share, which, lambda done, reward: None).rollout.index(kept)
-            points = beside(points, self._points(epoch, real, mine, GIVEN), len(kept))
+            real = self._real(share, which, lambda done, reward: None).rollout.index(kept)
+            points = beside(points, self._points(epoch, real, mine, REAL), len(kept))
         of_point = rows[kept].repeat_interleave(self.geometry.points_per_sample)
         return Collected(
             points, cond, of_point, made.rollout.x0, made.images, share.prompts, made.calls, trained, mine, earned
@@ -297,7 +300,7 @@ class Collector:
         media = torch.cat(decoded) if decoded else None
         return Seen(share.prompts[rows], media, Latents(x0, share.cond.index(rows)), groups)
 
-    def _given(self, share: Share, which: list[int], report: Progress) -> Pictures:
+    def _real(self, share: Share, which: list[int], report: Progress) -> Pictures:
         """Real pictures or videos of the prompts instead, encoded; the network is not asked."""
         latents, images, batch = [], [], self.sampling.batch_size
         for start in range(0, len(which), batch):
@@ -327,13 +330,13 @@ class Collector:
 
     def _earned(
         self, rewards: Coming, share: Share, chosen: list[int], gather: Callable[[Tensor], Tensor], report: Progress
-    ) -> Given:
+    ) -> Credited:
         """The credit of all samples of the epoch, once the last rewards are there."""
         scores = rewards.all()
         report(len(share.samples), rewards.mean())
         return self._credit(gather(scores).cpu(), share.epoch, chosen)
 
-    def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> Given:
+    def _credit(self, rewards: Tensor, epoch: int, chosen: list[int]) -> Credited:
         """The credit of all samples of the epoch for their rewards (N, R)."""
         weights, names = self.scorer.weights(epoch), list(self.scorer.objective)
         branches = self.plan(epoch).branches
@@ -347,16 +350,16 @@ class Collector:
         valid = self.scorer.missing.valid(rewards, groups, weights, names)
         stats = statistics(rewards, groups, valid, weights, names)
         stats |= self.credit.stats(rewards, groups, valid, weights)
-        return Given(self.credit(rewards, groups, valid, weights), valid, stats)
+        return Credited(self.credit(rewards, groups, valid, weights), valid, stats)
 
-    def _trained(self, earned: Callable[[], Given]) -> Tensor:
+    def _trained(self, earned: Callable[[], Credited]) -> Tensor:
         """(N,) bool: the samples to train on. Rewards are waited for only where they choose."""
         members = self.geometry.members
         if members is None:
             return torch.ones(self.geometry.samples, dtype=torch.bool)
         return self._best_and_worst(earned(), members)
 
-    def _best_and_worst(self, credit: Given, members: int) -> Tensor:
+    def _best_and_worst(self, credit: Credited, members: int) -> Tensor:
         """(N,) bool: so many of each group, the best and the worst in equal numbers.
 
         Who has no score comes between these, and is kept only where its group has too few others.

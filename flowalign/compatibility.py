@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 OPTIONS = {"FlowSDE": "flow_sde", "DanceSDE": "dance_sde", "CPS": "cps", "ODE": "ode"}
 """What the dynamics classes are called in a command."""
+
+LOGGERS = {"Wandb": "wandb", "MLFlow": "mlflow"}
+"""Those that want a package of this name, which is the name of an extra and of their option too."""
 
 
 def choice(group: str, cfg: DictConfig) -> str:
@@ -51,6 +55,7 @@ def check_groups(cfg: DictConfig) -> None:
             f"batch.group_size={cfg.batch.group_size} gives every advantage 0, so nothing can be learnt: use at least "
             "2 (8 to 24 are usual)."
         )
+    _check_loggers(cfg)
     _check_numbers(cfg)
     _check_precision(cfg)
     _check_strategy(cfg)
@@ -61,6 +66,18 @@ def check_groups(cfg: DictConfig) -> None:
     _check_guard(cfg)
     if (steps := _built(cfg.steps)) is not None:
         _check_steps(cfg, steps, algorithm, dynamics)
+
+
+def _check_loggers(cfg: DictConfig) -> None:
+    """Lightning would miss their packages only after the model has been loaded."""
+    for node in cfg.logger.values():
+        name = LOGGERS.get(str(node["_target_"]).rsplit(".", 1)[-1]) if node is not None else None
+        # A folder of that name, such as W&B's own, passes for a package without a file.
+        if name is not None and ((found := find_spec(name)) is None or found.origin is None):
+            raise ConfigError(
+                f"logger={name} needs a package that is not there: pip install 'flowalign[{name}]', or use "
+                "logger=tensorboard."
+            )
 
 
 def _check_gradient(cfg: DictConfig) -> None:

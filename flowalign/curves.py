@@ -1,28 +1,47 @@
-"""A run's curves, read back from its TensorBoard files."""
+"""A run's curves, read back from what its loggers have left in its folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from flowalign.loggers import read
+
 
 def curves(folder: Path, prefix: str) -> dict[str, dict[int, float]]:
-    """Metrics that start with `prefix`, by name and epoch (0: the baseline); files of an interrupted run are one."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    """Metrics that start with `prefix`, by name and epoch (0: the baseline), of TensorBoard's files or metrics.csv."""
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     updates = config.batch.updates * config.batch.passes
     between = updates * config.trainer.check_val_every_n_epoch
 
-    def epoch(step: int) -> int:
-        """Lightning files an evaluation during the fit under its last step, counted from 0; others after it."""
-        return (step + 1 if step and (step + 1) % between == 0 else step) // updates
+    def epoch(step: int, first: bool) -> int:
+        """Lightning files an evaluation during the fit under its last step, counted from 0; others, of which the first
+        is the baseline, after it."""
+        during = (step > 0 or not first) and (step + 1) % between == 0
+        return (step + 1 if during else step) // updates
 
     found: dict[str, dict[int, float]] = {}
-    for file in sorted((folder / "tensorboard").glob("events*")):
+    for rows in (_of_csv(folder / "csv"), _of_tensorboard(folder / "tensorboard")):
+        seen: set[str] = set()
+        for name, step, value in rows:
+            if name.startswith(prefix):
+                found.setdefault(name, {})[epoch(step, first=name not in seen)] = value
+                seen.add(name)
+    return {name: dict(sorted(points.items())) for name, points in found.items()}
+
+
+def _of_tensorboard(folder: Path) -> Iterator[tuple[str, int, float]]:
+    """Name, step and value; the files of an interrupted run are one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for file in sorted(folder.glob("events*")):
         events = EventAccumulator(str(file)).Reload()
         for name in events.Tags()["scalars"]:
-            if name.startswith(prefix):
-                found.setdefault(name, {}).update({epoch(e.step): e.value for e in events.Scalars(name)})
-    return {name: dict(sorted(points.items())) for name, points in found.items()}
+            yield from ((name, event.step, event.value) for event in events.Scalars(name))
+
+
+def _of_csv(folder: Path) -> Iterator[tuple[str, int, float]]:
+    for row in read(folder / "metrics.csv"):
+        yield from ((name, int(row["step"]), float(value)) for name, value in row.items())

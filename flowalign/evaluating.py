@@ -24,7 +24,7 @@ from flowalign.recipe import Recipe
 from flowalign.report import Report
 from flowalign.scoring import Latents, Scores, Seen, Turns
 from flowalign.strategies.sharded import Sharded
-from flowalign.types import given
+from flowalign.types import required
 
 
 class Evaluating(LightningModule):
@@ -142,7 +142,7 @@ class Evaluating(LightningModule):
         self._meter(f"{stage}/velocity_rms").update(rms)
         wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))
         rows = [row for row, i in enumerate(ids) if i in wanted]
-        shown = stills(given(seen.media, "media")[rows]).cpu()
+        shown = stills(required(seen.media, "media")[rows]).cpu()
         scoring = self.recipe.scorer.start(seen, evaluation=True)
         self.turns.add(scoring, partial(self._scored, stage, ids, rows, shown))
 

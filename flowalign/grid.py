@@ -9,14 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flowalign.evaluation import Shown
+from flowalign.rewards.pixels import as_bytes
 
 _CELL, _GAP, _LINE = 132, 8, 13
 
 
 def _picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to a picture, enlarged to whole multiples so that pixels stay sharp."""
-    array = (image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    small = Image.fromarray(array)
+    """(3, H, W) in [0, 1] to a picture of one width; small ones keep their pixels sharp."""
+    small = Image.fromarray(as_bytes(image))
     if small.width >= _CELL:
         return small.resize((_CELL, round(_CELL * small.height / small.width)), Image.Resampling.LANCZOS)
     return small.resize((_CELL, round(_CELL * small.height / small.width)), Image.Resampling.NEAREST)

@@ -27,8 +27,8 @@ PICTURE = 5000
 """Stream of the given picture that a sample is made of."""
 PENALTY = 7000
 """Stream of the points of a sample at which the way to the reference is penalised."""
-GIVEN = 6000
-"""Stream GIVEN + j: noise of the j-th re-noised point of a given picture, where the sample has its own points too."""
+REAL = 6000
+"""Stream REAL + j: noise of the j-th re-noised point of a given picture, where the sample has its own points too."""
 
 
 def keyed_integer(seed: int, epoch: int, sample: int, stream: int) -> int:

@@ -53,10 +53,11 @@ def choose_device(trainer: DictConfig) -> None:
     until then every process of a machine would use the first one."""
     import torch
 
-    accelerator = trainer.accelerator
-    if accelerator in ("gpu", "cuda") and not (torch.cuda.is_available() or _has_mps() and accelerator == "gpu"):
-        raise ConfigError(f"trainer.accelerator={accelerator}: PyTorch finds no GPU here; trainer=cpu does without.")
-    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+    if torch.backends.mps.is_available():
+        _pass_over_apples(trainer)
+    elif trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.accelerator={trainer.accelerator}: PyTorch finds no GPU here; use trainer=cpu.")
+    if trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return
     there = torch.cuda.device_count()
     named = trainer.devices if isinstance(trainer.devices, ListConfig) else range(there)
@@ -65,10 +66,15 @@ def choose_device(trainer: DictConfig) -> None:
         torch.cuda.set_device(named[place])
 
 
-def _has_mps() -> bool:
-    import torch
-
-    return torch.backends.mps.is_available()
+def _pass_over_apples(trainer: DictConfig) -> None:
+    """Lightning would choose their GPUs, which lack float64."""
+    if trainer.accelerator == "auto":
+        trainer.accelerator = "cpu"
+    elif trainer.accelerator in ("gpu", "mps"):
+        raise ConfigError(
+            f"trainer.accelerator={trainer.accelerator}: Apple's GPUs have no float64, in which losses and advantages "
+            "are computed here: use trainer=cpu."
+        )
 
 
 def started(environment: Mapping[str, str], rank: int) -> str:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign.ffmpeg import ffmpeg
+from flowalign.rewards.pixels import as_bytes
 
 PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4")
 
@@ -27,7 +28,7 @@ def save(media: Tensor, target: Path, fps: float = 16) -> None:
     """One picture (3, H, W) or video (F, 3, H, W) in [0, 1], in the format of the suffix: .gif or .mp4 for videos."""
     check_suffix(target, media.ndim == 4)
     target.parent.mkdir(parents=True, exist_ok=True)
-    frames = (media.clamp(0, 1).float().cpu() * 255).round().byte().movedim(-3, -1).numpy()
+    frames = as_bytes(media)
     if media.ndim == 3:
         Image.fromarray(frames).save(target)
     elif target.suffix.lower() == ".gif":

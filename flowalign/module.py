@@ -24,6 +24,7 @@ from flowalign.diversity import diversity
 from flowalign.exhausted import memory_of
 from flowalign.forward import Forward
 from flowalign.guards import Finite, check_ratio, losses_of
+from flowalign.loggers import runs_of
 from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
@@ -35,7 +36,7 @@ from flowalign.settings import differences
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
 from flowalign.tensors import whole
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 log = logging.getLogger("flowalign")
 
@@ -238,7 +239,7 @@ class AlignModule(Forward):
         r = self.recipe
         if "reference" in r.algorithm.consults or r.optimisation.kl_share == 1:
             return None
-        return drawn(r.seed, self.current_epoch, given(points.sample, "sample"), r.optimisation.kl_share)
+        return drawn(r.seed, self.current_epoch, required(points.sample, "sample"), r.optimisation.kl_share)
 
     # ------------------------------------------------------------ optimisation phase
 
@@ -254,7 +255,7 @@ class AlignModule(Forward):
         finite = self._guard(losses, metrics, point, batch_idx)
         self.counts["train"] += len(idx) * self.replicas
         # What could not be scored weighs nothing, in the loss as in its diagnostics.
-        weight = given(point.weight, "weight")
+        weight = required(point.weight, "weight")
         loss = (losses * weight).sum() / planned
         means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
         means["train/loss"] = loss.detach()
@@ -358,6 +359,7 @@ class AlignModule(Forward):
             "counts": self.counts,
             "skipped": self.finite.skipped,
             "micro": self.geometry.micro,
+            "logs": runs_of(self.trainer.loggers),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -376,7 +378,7 @@ class AlignModule(Forward):
         self.counts = dict(kept.get("counts", self.counts))
 
     def _tell_differences(self, then: Mapping[str, Any]) -> None:
-        """A rate that is given anew would be thought to hold, and the optimiser's state brings its own."""
+        """Warns of changed settings, of which the optimiser's state would override the learning rate without a word."""
         now = self.recipe.config
         if then and now and self.trainer.is_global_zero and (found := differences(then, now)):
             log.warning(

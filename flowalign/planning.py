@@ -48,7 +48,7 @@ def check_plan(cfg: DictConfig) -> None:
     """Raises ConfigError for a batch plan that does not fit, with the nearest that does, or for one of its parts."""
     from flowalign.recipe import batch_plan
 
-    check_signatures({group: cfg[group] for group in (*LIGHT.values(), *ALSO)})
+    check_signatures({group: cfg[group] for group in (*LIGHT.values(), *ALSO, "frozen")})
     for node in (*(cfg[group] for group in ALSO), *cfg.frozen.values()):
         instantiate(node)
     parts = {field: instantiate(cfg[group]) for field, group in LIGHT.items()}

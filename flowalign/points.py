@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowalign.flow import at_least_float32, interpolate
 from flowalign.keyed import PENALTY, ids, keyed_generator
-from flowalign.types import Point, Rollout, given
+from flowalign.types import Point, Rollout, required
 
 
 def transitions(
@@ -21,7 +21,7 @@ def transitions(
     weight: Tensor | None = None,
 ) -> Point:
     """Every recorded step as a point: B * S rows. What is (B,) is shared by a sample's steps."""
-    x, x_next, steps = given(rollout.x, "x"), given(rollout.x_next, "x_next"), given(rollout.steps, "steps")
+    x, x_next, steps = required(rollout.x, "x"), required(rollout.x_next, "x_next"), required(rollout.steps, "steps")
     sigmas, steps = rollout.sigmas.to(x.device), steps.to(x.device)
     recorded = x.shape[1]
     return Point(
@@ -31,7 +31,7 @@ def transitions(
         x_next=x_next.flatten(0, 1),
         sigma_next=sigmas[steps + 1].flatten(),
         sigma_max=sigmas[1].repeat(steps.numel()),
-        log_prob=given(rollout.log_prob, "log_prob").flatten(0, 1),
+        log_prob=required(rollout.log_prob, "log_prob").flatten(0, 1),
         mean=None if rollout.mean is None else rollout.mean.flatten(0, 1),
         std_scale=None if rollout.std is None else _mean_of_steps(rollout.std, steps).repeat(steps.numel()),
         group=_rows(group, x, recorded),

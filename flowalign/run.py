@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import warnings
@@ -27,7 +26,6 @@ from flowalign.lock import held, is_of_a_run
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
 from flowalign.resuming import check_unused, find_checkpoint, own_checkpoint
 from flowalign.rewards.errors import RewardError
-from flowalign.settings import flatten
 from flowalign.stopping import Stopped, asked, farewell
 from flowalign.sweeps import report, surviving
 
@@ -146,7 +144,8 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     import lightning
     import torch
 
-    from flowalign.loggers import continue_logs
+    from flowalign.callbacks.hyperparameters import Hyperparameters
+    from flowalign.loggers import closed, continue_logs
     from flowalign.module import AlignModule
     from flowalign.strategies.intact import check_intact
     from flowalign.summary import Summary, show_config
@@ -175,7 +174,8 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
     if trainer.fast_dev_run:  # type: ignore
         shrink(module)
     continue_logs(trainer.loggers, ckpt_path if cfg.train else None)
-    log_hyperparameters(trainer, cfg)
+    cleanup.enter_context(closed(trainer.loggers))
+    trainer.callbacks.append(Hyperparameters(recipe.config))  # type: ignore[attr-defined]
     summary = Summary(folder, cfg.seed, module, typed(HydraConfig.get()))
     if ckpt_path is None:
         summary.baseline(evaluate(trainer, module, cfg.test and not postpones(cfg)))
@@ -310,18 +310,6 @@ def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str |
 def plain(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The metrics of an evaluation, without what is for TensorBoard alone."""
     return {key: float(value) for key, value in found[0].items() if not key.startswith("hp/")}
-
-
-def log_hyperparameters(trainer: Trainer, cfg: DictConfig) -> None:
-    """Flat, plain values: TensorBoard's hparams tab and every other logger take them."""
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    flat = flatten(OmegaConf.to_container(cfg, resolve=True))
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(flat, {"hp/val_reward": math.nan})
-        else:
-            logger.log_hyperparams(flat)
 
 
 def optimised(cfg: DictConfig, summary: Summary) -> float | None:

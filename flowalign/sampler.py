@@ -41,7 +41,7 @@ class Sampling:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (got {getattr(self, name)}).")
         if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance is a number from 0 on, and 1 is none (got {self.guidance}).")
+            raise ValueError(f"guidance must be 0 or more (got {self.guidance}).")
 
     @property
     def kept_in(self) -> torch.dtype | None:

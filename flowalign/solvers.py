@@ -75,10 +75,6 @@ class DPM:
         return DPMState(self.order, self.rule)
 
 
-DPM2 = DPM
-"""Its name in the configs of earlier runs."""
-
-
 class DPMState:
     """The predicted clean samples of the last steps, as many as the order, with their sigmas in float64."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -27,6 +28,7 @@ from rich.tree import Tree
 from flowalign.before import keep, kept
 from flowalign.grid import grid
 from flowalign.memory import GIB, Share, advice, by_size
+from flowalign.strategies.folders import opened
 
 if TYPE_CHECKING:
     from flowalign.evaluation import Shown
@@ -196,6 +198,7 @@ class Summary:
                 f"export    flowalign export ckpt={last} to={self.folder / 'export'}",
                 f"go on     {self._again(last, trainer)}",
             ]
+        lines += [f"best      {line}" for line in _best(trainer)]
         for line in [*lines, "watch     tensorboard --logdir outputs"]:
             _console.print(line, soft_wrap=True, markup=False)  # a command has brackets of its own
 
@@ -208,6 +211,20 @@ def _without(words: Sequence[str], options: Collection[str]) -> list[str]:
 
     last = {option(word): i for i, word in enumerate(words)}
     return [word for i, word in enumerate(words) if last[option(word)] == i and option(word) not in options]
+
+
+def _best(trainer: Trainer) -> list[str]:
+    """For each metric by which the best checkpoint was kept, the command that looks at it, with what it was."""
+    found = []
+    for callback in trainer.checkpoint_callbacks:
+        if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
+            continue
+        path, score = callback.best_model_path, callback.best_model_score
+        if path and Path(path).exists():
+            epochs = opened(Path(path))[0]["epoch"] + 1
+            value = "" if score is None else f" {float(score):.3f}"  # that of another folder's file is not restored
+            found.append(f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after {epochs} epochs")
+    return found
 
 
 def _rank(key: str) -> tuple[bool, bool, str]:

@@ -15,11 +15,6 @@ class Conditioning(dict[str, Tensor]):
     A "neg." prefix marks the unconditional branch and a key that ends in "mask" the validity of a ragged dim 1.
     """
 
-    @property
-    def batch_size(self) -> int:
-        """Number of samples."""
-        return next(iter(self.values())).shape[0]
-
     def index(self, i: Tensor | slice) -> Conditioning:
         """Rows i of every entry."""
         return Conditioning({key: t[i] for key, t in self.items()})
@@ -135,20 +130,18 @@ class Point:
     def silence(self) -> None:
         """Finite numbers in rows that are not in the loss: what is not finite times 0 would be in the mean."""
         rows = (~self.counts).nonzero().flatten()
-        for t in (*vars(self).values(), *self.frozen.values()) if len(rows) else ():
+        if not len(rows):
+            return
+        for t in (*vars(self).values(), *self.frozen.values()):
             if isinstance(t, Tensor) and t.is_floating_point():
                 t[rows] = t[rows].nan_to_num(0.0, 0.0, 0.0)
-
-    def to(self, device: torch.device | str) -> Point:
-        """The same point on another device."""
-        return self._each(lambda t: t.to(device))
 
     def _each(self, f: Callable[[Tensor], Tensor]) -> Point:
         given_fields = {name: f(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **given_fields, frozen={name: f(v) for name, v in self.frozen.items()})
 
 
-def given(value: Tensor | None, name: str) -> Tensor:
+def required(value: Tensor | None, name: str) -> Tensor:
     """The optional field `name` of a point or a rollout, for a caller that cannot do without it."""
     if value is None:
         raise ValueError(

@@ -47,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "scoring",
     )
     + ("report", "collect", "generate", "media", "before", "guards", "strategies"),
-    ("recipe", "alive", "decoding", "memory", "fitting", "evaluating", "forward", "module", "callbacks", "loggers"),
+    ("recipe", "alive", "decoding", "memory", "fitting", "evaluating", "forward", "loggers", "module", "callbacks"),
     (
         "imports",
         "planning",

@@ -21,7 +21,7 @@ from flowalign.policy.follow import Average, Follow
 from flowalign.recipe import Recipe
 from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
 from flowalign.running import Running
-from flowalign.types import given
+from flowalign.types import required
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -278,7 +278,7 @@ def test_states_kept_in_16_bits_take_half_and_are_on_policy(fit: Fit, algo: tupl
     words = (*algo, "running.merge_adapters=false")
     short, full = fit(*words, f"rollout.keep_in={keep_in}"), fit(*words)
     assert short.metrics["train/on_policy_gap"] < 1e-6
-    bytes_of = [p.x.nbytes + given(p.x_next, "x_next").nbytes for p in (short.buffer.points, full.buffer.points)]
+    bytes_of = [p.x.nbytes + required(p.x_next, "x_next").nbytes for p in (short.buffer.points, full.buffer.points)]
     assert 2 * bytes_of[0] == bytes_of[1]
     assert all(v.dtype == torch.float32 for v in short.buffer.points.frozen.values())
     points = f"{len(full.buffer.points.x)} training points"

@@ -17,7 +17,7 @@ from flowalign.models.base import FlowModel
 from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, size_of
 from flowalign.scoring import Scorer, Turns
-from flowalign.types import Conditioning, given
+from flowalign.types import Conditioning, required
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -79,10 +79,10 @@ def test_a_rollout_does_not_depend_on_its_batch_size(collect: Callable[..., Phas
     assert torch.equal(small.advantage, large.advantage)
     assert torch.allclose(small.x, large.x, atol=5e-5)  # matrix products round differently with the batch
     if small.eps is not None:
-        assert torch.equal(small.eps, given(large.eps, "eps"))
-        assert torch.allclose(given(small.x0, "x0"), given(large.x0, "x0"), atol=5e-5)
+        assert torch.equal(small.eps, required(large.eps, "eps"))
+        assert torch.allclose(required(small.x0, "x0"), required(large.x0, "x0"), atol=5e-5)
     else:
-        assert torch.allclose(given(small.log_prob, "log_prob"), given(large.log_prob, "log_prob"), atol=1e-5)
+        assert torch.allclose(required(small.log_prob, "log_prob"), required(large.log_prob, "log_prob"), atol=1e-5)
 
 
 @pytest.mark.parametrize("same_noise", ["false", "true"])
@@ -136,16 +136,16 @@ def test_mixgrpo_with_a_full_window_is_grpo(collect: Callable[..., Phase]):
         p, v = phase.got.points, torch.zeros_like(phase.got.points.x)
         losses.append(phase.collector.algorithm.loss(p, v)[0])
         for name in ("x", "x_next", "sigma", "advantage"):
-            assert torch.equal(given(getattr(p, name), name), given(getattr(plain.got.points, name), name)), name
+            assert torch.equal(required(getattr(p, name), name), required(getattr(plain.got.points, name), name)), name
     assert torch.equal(*losses)
     assert losses[0].unique().numel() > 1
 
 
 def test_points_know_their_group_their_sample_and_their_noise(collect: Callable[..., Phase]):
     p = collect("algo=grpo").got.points
-    assert given(p.sample, "sample").tolist() == [s for s in range(8) for _ in range(3)]
-    assert given(p.group, "group").tolist() == [g for g in range(2) for _ in range(12)]
-    assert given(p.std_scale, "std_scale").shape == (24,)
+    assert required(p.sample, "sample").tolist() == [s for s in range(8) for _ in range(3)]
+    assert required(p.group, "group").tolist() == [g for g in range(2) for _ in range(12)]
+    assert required(p.std_scale, "std_scale").shape == (24,)
 
 
 def test_calls_of_the_network_are_counted(collect: Callable[..., Phase]):
@@ -175,11 +175,11 @@ def test_branches_are_compared_with_those_of_their_own_step(collect: Callable[..
     phase = collect("algo=grpo", "batch.group_size=8", "steps=branch", "steps.branches=2", "steps.num=2")
     p = phase.got.points
     assert len(p.x) == 16
-    assert given(p.group, "group").tolist() == [g for g in range(8) for _ in range(2)]
+    assert required(p.group, "group").tolist() == [g for g in range(8) for _ in range(2)]
     # The made-up rewards are the numbers of the samples: within a pair the second one is better.
     assert (p.advantage.reshape(8, 2) * torch.tensor([-1, 1]) > 0).all()
     assert torch.equal(p.x[0::2], p.x[1::2])  # both leave the same state
-    assert given(p.std_scale, "std_scale").unique().numel() == 1
+    assert required(p.std_scale, "std_scale").unique().numel() == 1
     assert p.sigma.reshape(2, 2, 2, 2).unique(dim=0).shape[0] == 1  # the same steps everywhere
     steps = phase.collector.plan(0).trained
     # A batch holds a trunk. Before the first step a row, then two branches more with each step.
@@ -191,14 +191,14 @@ def test_branches_are_compared_with_those_of_their_own_step(collect: Callable[..
 
 def test_members_of_a_group_may_share_their_noise(collect: Callable[..., Phase]):
     p = collect("algo=nft", "batch.micro=4", shared_noise=True, together="group").got.points
-    eps, sigma = given(p.eps, "eps").unflatten(0, (2, 4, 3)), p.sigma.unflatten(0, (2, 4, 3))
+    eps, sigma = required(p.eps, "eps").unflatten(0, (2, 4, 3)), p.sigma.unflatten(0, (2, 4, 3))
     assert torch.equal(eps, eps[:, :1].expand_as(eps))
     assert torch.equal(sigma, sigma[:, :1].expand_as(sigma))
     assert not torch.equal(eps[0, 0], eps[1, 0])
     assert not torch.equal(eps[0, 0, 0], eps[0, 0, 1])
-    assert given(p.group, "group").tolist() == [0] * 12 + [1] * 12
+    assert required(p.group, "group").tolist() == [0] * 12 + [1] * 12
     own = collect("algo=nft").got.points
-    assert torch.equal(given(own.eps, "eps")[:3], given(p.eps, "eps")[:3])  # that of the group's first member
+    assert torch.equal(required(own.eps, "eps")[:3], required(p.eps, "eps")[:3])  # that of the group's first member
 
 
 @pytest.mark.parametrize("asks", ["algorithm", "user"])
@@ -208,7 +208,7 @@ def test_training_on_the_best_and_the_worst(collect: Callable[..., Phase], membe
     by_user = asks == "user"
     words, declared = ([f"batch.extremes={members}"], {}) if by_user else ([], {"samples_per_group": members})
     p = collect("algo=nft", *words, **declared).got.points
-    assert given(p.sample, "sample").tolist() == [s for s in kept for _ in range(3)]
+    assert required(p.sample, "sample").tolist() == [s for s in kept for _ in range(3)]
     whole = collect("algo=nft").got
     rows = torch.tensor([3 * s + j for s in kept for j in range(3)])
     assert torch.equal(p.x, whole.points.x[rows])
@@ -223,13 +223,13 @@ def test_who_has_no_score_is_trained_on_only_where_its_group_has_too_few_others(
     phase.collector.scorer = Scorer(lambda media, *_: torch.zeros(len(media)), max_missing=1)
     with torch.no_grad():
         got = settled(phase.collector, lambda _: rewards)
-    samples = given(got.points.sample, "sample")[::3]
+    samples = required(got.points.sample, "sample")[::3]
     scored = got.points.counts[::3]
     assert samples[:5].tolist() == [1, 2, 4, 5, 6]
     assert scored[:5].all()
     assert {11, 14} <= set(samples[5:].tolist())
     assert samples[5:][scored[5:]].tolist() == [11, 14]
-    assert float(given(got.points.weight, "weight").mean()) == pytest.approx(1)
+    assert float(required(got.points.weight, "weight").mean()) == pytest.approx(1)
 
 
 def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
@@ -239,14 +239,14 @@ def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
     assert got.points.advantage.unique().tolist() == [1.0]
     assert len(got.points.x) == 8 * 3
     assert got.images.shape[0] == 2
-    x0 = given(got.points.x0, "x0")[::3]
+    x0 = required(got.points.x0, "x0")[::3]
     assert len(x0.flatten(1).unique(dim=0)) == 8  # every member of a group is a picture of its own
     collector = phase.collector
     assert torch.allclose(collector.model.decode(x0[:1])[0], got.images[0], atol=0.3)
     scores = collector.scorer.rewards(collector.model.decode(x0), got.prompts)
     assert scores.mean() > 0.7  # they show what the prompts ask for
-    assert torch.equal(x0, given(collect("algo=nft", source="images").got.points.x0, "x0")[::3])
-    assert not torch.equal(x0, given(collect("algo=nft", source="images", epoch=1).got.points.x0, "x0")[::3])
+    assert torch.equal(x0, required(collect("algo=nft", source="images").got.points.x0, "x0")[::3])
+    assert not torch.equal(x0, required(collect("algo=nft", source="images", epoch=1).got.points.x0, "x0")[::3])
 
 
 def test_a_plan_that_grows_is_refused(collect: Callable[..., Phase]):
@@ -337,7 +337,7 @@ def test_rewards_of_latents_decode_only_what_is_looked_at(collect: Callable[...,
     monkeypatch.setattr(FlowModel, "decode", counted)
     phase = collect("algo=nft", scorer=Scorer(OfLatents()))
     assert sum(decoded) == 2
-    x0 = given(phase.got.points.x0, "x0")[::3]
+    x0 = required(phase.got.points.x0, "x0")[::3]
     assert torch.allclose(phase.rewards[:, 0], x0.flatten(1).mean(1))
     decoded.clear()
     both = collect("algo=nft", scorer=Scorer({"latent": OfLatents(), "light": Compared()}))

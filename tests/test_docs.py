@@ -101,7 +101,7 @@ LEFT_OUT = {
     "algo=awr": "test_what_the_four_doors_show_trains runs it",
 }
 """Words of commands that are not tried here, and why."""
-EXTRAS = {"hydra/launcher=": "hydra_plugins", "hparams_search=optuna": "hydra_plugins"}
+EXTRAS = {"hydra/launcher=": "hydra_plugins", "hparams_search=optuna": "hydra_plugins", "wandb": "wandb"}
 """Words of commands that compose only with an extra of the package."""
 
 

@@ -63,6 +63,20 @@ def test_a_process_has_its_own_gpu_before_a_reward_is_loaded(
     assert chosen == [own]
 
 
+def test_a_mac_trains_on_its_cpu_since_its_gpu_lacks_float64(monkeypatch: pytest.MonkeyPatch):
+    import torch
+    from omegaconf import DictConfig
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    trainer = DictConfig({"accelerator": "auto", "devices": 1})
+    choose_device(trainer)
+    assert trainer.accelerator == "cpu"
+    choose_device(trainer)
+    for given in ("gpu", "mps"):
+        with pytest.raises(ConfigError, match=r"float64.*use trainer=cpu"):
+            choose_device(DictConfig({"accelerator": given, "devices": 1}))
+
+
 # ------------------------------------------------------------ one folder for all ranks
 
 

@@ -537,7 +537,7 @@ def test_letting_the_text_encoders_go_changes_no_number(prepared: Callable[..., 
         assert released.recipe.model.text_encoders() == {}
         for name, parameter in module.live.trained().items():
             assert torch.equal(parameter, kept.module.live.trained()[name]), name
-    with pytest.raises(RuntimeError, match=r"'something new' cannot be encoded: the text encoders have left memory"):
+    with pytest.raises(RuntimeError, match=r"'something new' cannot be encoded: the text encoders were released"):
         released.recipe.model.encode(["something new"])
 
 

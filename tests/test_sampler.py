@@ -15,7 +15,7 @@ from flowalign.sampler import Noise, Rows, Sampling, deterministic, join, walk
 from flowalign.solvers import DPM, Euler
 from flowalign.steps import All, Branch, Fast, Random, StepPlan, Window
 from flowalign.steps.tail import shorten
-from flowalign.types import Conditioning, Rollout, given
+from flowalign.types import Conditioning, Rollout, required
 
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.0])
 SHAPE = (3, 2)
@@ -45,7 +45,7 @@ def test_the_recorded_log_probability_is_that_of_the_recorded_step(dynamics: Dyn
     p = transitions(rollout, torch.zeros(4))
     assert p.sigma_next is not None
     mean, std = dynamics.moments(p.x, field(p.x, p.sigma[:, None, None]), p.sigma, p.sigma_next, p.sigma_max)
-    x_next, recorded = given(p.x_next, "x_next"), given(p.log_prob, "log_prob")
+    x_next, recorded = required(p.x_next, "x_next"), required(p.log_prob, "log_prob")
     assert torch.allclose(dynamics.log_prob(x_next, mean, std), recorded, atol=1e-6)
     wrong = dynamics.log_prob(x_next, mean + 0.1 * std, std)
     assert (wrong - recorded).abs().max() > 1e-4
@@ -80,7 +80,7 @@ def test_a_walk_goes_on_from_the_rounded_states_that_it_keeps(dynamics: Dynamics
         return field(x, sigma, rows)
 
     rollout = walk(told, SIGMAS, All()(0, 4), dynamics, Euler(), Noise(5, 0, range(4), SHAPE), keep_in=keep_in)
-    x, x_next = given(rollout.x, "x"), given(rollout.x_next, "x_next")
+    x, x_next = required(rollout.x, "x"), required(rollout.x_next, "x_next")
     assert x.dtype == x_next.dtype == keep_in
     assert torch.equal(x[:, 1:], x_next[:, :-1])
     assert all(torch.equal(x[:, i].float(), seen[i]) for i in range(3))
@@ -88,12 +88,14 @@ def test_a_walk_goes_on_from_the_rounded_states_that_it_keeps(dynamics: Dynamics
     buffer = Buffer()
     buffer.fill(0, transitions(rollout, torch.zeros(4)), Conditioning(), torch.zeros(12, dtype=torch.long))
     p, _ = buffer.gather(torch.arange(12))
-    assert p.x.dtype == given(p.x_next, "x_next").dtype == torch.float32
-    mean, std = dynamics.moments(p.x, field(p.x, p.sigma[:, None, None]), p.sigma, given(p.sigma_next, ""), p.sigma_max)
-    found = dynamics.log_prob(given(p.x_next, "x_next"), mean, std)
-    assert torch.allclose(found, given(p.log_prob, "log_prob"), atol=1e-6)
+    assert p.x.dtype == required(p.x_next, "x_next").dtype == torch.float32
+    mean, std = dynamics.moments(
+        p.x, field(p.x, p.sigma[:, None, None]), p.sigma, required(p.sigma_next, ""), p.sigma_max
+    )
+    found = dynamics.log_prob(required(p.x_next, "x_next"), mean, std)
+    assert torch.allclose(found, required(p.log_prob, "log_prob"), atol=1e-6)
     unrounded = sampled(range(4), All()(0, 4), dynamics)
-    assert not torch.equal(given(unrounded.x, "x"), x.float())
+    assert not torch.equal(required(unrounded.x, "x"), x.float())
 
 
 def test_rounding_to_the_type_that_states_have_changes_nothing():
@@ -114,7 +116,7 @@ def test_rounded_pictures_do_not_depend_on_their_batch():
 
     together, alone = walked(range(6)), join([walked(range(i, i + 1)) for i in range(6)])
     assert torch.equal(together.x0, alone.x0)
-    assert torch.equal(given(together.x, "x"), given(alone.x, "x"))
+    assert torch.equal(required(together.x, "x"), required(alone.x, "x"))
 
 
 def test_a_plan_without_noise_is_the_solvers_walk():
@@ -140,7 +142,7 @@ def test_joined_parts_are_the_whole(plan: StepPlan):
     parts = join([sampled(range(0, 4), plan, FlowSDE(0.7), True), sampled(range(4, 6), plan, FlowSDE(0.7), True)])
     for name in ("x0", "steps", "x", "x_next", "log_prob", "std", "mean"):
         one, other = getattr(whole, name), getattr(parts, name)
-        assert one is other is None or torch.equal(given(one, name), given(other, name))
+        assert one is other is None or torch.equal(required(one, name), required(other, name))
 
 
 @pytest.mark.parametrize("name", ["num_steps", "batch_size"])
@@ -207,7 +209,7 @@ def test_a_shared_prefix_changes_nothing_and_costs_what_it_must(name: str, solve
     apart = join([rollout for rollout, _ in alone])
     for column in ("x0", "steps", "x", "x_next", "log_prob", "std", "mean"):
         one, other = getattr(together, column), getattr(apart, column)
-        assert one is other is None or torch.equal(given(one, column), given(other, column)), column
+        assert one is other is None or torch.equal(required(one, column), required(other, column)), column
 
 
 @pytest.mark.parametrize(("start", "calls"), [(0, 217), (2, 171), (4, 125)])
@@ -297,7 +299,7 @@ def test_the_tail_is_second_order_from_its_first_step():
         x = state.step(x, field(x, sigmas[i]), sigmas[i], sigmas[i + 1], last=i == 4)
     assert torch.equal(rollout.x0, x)
     euler = walk(field, sigmas, replace(plan, tail=None), FlowSDE(0.7), Euler(), noise)
-    assert torch.equal(given(euler.x_next, "x_next"), rollout.x_next)
+    assert torch.equal(required(euler.x_next, "x_next"), rollout.x_next)
     assert not torch.allclose(euler.x0, x, atol=1e-3)
 
 
@@ -307,9 +309,9 @@ def test_a_tail_remembers_every_step_before_it(solver: DPM):
     plan = Window(2, seed=0, tail=0.8, tail_solver=solver)(0, 7)
     sigmas = shorten(LONG, plan.last_noisy, 0.8, 3.0)
     rollout = walk(field, sigmas, plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(2), SHAPE))
-    x, state = given(rollout.x_next, "x_next")[:, 1], solver.start()
+    x, state = required(rollout.x_next, "x_next")[:, 1], solver.start()
     for i in range(2):
-        before = given(rollout.x, "x")[:, i]
+        before = required(rollout.x, "x")[:, i]
         state.push(before, field(before, sigmas[i]), sigmas[i])
     for i in range(2, 5):
         x = state.step(x, field(x, sigmas[i]), sigmas[i], sigmas[i + 1], last=i == 4, careful=i == 3)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flowalign.types import Conditioning, Point, given
+from flowalign.types import Conditioning, Point, required
 
 
 def prompts(batch: int, length: int) -> Conditioning:
@@ -17,7 +17,7 @@ def prompts(batch: int, length: int) -> Conditioning:
 
 def test_cat_pads_ragged_dims_on_the_right_with_zeros():
     joined = Conditioning.cat([prompts(1, 2), prompts(2, 4)])
-    assert joined.batch_size == 3
+    assert {len(t) for t in joined.values()} == {3}
     assert joined["mask"].tolist() == [[True, True, False, False], [True] * 4, [True] * 4]
     assert joined["embeds"].shape == (3, 4, 2)
     assert joined["embeds"][0, :, 0].tolist() == [1.0, 1.0, 0.0, 0.0]
@@ -52,18 +52,12 @@ def test_a_point_is_indexed_in_every_field_and_every_frozen_velocity():
     q = p.index(torch.tensor([2, 0]))
     assert q.x.tolist() == [[4, 5], [0, 1]]
     assert (q.sigma.tolist(), q.advantage.tolist()) == ([4, 0], [5, 1])
-    assert given(q.mean, "mean").tolist() == [[14, 15], [10, 11]]
+    assert required(q.mean, "mean").tolist() == [[14, 15], [10, 11]]
     assert q.frozen["old"].tolist() == [[24, 25], [20, 21]]
     assert q.x_next is None
     assert p.x.shape == (3, 2)
 
 
-def test_a_point_moves_with_its_frozen_velocities():
-    x = torch.zeros(1, 2)
-    p = Point(x=x, sigma=x[:, 0], advantage=x[:, 0], frozen={"old": x}).to("meta")
-    assert (p.x.device.type, p.frozen["old"].device.type) == ("meta", "meta")
-
-
 def test_a_missing_field_is_named():
     with pytest.raises(ValueError, match="`x_next`"):
-        given(None, "x_next")
+        required(None, "x_next")

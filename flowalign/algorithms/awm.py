@@ -8,7 +8,7 @@ from flowalign.algorithms.base import Algorithm, pessimistic
 from flowalign.algorithms.errors import matching
 from flowalign.credit import Groups
 from flowalign.flow import at_least_float32, mean_dims
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 
@@ -47,7 +47,8 @@ class AWM(Algorithm):
             raise ValueError(f'kl is "uniform" or "elbo" (got {kl!r}).')
         if min(clip, advantage_max, power) <= 0 or ema_beta < 0:
             raise ValueError(
-                f"clip, advantage_max and power are positive, ema_beta ≥ 0 (got {clip}, {advantage_max}, ...)."
+                f"clip, advantage_max and power must be positive and ema_beta 0 or more (got clip={clip}, "
+                f"advantage_max={advantage_max}, power={power}, ema_beta={ema_beta})."
             )
         self.weighting: Weighting = weighting
         self.ratio = ratio
@@ -69,7 +70,7 @@ class AWM(Algorithm):
         log_p = self.log_prob(p, v)
         log_old = self.log_prob(p, p.frozen["old"]) if self.off_policy else log_p.detach()
         if self.ratio == "sum_first":
-            samples = Groups.of(given(p.sample, "sample"))
+            samples = Groups.of(required(p.sample, "sample"))
             log_p, log_old = samples.mean(log_p), samples.mean(log_old)
         ratio = (log_p - log_old).exp()
         A = self.clipped(p.advantage) / self.adv_clip * self.advantage_max

@@ -3,7 +3,7 @@
 import torch
 
 from flowalign.credit import Groups
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 
 def compared(p: Point) -> Groups:
@@ -11,6 +11,6 @@ def compared(p: Point) -> Groups:
 
     One number of a noise tells it from every other one.
     """
-    first = given(p.eps, "eps").flatten(1)[:, 0]
-    keys = torch.stack([given(p.group, "group").double(), p.sigma.double(), first.double()], dim=1)
+    first = required(p.eps, "eps").flatten(1)[:, 0]
+    keys = torch.stack([required(p.group, "group").double(), p.sigma.double(), first.double()], dim=1)
     return Groups.of(torch.unique(keys, dim=0, return_inverse=True)[1], p.counts)

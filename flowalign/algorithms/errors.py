@@ -6,18 +6,18 @@ Differences are taken in float32 or better, whatever their terms are kept in.
 from torch import Tensor
 
 from flowalign.flow import at_least_float32, mean_dims, velocity, x0_from
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 
 def v_error(p: Point, v: Tensor) -> Tensor:
     """v - (eps - x0), (B, …)."""
-    x0, eps = at_least_float32(given(p.x0, "x0")), at_least_float32(given(p.eps, "eps"))
+    x0, eps = at_least_float32(required(p.x0, "x0")), at_least_float32(required(p.eps, "eps"))
     return (at_least_float32(v) - velocity(x0, eps)).double()
 
 
 def x0_error(p: Point, v: Tensor) -> Tensor:
     """The sample that v predicts, less the true one, (B, …)."""
-    x, x0 = at_least_float32(p.x), at_least_float32(given(p.x0, "x0"))
+    x, x0 = at_least_float32(p.x), at_least_float32(required(p.x0, "x0"))
     return (x0_from(x, at_least_float32(v), p.sigma) - x0).double()
 
 

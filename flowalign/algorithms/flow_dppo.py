@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowalign.algorithms.grpo import GRPO
 from flowalign.dynamics import Dynamics
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 
 class FlowDPPO(GRPO):
@@ -34,6 +34,6 @@ class FlowDPPO(GRPO):
 
     def surrogate(self, p: Point, A: Tensor, ratio: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
-        divergence = self.dynamics.gaussian_kl(mean.detach(), given(p.mean, "mean"), std)
+        divergence = self.dynamics.gaussian_kl(mean.detach(), required(p.mean, "mean"), std)
         far = (divergence >= self.threshold) & (A * (ratio - 1) > 0)
         return torch.where(far, 0.0, -A * ratio), far

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowalign.algorithms.base import Algorithm, pessimistic
 from flowalign.dynamics import Dynamics
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 
 class GRPO(Algorithm):
@@ -71,7 +71,7 @@ class GRPO(Algorithm):
 
     def log_ratio(self, p: Point, mean: Tensor, std: Tensor) -> Tensor:
         """log ρ of the recorded step, (B,)."""
-        return self.dynamics.log_prob(given(p.x_next, "x_next"), mean, std) - given(p.log_prob, "log_prob")
+        return self.dynamics.log_prob(required(p.x_next, "x_next"), mean, std) - required(p.log_prob, "log_prob")
 
     def surrogate(self, p: Point, A: Tensor, ratio: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """The policy term, and whether the step has left the range in which its ratio is trusted, both (B,)."""
@@ -84,7 +84,7 @@ class GRPO(Algorithm):
         return torch.ones_like(p.advantage)
 
     def _moments(self, p: Point, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self.dynamics.moments(p.x, v, p.sigma, given(p.sigma_next, "sigma_next"), p.sigma_max)
+        return self.dynamics.moments(p.x, v, p.sigma, required(p.sigma_next, "sigma_next"), p.sigma_max)
 
     def penalty(self, p: Point, v: Tensor) -> Tensor:
         """See the base class; which distance is a matter of `kl`."""
@@ -94,4 +94,4 @@ class GRPO(Algorithm):
         mean_ref, _ = self._moments(p, p.frozen["reference"])
         if self.kl == "gaussian":
             return self.dynamics.gaussian_kl(mean, mean_ref, std)
-        return self.dynamics.kl(mean, mean_ref, std, p.sigma, given(p.sigma_next, "sigma_next"))
+        return self.dynamics.kl(mean, mean_ref, std, p.sigma, required(p.sigma_next, "sigma_next"))

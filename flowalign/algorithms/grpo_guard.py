@@ -7,7 +7,7 @@ from torch import Tensor
 from flowalign.algorithms.base import over_rows
 from flowalign.algorithms.grpo import GRPO
 from flowalign.dynamics import Dynamics
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 
 class GRPOGuard(GRPO):
@@ -45,11 +45,11 @@ class GRPOGuard(GRPO):
 
     def log_ratio(self, p: Point, mean: Tensor, std: Tensor) -> Tensor:
         """log ρ', (B,)."""
-        shift = self.dynamics.gaussian_kl(mean, given(p.mean, "mean"), std)
+        shift = self.dynamics.gaussian_kl(mean, required(p.mean, "mean"), std)
         log_ratio = super().log_ratio(p, mean, std) + (over_rows(p, shift) if self.parity else shift)
         return log_ratio * std.flatten()
 
     def weight(self, p: Point, std: Tensor) -> Tensor:
         """1 / -dt, (B,): takes the step size out of the gradient, which would favour the long steps."""
         del std
-        return 1 / (p.sigma - given(p.sigma_next, "sigma_next"))
+        return 1 / (p.sigma - required(p.sigma_next, "sigma_next"))

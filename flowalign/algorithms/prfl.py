@@ -8,7 +8,7 @@ from torch import Tensor
 from flowalign.algorithms.base import Algorithm
 from flowalign.algorithms.errors import matching
 from flowalign.flow import at_least_float32, expand
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 
 class PRFL(Algorithm):
@@ -33,13 +33,13 @@ class PRFL(Algorithm):
 
     def lands(self, p: Point, v: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class: the Euler step to the next level."""
-        sigma_next = given(p.sigma_next, "sigma_next")
+        sigma_next = required(p.sigma_next, "sigma_next")
         x = at_least_float32(p.x)
         return x + (expand(sigma_next, x) - expand(p.sigma, x)) * v, sigma_next
 
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the base class; p is a noised point with the reward of where v lands."""
-        reward = given(p.reward, "reward")
+        reward = required(p.reward, "reward")
         real = torch.zeros_like(reward, dtype=torch.bool) if p.real is None else p.real
         error = matching(p, v).to(reward)
         loss = torch.where(real, self.sft_weight * error, self.scale * (self.margin - reward).clamp(min=0))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flowalign.algorithms.grpo import GRPO
 from flowalign.dynamics import Dynamics
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 
 class TempFlow(GRPO):
@@ -33,4 +33,4 @@ class TempFlow(GRPO):
     def weight(self, p: Point, std: Tensor) -> Tensor:
         """See the class, (B,)."""
         S = std.flatten()
-        return S / given(p.std_scale, "std_scale") if self.scale is None else self.scale * S
+        return S / required(p.std_scale, "std_scale") if self.scale is None else self.scale * S

@@ -1,13 +1,14 @@
-"""Grids of fixed prompts and seeds in TensorBoard: the slider shows what training changes."""
+"""Grids of fixed prompts and seeds in TensorBoard, W&B and MLflow: the slider shows what training changes."""
 
 from __future__ import annotations
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from flowalign.evaluation import stills
 from flowalign.grid import grid
+from flowalign.loggers import show
 from flowalign.module import AlignModule
+from flowalign.rewards.pixels import as_bytes
 
 
 class Pictures(Callback):
@@ -16,11 +17,8 @@ class Pictures(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, AlignModule) or not trainer.is_global_zero:
             return
-        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        for board in boards:
-            if shown := pl_module.shown.get("val"):
-                board.experiment.add_image("val/pictures", grid(shown), trainer.global_step, dataformats="HWC")
-            if pl_module.rollout_shown is not None:
-                board.experiment.add_images(
-                    "rollout/pictures", stills(pl_module.rollout_shown[:16]), trainer.global_step
-                )
+        if shown := pl_module.shown.get("val"):
+            show(trainer.loggers, "val/pictures", grid(shown)[None], trainer.global_step)
+        if pl_module.rollout_shown is not None:
+            images = as_bytes(stills(pl_module.rollout_shown[:16]))
+            show(trainer.loggers, "rollout/pictures", images, trainer.global_step)

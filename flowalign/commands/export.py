@@ -119,7 +119,7 @@ def _curve(saved: Saved) -> str:
     found = {name.removeprefix("val/"): points for name, points in curves(folder, "val/").items()}
     found = {name: found[name] for name in measures if name in found}
     if not found:
-        return "The run kept no TensorBoard files."
+        return "The run's folder has no curve: neither TensorBoard files nor a metrics.csv."
     epochs = [epoch for epoch in next(iter(found.values())) if epoch <= saved.epoch]
     lines = [f"| epoch | {' | '.join(map(str, epochs))} |", "|---" * (len(epochs) + 1) + "|"]
     for name, points in found.items():

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign.prompts import Prompt
+from flowalign.rewards.pixels import as_bytes
 
 _FIXED = ["sample", "picture", "prompt", "tag"]
 
@@ -116,8 +117,7 @@ class Record:
         path.parent.mkdir(parents=True, exist_ok=True)
         line = {"prompt": one.prompt.text, **one.prompt.metadata}
         (path.parents[1] / "metadata.jsonl").write_text(json.dumps(line) + "\n")
-        pixels = (picture.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        Image.fromarray(pixels).save(path)
+        Image.fromarray(as_bytes(picture)).save(path)
 
     def kept(self, one: Asked) -> Tensor:
         """What `keep` has written."""

@@ -80,7 +80,7 @@ def reward_server(
 
 def _check(port: int, *numbers: int) -> None:
     if not 0 <= port < 1 << 16:
-        raise ValueError(f"port={port} is none: they go from 1 to 65535, and 0 takes a free one.")
+        raise ValueError(f"port={port} is not a port: use 1 to 65535, or 0 for any free one.")
     if min(numbers) < 1:
         raise ValueError("places, max_mib, max_samples and max_megapixels are at least 1.")
 

@@ -59,7 +59,7 @@ def sample(
         print(path)
     if compare:
         path = target.with_name(f"{target.stem}_compare.png")
-        _compared(saved, asked, media, made(saved, asked, seed, sampling, area, "base"), path)
+        _compared(asked, media, made(saved, asked, seed, sampling, area, "base"), path)
         print(path)
 
 
@@ -101,7 +101,7 @@ def batches(
         yield Made(list(numbers), part.media, Latents(part.x0, cond))
 
 
-def _compared(saved: Saved, asked: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:
+def _compared(asked: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:
     def shown(media: Tensor) -> Shown:
         return Shown(stills(media), [p.text for p in asked], {})
 

@@ -36,8 +36,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def _released(prompts: Sequence[str], *others: Any, **also: Any) -> Conditioning:
     raise RuntimeError(
-        f"{prompts[0]!r} cannot be encoded: the text encoders have left memory (encoding.release=true) and this prompt "
-        "was in none of the prompt files."
+        f"{prompts[0]!r} cannot be encoded: the text encoders were released (encoding.release=true), and this prompt "
+        "was not encoded before, or its cached file is damaged."
     )
 
 

@@ -17,7 +17,7 @@ from flowalign.rewards.weights import built, fetched, mlp_of, tensors_of, under
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw rewards over its authors' data."""
 HEAD_WIDTH = 64
-"""Of an attention head, in ViT and BERT of every size; nothing else of their shape is not in the weights."""
+"""Width of an attention head, in ViT and BERT of every size: all of their shape that the weights do not show."""
 LENGTH = 35
 """Tokens of a prompt."""
 VISION = {

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowalign.rewards.base import FrameReward, RewardError
+from flowalign.rewards.pixels import as_bytes
 
 
 class Jpeg(FrameReward):
@@ -35,6 +36,5 @@ class Jpeg(FrameReward):
 
     def _kilobytes(self, picture: Tensor) -> float:
         file = BytesIO()
-        pixels = (picture.cpu() * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(file, "JPEG", quality=self.quality)
+        Image.fromarray(as_bytes(picture)).save(file, "JPEG", quality=self.quality)
         return file.tell() / 1000

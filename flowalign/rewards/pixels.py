@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
@@ -20,7 +20,7 @@ FILTERS = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the filters that vision models use."""
 
 
-def eight_bits(pictures: Tensor) -> Tensor:
+def rounded(pictures: Tensor) -> Tensor:
     """Values in [0, 1] as a picture file would hold them: multiples of 1/255."""
     return (pictures.clamp(0, 1) * 255 + 0.5).floor() / 255  # halves upwards, as PIL rounds
 
@@ -30,10 +30,10 @@ def resized(pictures: Tensor, height: int, width: int, mode: str = "bicubic") ->
 
     The official processors work on such files; a model that saw none but those is judged on nothing else.
     """
-    pictures = eight_bits(pictures)
+    pictures = rounded(pictures)
     for size in ((pictures.shape[-2], width), (height, width)):
         if pictures.shape[-2:] != size:
-            pictures = eight_bits(interpolate(pictures, size, mode=mode, antialias=True, align_corners=False))
+            pictures = rounded(interpolate(pictures, size, mode=mode, antialias=True, align_corners=False))
     return pictures
 
 
@@ -109,6 +109,6 @@ def _middle(pictures: Tensor, height: int, width: int) -> Tensor:
     return pictures[..., top : top + height, left : left + width]
 
 
-def as_bytes(picture: Tensor) -> Any:
-    """(3, H, W) in [0, 1] → NumPy (H, W, 3) uint8."""
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+def as_bytes(media: Tensor) -> np.ndarray:
+    """(…, 3, H, W) in [0, 1] → (…, H, W, 3) uint8, as files hold it."""
+    return (media.detach().float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()

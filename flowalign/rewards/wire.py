@@ -77,7 +77,7 @@ class Query:
             raise WireError(f"protocol {protocol} is not spoken here; this is protocol {PROTOCOL}")
         listed = field(node, "samples", list)
         if not 1 <= len(listed) <= samples:
-            raise WireError(f"{len(listed)} samples in a request; 1 to {samples} are taken")
+            raise WireError(f"{len(listed)} samples in a request; 1 to {samples} are accepted")
         read = [_sample(entry, place) for place, entry in enumerate(listed)]
         if len({len(sample.frames) for sample in read}) > 1:
             raise WireError("the samples of a request must have equally many frames")

@@ -14,8 +14,8 @@ from flowalign.rewards.base import RewardError
 Policy = Literal["drop_sample", "drop_group", "stop"]
 CAUSES = (
     "Likely causes: a reward server that is down or too slow, a worker that was killed for its memory, prompts without "
-    "the metadata that the reward reads, pictures that are not finite. The last checkpoint is whole: set the cause "
-    "right and go on from it with ckpt_path=…"
+    "the metadata that the reward reads, pictures that are not finite. The last checkpoint is whole: fix the "
+    "cause and resume from it with ckpt_path=…"
 )
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flowalign.algorithms import NFT
 from flowalign.flow import interpolate, mean_dims, velocity, x0_from
-from flowalign.types import Point, given
+from flowalign.types import Point, required
 
 
 def at_old_policy(advantage: list[float]) -> tuple[Point, Tensor]:
@@ -73,7 +73,7 @@ def test_a_good_sample_attracts_and_a_bad_one_repels():
     p, v = at_old_policy([5.0, -5.0, 5.0, -5.0])
     step = -gradient(NFT(kl_beta=0.0), p, v)
     # What a gradient step does to the predicted sample, against the way from the prediction to the true one.
-    x0 = given(p.x0, "x0")
+    x0 = required(p.x0, "x0")
     moved = -p.sigma[:, None, None] * step
     way = x0 - x0_from(p.x, v.detach(), p.sigma)
     cosine = torch.cosine_similarity(moved.flatten(1), way.flatten(1))
@@ -95,7 +95,7 @@ def test_zero_advantage_gives_zero_gradient_at_the_old_policy(beta):
 def test_with_equal_weights_the_minimum_is_a_mixture_of_old_and_true_velocity(monkeypatch, beta):
     monkeypatch.setattr("flowalign.algorithms.errors.size", lambda error: error.new_ones(len(error)))
     p, v_old = at_old_policy([5.0, -5.0, 2.5, 0.0])
-    true = velocity(given(p.x0, "x0"), given(p.eps, "eps"))
+    true = velocity(required(p.x0, "x0"), required(p.eps, "eps"))
     reach = (2 * NFT().optimality(p.advantage) - 1)[:, None, None] / beta
     best = (v_old + reach * (true - v_old)).detach().requires_grad_()
     assert gradient(NFT(beta, kl_beta=0.0), p, best).abs().max() < 1e-13
@@ -107,7 +107,7 @@ def test_with_equal_weights_the_minimum_is_a_mixture_of_old_and_true_velocity(mo
 def test_the_adaptive_weights_decide_for_one_side(advantage):
     # A square over its own size is an absolute value, and the least sum of two of these lies at the nearer end.
     p, v_old = at_old_policy([advantage])
-    true = velocity(given(p.x0, "x0"), given(p.eps, "eps"))
+    true = velocity(required(p.x0, "x0"), required(p.eps, "eps"))
     slopes = []
     for reach in (0.5, 0.99, 1.01):  # on the way from the old velocity to the true or the mirrored one
         v = (v_old + math.copysign(reach, advantage) * (true - v_old)).detach().requires_grad_()
@@ -120,7 +120,7 @@ def test_the_adaptive_weights_decide_for_one_side(advantage):
 def test_a_perfect_prediction_is_finite():
     p, _ = at_old_policy([1.0, -1.0])
     # x0 = 0 makes the error exactly zero, without rounding: 0 / 0 unless the scale has a floor.
-    p.x0, eps = torch.zeros_like(p.x), given(p.eps, "eps")
+    p.x0, eps = torch.zeros_like(p.x), required(p.eps, "eps")
     p.x, v = interpolate(p.x0, eps, p.sigma), velocity(p.x0, eps).requires_grad_()
     p.frozen["old"] = v.detach()
     loss, _ = NFT(kl_beta=0.0).loss(p, v)
@@ -131,7 +131,7 @@ def test_a_perfect_prediction_is_finite():
 def test_the_weight_of_the_error_carries_no_gradient():
     p, v = at_old_policy([5.0])
     algorithm = NFT(kl_beta=0.0)
-    error = x0_from(p.x, v.detach(), p.sigma) - given(p.x0, "x0")
+    error = x0_from(p.x, v.detach(), p.sigma) - required(p.x0, "x0")
     # d/dv of 5 mean(error^2) / w at constant w, with d error / d v = -sigma = -1.
     expected = -5 * 2 * error / error[0].numel() / mean_dims(error.abs())
     torch.testing.assert_close(gradient(algorithm, p, v), expected)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.drawings import drawings
-from flowalign.rewards.pixels import Pixels, as_bytes, eight_bits, resized
+from flowalign.rewards.pixels import Pixels, as_bytes, resized, rounded
 
 NOISE = torch.rand(1, 3, 150, 203, generator=torch.Generator().manual_seed(0))
 SMOOTH = resized(torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1)), 150, 203)
@@ -64,7 +64,7 @@ def test_a_whole_picture_gets_a_black_border():
 
 def test_pictures_are_judged_as_files_would_be():
     exact = torch.full((1, 3, 32, 32), 100.4 / 255)
-    assert eight_bits(exact).mul(255).allclose(torch.tensor(100.0))
+    assert rounded(exact).mul(255).allclose(torch.tensor(100.0))
     assert resized(exact, 16, 16).mul(255).allclose(torch.tensor(100.0))
 
 

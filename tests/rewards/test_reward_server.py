@@ -159,7 +159,7 @@ MALFORMED: list[tuple[Any, str]] = [
     (body(MEDIA[:1], part="beauty"), "'beauty' is not served here, but members, reward"),
     (body(MEDIA[:1], part="members"), "every sample needs its `group`"),
     (body(MEDIA[:1], samples=[]), "0 samples"),
-    (body(MEDIA[:9]), "9 samples in a request; 1 to 8 are taken"),
+    (body(MEDIA[:9]), "9 samples in a request; 1 to 8 are accepted"),
     (body(MEDIA[:1], video="yes"), "`video` must be a bool"),
     (body(MEDIA[None, :2], video=True) | {"video": False}, "a picture is one frame"),
     (body(MEDIA[:1], patience="for ever"), "patience must be a finite number"),
