@@ -225,7 +225,6 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path, text in files_of(page, "my_").items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(text)
-    (folder / "my_conf/reward/mine.yaml").write_text((ROOT / "conf/reward/jpeg.yaml").read_text())
     (folder / "mypackage").mkdir()
     (folder / "mypackage/rewards.py").write_text(
         "class Contrast:\n    def __call__(self, media, prompts, metadata): ...\n"
