@@ -7,8 +7,6 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from flowalign.loggers import read
-
 
 def curves(folder: Path, prefix: str) -> dict[str, dict[int, float]]:
     """Metrics that start with `prefix`, by name and epoch (0: the baseline), of TensorBoard's files or metrics.csv."""
@@ -43,5 +41,7 @@ def _of_tensorboard(folder: Path) -> Iterator[tuple[str, int, float]]:
 
 
 def _of_csv(folder: Path) -> Iterator[tuple[str, int, float]]:
+    from flowalign.loggers import read
+
     for row in read(folder / "metrics.csv"):
         yield from ((name, int(row["step"]), float(value)) for name, value in row.items())

@@ -367,7 +367,7 @@ WRONG = [
     (("optimizer.lr=abc",), "optimizer.lr is a number"),
     (("evaluation.num_val=0",), "num_val counts pictures"),
     (("frozen.old.decay=2",), "decay.kind=0, 1 or 2"),
-    (("rollout.guidance=nan",), "guidance is a number"),
+    (("rollout.guidance=nan",), "guidance must be 0 or more"),
     (("trainer.max_epochs=-1",), "use schedule.kind=constant, or set trainer.max_steps"),
     (("trainer.check_val_every_n_epoch=0",), "counts epochs"),
     (("schedule.floor=2",), "in [0, 1]"),

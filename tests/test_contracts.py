@@ -34,6 +34,8 @@ OPTIONS = sorted(str(path.relative_to(CONF).with_suffix("")) for path in CONF.gl
 ALGORITHMS = [option.removeprefix("algo/") for option in OPTIONS if option.startswith("algo/")]
 STEPS = [option.removeprefix("steps/") for option in OPTIONS if option.startswith("steps/")]
 DYNAMICS = [option.removeprefix("dynamics/") for option in OPTIONS if option.startswith("dynamics/")]
+OWN = {a: (CONF / "algo" / f"{a}.yaml").read_text().partition("override /dynamics: ")[2].split()[0] for a in ALGORITHMS}
+"""The dynamics that each algorithm chooses."""
 EXTRAS = {"hparams_search/optuna": "hydra_plugins.hydra_optuna_sweeper"}
 """Options that compose only with an extra of the package."""
 
@@ -62,13 +64,15 @@ def test_every_option_composes_and_its_classes_accept_what_it_says(compose: Call
 
 SHAPING = [option for option in OPTIONS if option.startswith(("algo/", "steps/", "times/", "debug/"))]
 """Options that say how many points there are, or how they are cut; experiments are below."""
+SHAPED = ("grpo", "mixgrpo", "tempflow", "nft", "prfl")
+"""Algorithms of every kind of points: recorded, of a window, of branches, re-noised, and beside given ones."""
 
 
 @pytest.mark.parametrize("option", SHAPING)
 def test_the_batch_plan_of_every_option_fits_with_every_algorithm(compose: Callable[..., DictConfig], option: str):
     group, _, name = option.rpartition("/")
-    chosen = [()] if group == "algo" else [(f"algo={algo}",) for algo in ALGORITHMS]
-    for algo in chosen:
+    others = ALGORITHMS if group == "steps" else SHAPED
+    for algo in [()] if group == "algo" else [(f"algo={algo}",) for algo in others]:
         cfg = compose(*algo, f"{group}={name}")
         if refused(cfg):
             continue
@@ -215,7 +219,7 @@ def test_every_algorithm_trains_with_all_that_is_shown_and_kept(
 @pytest.mark.parametrize(
     ("algo", "dynamics"),
     [
-        pytest.param(a, d, marks=() if a in ("grpo", "nft") or d in ("flow_sde", "ode") else pytest.mark.slow)
+        pytest.param(a, d, marks=() if a in ("grpo", "nft") or d == OWN[a] else pytest.mark.slow)
         for a in ALGORITHMS
         for d in DYNAMICS
     ],

@@ -58,7 +58,7 @@ AWR = ("algo=awr", "algo.temperature=0.5", "algo.kl_beta=0.1")
 OTHERS = ("algo=grpo", "dynamics=fading_noise", "reward=redness")
 
 
-@pytest.mark.parametrize("words", [AWR, OTHERS])
+@pytest.mark.parametrize("words", [AWR, pytest.param(OTHERS, marks=pytest.mark.slow)])
 def test_what_the_four_doors_show_trains(extended: Path, words: tuple[str, ...]):
     run = extended / words[0].replace("=", "_")
     overrides = settled(*TINY, f"hydra.run.dir={run}", "test=false", *words)

@@ -269,7 +269,7 @@ def test_a_mistake_ends_it_with_a_sentence(say: Any, monkeypatch: pytest.MonkeyP
         (("reward=jpeg", "only=beauty"), "there is no beauty; the rewards are reward."),
         (("reward=jpeg", "host=0.0.0.0"), "set FLOWALIGN_REWARD_TOKEN to a secret, or say open=true"),
         (("reward=jpeg", "places=0"), "at least 1"),
-        (("reward=jpeg", "port=99999"), "from 1 to 65535"),
+        (("reward=jpeg", "port=99999"), "use 1 to 65535"),
         (("reward=jpeg", "host=192.0.2.1", "open=true"), "cannot be listened on"),
     ):
         code, _, said = say(main, "reward-server", *words)
