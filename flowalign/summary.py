@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -196,11 +197,19 @@ class Summary:
             lines += [
                 f"sample    flowalign sample ckpt={last} prompt='two red circles'",
                 f"export    flowalign export ckpt={last} to={self.folder / 'export'}",
-                f"go on     {self._again(last, trainer)}",
+                f"resume    {self._again(last, trainer)}",
             ]
         lines += [f"best      {line}" for line in _best(trainer)]
-        for line in [*lines, "watch     tensorboard --logdir outputs"]:
+        boards = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        # Of all runs side by side, where they are in the usual place.
+        lines += [f"watch     tensorboard --logdir {_among_outputs(board)}" for board in boards]
+        for line in lines:
             _console.print(line, soft_wrap=True, markup=False)  # a command has brackets of its own
+
+
+def _among_outputs(folder: str) -> str:
+    first = Path(folder).parts[0]
+    return first if first == "outputs" else folder
 
 
 def _without(words: Sequence[str], options: Collection[str]) -> list[str]:

@@ -83,7 +83,7 @@ def test_a_continued_run_tells_what_it_does_otherwise(trained: Path, tmp_path: P
 
 
 def test_the_command_to_go_on_with_is_whole(trained: Path):
-    line = next(line for line in (trained / "said.txt").read_text().splitlines() if line.startswith("go on"))
+    line = next(line for line in (trained / "said.txt").read_text().splitlines() if line.startswith("resume "))
     assert {"'logger=[csv,tensorboard]'", f"ckpt_path={trained}/checkpoints/last.ckpt"} <= set(line.split())
 
 
@@ -94,7 +94,7 @@ def test_the_command_to_go_on_with_keeps_ones_own_folder_of_configs(tmp_path: Pa
     words = settled(*TINY, f"hydra.run.dir={tmp_path / 'run'}", *WORDS, "credit=mine", "test=false")
     done = command("train.py", "--config-dir", str(own), *words)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("go on"))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("resume "))
     assert f" --config-dir {own} " in line
     assert " credit=mine " in line
 

@@ -1,5 +1,6 @@
 """Why a config could not be composed, found by composing less of it until it can be."""
 
+import re
 from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
@@ -13,6 +14,10 @@ from flowalign.checks.suggest import listing, nearest, suggest
 
 # Plugins add these options; without the plugin the option is simply absent.
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "sweep", "optuna": "sweep"}
+
+
+INSIDE = re.compile(r"Could not override '[\w/]+@\w+\.")
+"""What Hydra says of `override /group` in a file whose content belongs to its own group."""
 
 
 def explain(compose: Composer, overrides: Sequence[Override], error: Exception) -> ConfigError:
@@ -128,4 +133,7 @@ def _why_group(override: Override, before: DictConfig, error: Exception) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    return one_line(root_cause(error))
+    said = one_line(root_cause(error))
+    if INSIDE.search(said):
+        said += " (A file that overrides other groups has `# @package _global_` as its first line.)"
+    return said

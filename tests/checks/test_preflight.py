@@ -14,7 +14,7 @@ from flowalign.checks import ConfigError
 from flowalign.checks.arguments import quote_choices
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from tests.checks.conftest import write
-from tests.conftest import installed
+from tests.conftest import ROOT, installed
 
 
 def refusal(conf: Path, *argv: str, name: str = "train") -> str:
@@ -183,3 +183,12 @@ def test_it_imports_nothing_heavy():
     code = "import flowalign.checks.preflight, sys; print({'torch', 'lightning', 'diffusers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout == "set()\n"
+
+
+def test_a_file_that_overrides_groups_from_inside_its_own_is_told_its_first_line(tmp_path: Path):
+    """Hydra names a group that nobody knows: dynamics@algo.dynamics."""
+    (tmp_path / "algo").mkdir()
+    text = (ROOT / "conf" / "algo" / "nft.yaml").read_text()
+    (tmp_path / "algo" / "mine.yaml").write_text("# algo/mine.yaml\n" + text)
+    with pytest.raises(ConfigError, match=r"`# @package _global_` as its first line"):
+        preflight(["--config-dir", str(tmp_path), "algo=mine"], ROOT / "conf", "train")
