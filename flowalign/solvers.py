@@ -75,6 +75,10 @@ class DPM:
         return DPMState(self.order, self.rule)
 
 
+DPM2 = DPM
+"""Its name when it knew the second order only; configs in checkpoints have it."""
+
+
 class DPMState:
     """The predicted clean samples of the last steps, as many as the order, with their sigmas in float64."""
 
