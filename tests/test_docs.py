@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import re
 import shlex
@@ -111,7 +112,7 @@ def test_the_algorithm_of_a_folder_of_ones_own_passes_its_tests_and_trains(tmp_p
     assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/adding-an-algorithm.md"])
+@pytest.mark.parametrize("page", [*PAGES, "docs/adding-an-algorithm.md", "docs/configuration.md"])
 def test_a_block_that_is_copied_whole_begins_with_its_package(page: str):
     """Hydra reads `# @package` in the first line only."""
     assert "# @package" in (ROOT / page).read_text()
@@ -307,3 +308,51 @@ def test_the_commands_are_found():
     pages = {command.where.partition(":")[0] for command in COMMANDS}
     assert {"README.md", "CONTRIBUTING.md", "docs/scaling.md", "docs/algorithms/nft.md"} <= pages
     assert sum(bool(command.refusal) for command in COMMANDS) >= 9
+
+
+# ------------------------------------------------------------ links
+
+
+BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#{1,6} +(.+?)(?: +#+)?$", re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to the headings of a page; one that occurs again gets a number."""
+    found: set[str] = set()
+    for heading in HEADING.findall(BLOCK.sub("", text)):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
+        name = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        numbered = (f"{name}-{i}" for i in itertools.count(1))
+        found.add(name if name not in found else next(n for n in numbered if n not in found))
+    return found
+
+
+def broken_links(page: Path) -> list[str]:
+    """The relative links of a page that name no file, or no heading of one."""
+    broken = []
+    for target in LINK.findall(BLOCK.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        if not file.is_file() or (anchor and anchor not in anchors(file.read_text())):
+            broken.append(target)
+    return broken
+
+
+@pytest.mark.parametrize("page", DOCUMENTED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page: Path):
+    assert broken_links(page) == []
+
+
+def test_broken_links_are_found(tmp_path: Path):
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    page.write_text(
+        "# A page\n[1](other.md#two-words) [2](#a-page) [3](https://example.org) ![4](other.md)\n"
+        "[5](absent.md) [6](#absent) [7](other.md#in-a-block) [8](other.md#code-val-and-a_b-1)\n"
+        "```\n[9](absent.md)\n```\n"
+    )
+    other.write_text("## Two words\n## Code: `val/…` and a_b\n## Code: `val` and a_b\n```\n# In a block\n```\n")
+    assert broken_links(page) == ["absent.md", "#absent", "other.md#in-a-block"]
