@@ -38,7 +38,8 @@ def composed(words: Iterable[str]) -> DictConfig:
     """The config of these overrides, of which later ones win."""
     from hydra import compose, initialize_config_dir
 
-    from flowalign.run import CONF, quieten
+    from flowalign.process import quieten
+    from flowalign.run import CONF
 
     quieten()
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -131,7 +131,7 @@ def main() -> None:
     import torch
 
     from bench.epoch import random_model
-    from flowalign.run import quieten
+    from flowalign.process import quieten
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)

@@ -37,8 +37,9 @@ def collector(overrides: list[str]) -> Any:
 
     from flowalign.collect import Collector
     from flowalign.conditioner import Conditioner
+    from flowalign.process import quieten
     from flowalign.recipe import batch_plan
-    from flowalign.run import CONF, build_recipe, quieten
+    from flowalign.run import CONF, build_recipe
 
     quieten()
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -12,8 +12,8 @@ from flowalign.commands.evaluate import evaluate
 from flowalign.commands.export import export
 from flowalign.commands.reward_server import reward_server
 from flowalign.commands.sample import sample
+from flowalign.process import find_own_modules, quieten
 from flowalign.rewards.base import RewardError
-from flowalign.run import find_own_modules, quieten
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample,

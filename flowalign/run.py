@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,10 @@ from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
 from flowalign.files import sweep
 from flowalign.imports import uncollected
-from flowalign.launching import agree, check_launch, choose_device
+from flowalign.launching import agree, check_launch
 from flowalign.lock import held, is_of_a_run
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
+from flowalign.process import begin_process, find_own_modules, quieten
 from flowalign.resuming import check_unused, find_checkpoint, own_checkpoint
 from flowalign.rewards.errors import RewardError
 from flowalign.stopping import Stopped, asked, farewell
@@ -129,8 +129,27 @@ def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
 
 def run(cfg: DictConfig) -> float | None:
     """One run; returns the optimised metric of the final evaluation (None if it was not measured)."""
+    check(cfg)
+    check_signatures(cfg)
+    from flowalign.summary import Summary, show_config
+
+    begin_process(cfg)
+    folder = Path(cfg.paths.output_dir)
     with ExitStack() as cleanup:
-        return _run(cfg, cleanup)
+        ckpt_path = claim(folder, cfg, cleanup)
+        show_config(cfg, folder)
+        module, trainer = assembled(cfg, ckpt_path, cleanup)
+        summary = Summary(folder, cfg.seed, module, typed(HydraConfig.get()))
+        look_back(cfg, trainer, module, summary, ckpt_path)
+        if cfg.train:
+            fit(trainer, module, summary, ckpt_path, late=ckpt_path is None and postpones(cfg))
+            summary.final(evaluate(trainer, module, cfg.test))
+        elif ckpt_path is not None:
+            metrics = evaluate(trainer, module, cfg.test, ckpt_path)
+            summary.results["baseline"] = module.baseline
+            summary.final(metrics)
+        summary.write(trainer)
+        return optimised(cfg, summary)
 
 
 def check(cfg: DictConfig) -> None:
@@ -139,22 +158,13 @@ def check(cfg: DictConfig) -> None:
     check_plan(cfg)
 
 
-def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
-    check(cfg)
-    check_signatures(cfg)
-    import lightning
-    import torch
+def claim(folder: Path, cfg: DictConfig, cleanup: ExitStack) -> str | None:
+    """Makes the output folder this run's until `cleanup`; the checkpoint to resume from, if there is one, is whole.
 
-    from flowalign.callbacks.hyperparameters import Hyperparameters
-    from flowalign.loggers import closed, continue_logs
-    from flowalign.module import AlignModule
+    Raises ConfigError for a folder that is another run's, and for a checkpoint that is absent or damaged.
+    """
     from flowalign.strategies.intact import check_intact
-    from flowalign.summary import Summary, show_config
 
-    torch.set_float32_matmul_precision("high")
-    choose_device(cfg.trainer)
-    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
-    folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     take(folder, cleanup)
     ckpt_path = find_checkpoint(own_checkpoint(folder) if cfg.ckpt_path == "auto" else cfg.ckpt_path, folder)
@@ -162,7 +172,17 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         check_unused(folder)
     if ckpt_path is not None:
         check_intact(ckpt_path)
-    show_config(cfg, folder)
+    return ckpt_path
+
+
+def assembled(cfg: DictConfig, ckpt_path: str | None, cleanup: ExitStack) -> tuple[AlignModule, Trainer]:
+    """Rewards, model and trainer; what they have opened is closed by `cleanup`."""
+    import torch
+
+    from flowalign.callbacks.hyperparameters import Hyperparameters
+    from flowalign.loggers import closed, continue_logs
+    from flowalign.module import AlignModule
+
     with refusals():
         scorer = instantiate(cfg.reward)
         cleanup.callback(scorer.close)
@@ -172,29 +192,24 @@ def _run(cfg: DictConfig, cleanup: ExitStack) -> float | None:
         recipe = build_recipe(cfg, scorer)
         module = AlignModule(recipe)
         trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
-    if trainer.fast_dev_run:  # type: ignore
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         shrink(module)
     continue_logs(trainer.loggers, ckpt_path if cfg.train else None)
     cleanup.enter_context(closed(trainer.loggers))
     trainer.callbacks.append(Hyperparameters(recipe.config))  # type: ignore[attr-defined]
-    summary = Summary(folder, cfg.seed, module, typed(HydraConfig.get()))
+    return module, trainer
+
+
+def look_back(cfg: DictConfig, trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str | None) -> None:
+    """The baseline: of the untouched policy, or that of the run that is resumed."""
     if ckpt_path is None:
         summary.baseline(evaluate(trainer, module, cfg.test and not postpones(cfg)))
         optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
-    else:
-        log.info("resuming from %s", ckpt_path)
-        before = Path(ckpt_path).absolute().parent.parent
-        tidy(before)
-        summary.continued(before)
-    if cfg.train:
-        fit(trainer, module, summary, ckpt_path, late=ckpt_path is None and postpones(cfg))
-        summary.final(evaluate(trainer, module, cfg.test))
-    elif ckpt_path is not None:
-        metrics = evaluate(trainer, module, cfg.test, ckpt_path)
-        summary.results["baseline"] = module.baseline
-        summary.final(metrics)
-    summary.write(trainer)
-    return optimised(cfg, summary)
+        return
+    log.info("resuming from %s", ckpt_path)
+    before = Path(ckpt_path).absolute().parent.parent
+    tidy(before)
+    summary.continued(before)
 
 
 def typed(node: Any) -> list[str]:
@@ -257,30 +272,6 @@ def tidy(folder: Path) -> None:
     if is_of_a_run(folder):
         with suppress(ConfigError, OSError), held(folder):
             sweep(folder / "checkpoints")
-
-
-def quieten() -> None:
-    """Leaves out what libraries say about themselves: advice, absent accelerators, absent torchvision."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Of ours, what is logged without it is the same on all ranks already.
-    warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting.*")
-    warnings.filterwarnings("ignore", message=".*torch.distributed.nn.functional.all_gather is deprecated.*")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # see check_tasks
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")  # see Csv
-    warnings.filterwarnings("ignore", message=".*instantiated without `get_apply_tensor_subclass`.*")
-    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):  # whose parts may be absent
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.callbacks.model_checkpoint", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def find_own_modules() -> None:
-    """Configs may name rewards and other classes of modules in the current folder, whichever way we were started."""
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
 
 
 def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:

@@ -53,6 +53,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "planning",
         "compatibility",
         "launching",
+        "process",
         "resuming",
         "sweeps",
         "summary",
@@ -77,7 +78,15 @@ PROGRAMS |= {f"rewards.latent.{name}" for name in ("__main__", "data", "training
 HYDRA = {"run", "planning", "compatibility", "launching", "sweeps", "shapes.pretrain", "rewards.latent.__main__"}
 OMEGACONF = (
     HYDRA
-    | {"summary", "curves", "commands.saved", "commands.evaluate", "commands.export", "commands.reward_server"}
+    | {
+        "summary",
+        "curves",
+        "process",
+        "commands.saved",
+        "commands.evaluate",
+        "commands.export",
+        "commands.reward_server",
+    }
     | PROGRAMS
 )
 

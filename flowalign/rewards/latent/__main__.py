@@ -23,6 +23,7 @@ from flowalign.checks import ConfigError, check_signatures, refusals
 from flowalign.checks.preflight import preflight_or_exit
 from flowalign.conditioner import Conditioner
 from flowalign.models.base import FlowModel
+from flowalign.process import quieten
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.latent.data import Maker
 from flowalign.rewards.latent.files import load, save
@@ -30,7 +31,7 @@ from flowalign.rewards.latent.losses import pairs
 from flowalign.rewards.latent.network import Build, Network
 from flowalign.rewards.latent.training import Known, Training, accuracies
 from flowalign.rewards.latent.trunk import Trunk
-from flowalign.run import CONF, instantiate, quieten, size_of
+from flowalign.run import CONF, instantiate, size_of
 
 log = logging.getLogger("flowalign.latent")
 
