@@ -98,7 +98,7 @@ def check_launch(cfg: DictConfig, multirun: bool) -> None:
     for tasks of SLURM that are not the devices of the run.
     """
     node = HydraConfig.get()
-    number = devices(cfg.trainer.devices)
+    number = devices(cfg.trainer)
     launcher = str(node.launcher._target_).rsplit(".", 1)[-1]
     here = launcher in ("BasicLauncher", "JoblibLauncher")
     if here:

@@ -107,17 +107,24 @@ def _is_groupwise(reward: DictConfig) -> bool:
 def replicas(cfg: DictConfig) -> int:
     """Devices that have samples of their own: all, or those that share sequences counted once."""
     nodes = cfg.trainer.num_nodes if isinstance(cfg.trainer.num_nodes, int) else 1  # refused where the trainer is
-    ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(nodes, 1) * devices(cfg.trainer.devices)
+    ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(nodes, 1) * devices(cfg.trainer)
     alike = OmegaConf.select(cfg, "trainer.strategy.context") if is_sharded(cfg) else 1
     return max(ranks // alike, 1)
 
 
-def devices(given: Any) -> int:
-    """How many `trainer.devices` asks for on a node: a number, a list of them, or all that there are."""
+def devices(trainer: DictConfig) -> int:
+    """How many `trainer.devices` asks for on a node, as Lightning reads it: a number, a list of numbers (also as text,
+    "0,1"), or all that there are, of which a CPU is one."""
+    given = trainer.devices
+    if isinstance(given, str) and given != "auto":
+        numbers = [int(part) for part in given.split(",") if part.strip().lstrip("-").isdecimal()]
+        given = numbers if "," in given else (numbers or ["auto"])[0]  # what else it is, the Trainer refuses
     if isinstance(given, int) and given > 0:
         return given
     if isinstance(given, (list, ListConfig)):
         return len(given)
+    if trainer.accelerator == "cpu":
+        return 1
     import torch
 
     return max(torch.cuda.device_count(), 1)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+Kind = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Factor on the learning rate: linear warm-up over `warmup` steps, then constant, or down to `floor`."""
 
-    kind: Literal["constant", "linear", "cosine"] = "constant"
+    kind: Kind = "constant"
     warmup: int = 0
     floor: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"a schedule is {', '.join(get_args(Kind))} (got {self.kind!r}).")
         if self.warmup < 0 or not 0 <= self.floor <= 1:
             raise ValueError(
                 f"a schedule warms up for 0 steps or more and falls to a share of the rate in [0, 1] (got warmup="

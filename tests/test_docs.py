@@ -254,7 +254,7 @@ def checked(cfg: DictConfig, multirun: bool) -> None:
     """What a run checks before anything is loaded, and what it would say once the networks are."""
     check(cfg)
     check_launch(cfg, multirun)
-    size = OmegaConf.select(cfg, "trainer.num_nodes") * devices(cfg.trainer.devices)
+    size = OmegaConf.select(cfg, "trainer.num_nodes") * devices(cfg.trainer)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) != size:
         raise ConfigError(f"torchrun starts {os.environ['WORLD_SIZE']} processes for {size} devices.")
     for part in ("train", "eval"):

@@ -43,7 +43,15 @@ def test_the_parts_of_a_plan_are_refused_in_their_own_words(compose: Callable[..
 
 
 def test_devices_are_counted_as_the_trainer_counts_them(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    assert [devices(given) for given in (3, "auto", -1)] == [3, devices("auto"), devices("auto")]
+    import torch
+    from omegaconf import DictConfig
+
+    def counted(given: Any, accelerator: str = "gpu") -> int:
+        return devices(DictConfig({"devices": given, "accelerator": accelerator}))
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert [counted(given) for given in (3, "3", [0, 2], "0,2", "0,", "auto", -1, "-1")] == [3, 3, 2, 2, 1, 8, 8, 8]
+    assert [counted(given, "cpu") for given in (3, "auto", -1)] == [3, 1, 1]
     cfg = compose("trainer.devices=[0,2,3]", "trainer.num_nodes=2", "strategy=fsdp")
     assert replicas(cfg) == 6
     cfg.trainer.strategy.context = 3
