@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("flow", "types", "transfer", "files"),
+    ("flow", "types", "transfer", "files", "hub"),
     ("keyed", "dynamics", "solvers", "steps", "times", "credit", "points", "shapes", "rewards"),
     ("algorithms", "models"),
     (
@@ -147,7 +147,7 @@ def foreign(name: str, source: str) -> list[str]:
     tree = ast.parse(source)
     at_once = {dotted.split(".")[0] for dotted, _ in imported(ast.Module([*map(outermost, tree.body)], []))}
     tops = {dotted.split(".")[0] for dotted, _ in imported(tree)}
-    later = JUDGES - at_once if unit(name) == "rewards" else set()
+    later = {"rewards": JUDGES, "hub": {"huggingface_hub"}}.get(unit(name), set()) - at_once
     return sorted(tops - allowed - later - {"flowalign"} - set(sys.stdlib_module_names))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from flowalign.hub import explained, is_hub_id
+
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
@@ -75,7 +77,6 @@ def load_pipeline(
     The `trained` components are empty inside `without_weights`.
     """
     import diffusers
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     where = resolve(pretrained)
     index = Path(where) / "model_index.json"
@@ -91,32 +92,18 @@ def load_pipeline(
                 f"{pretrained} holds a {found}, but this model adapter drives a {name}: choose another model=… or "
                 "folder."
             )
-    elif Path(where).is_dir() or where.count("/") != 1 or where.startswith((".", "~")):
+    elif Path(where).is_dir() or not is_hub_id(where):
         known = sorted(p.parent.name for p in ASSETS.glob("*/model_index.json"))
         raise ValueError(
             f"{pretrained} is neither a folder in diffusers layout (no model_index.json) nor a hub id like "
             f"org/name; embedded pipelines: {', '.join(known)}."
         )
-    try:
-        with quietly():
-            pipeline = getattr(diffusers, name)
-            if _without_weights.get():
-                config = pipeline.load_config(where, revision=revision)
-                arguments = arguments | {part: _bare(where, config, part, revision) for part in trained}
-            return pipeline.from_pretrained(where, revision=revision, variant=variant, dtype=dtype, **arguments)
-    except GatedRepoError as error:
-        raise ValueError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"the hub has no model {pretrained} (or it is private and HF_TOKEN is not set).") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        if index.is_file():
-            raise ValueError(
-                f"the folder {pretrained} is incomplete or damaged ({str(error).splitlines()[0]})."
-            ) from error
-        raise ValueError(
-            f"{pretrained} could not be loaded: it is not in the local cache and the hub cannot be reached "
-            f"({str(error).splitlines()[0]})."
-        ) from error
+    with quietly(), explained(pretrained, ValueError, index.is_file()):
+        pipeline = getattr(diffusers, name)
+        if _without_weights.get():
+            config = pipeline.load_config(where, revision=revision)
+            arguments = arguments | {part: _bare(where, config, part, revision) for part in trained}
+        return pipeline.from_pretrained(where, revision=revision, variant=variant, dtype=dtype, **arguments)
 
 
 READERS = ("text_encoder*", "tokenizer*")

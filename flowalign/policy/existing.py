@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flowalign.hub import explained, is_hub_id
+
 METADATA = "lora_adapter_metadata"  # the header that diffusers writes
 
 
@@ -35,7 +37,7 @@ def _file(start: str, name: str) -> Path:
     """The safetensors file; adapters of a further denoiser lie in a folder of its name."""
     place = Path(start).expanduser()
     if not place.exists():
-        if start.count("/") != 1:
+        if not is_hub_id(start):
             raise ValueError(f"tune.start={start} is neither a file, nor a folder, nor a hub id like org/name.")
         place = _downloaded(start)
     if place.is_file():
@@ -49,14 +51,9 @@ def _file(start: str, name: str) -> Path:
 
 def _downloaded(start: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    with explained(f"tune.start={start}", ValueError, False):
         return Path(snapshot_download(start, allow_patterns=["*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"tune.start={start} is not here, and the hub could not give it ({str(error).splitlines()[0]})."
-        ) from error
 
 
 def _check(file: Path, state: dict[str, Tensor], rank: int, alpha: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, wraps
@@ -14,12 +13,11 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flowalign.hub import explained, is_hub_id
 from flowalign.rewards.base import RewardError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def fetched(pretrained: str, file: str, revision: str | None = None) -> Path:
@@ -155,25 +153,18 @@ def _explained(pretrained: str) -> Iterator[tuple[str, bool]]:
 
     Without the library's bar over the weights and its table of those it did not need; its errors in our words.
     """
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     from transformers.utils import logging as library
 
     folder = Path(pretrained).expanduser()
     local = folder.is_dir()
-    if not local and not HUB_ID.fullmatch(pretrained):
+    if not local and not is_hub_id(pretrained):
         raise RewardError(f"{pretrained} is neither a folder nor a hub id like org/name.")
     shown, verbosity = library.is_progress_bar_enabled(), library.get_verbosity()
     library.disable_progress_bar()
     library.set_verbosity_error()
     try:
-        yield (str(folder) if local else pretrained), local
-    except GatedRepoError as error:
-        raise RewardError(f"{pretrained} is gated: accept its licence on its page and set HF_TOKEN.") from error
-    except RepositoryNotFoundError as error:
-        raise RewardError(f"the hub has no {pretrained} (or it is private and HF_TOKEN is not set).") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        why = "is incomplete or damaged" if local else "is not in the local cache and the hub did not give it"
-        raise RewardError(f"{pretrained} {why} ({str(error).strip().splitlines()[0]}).") from error
+        with explained(pretrained, RewardError, local, ValueError):
+            yield (str(folder) if local else pretrained), local
     finally:
         library.set_verbosity(verbosity)
         if shown:

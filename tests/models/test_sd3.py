@@ -245,7 +245,7 @@ def test_cogvideox_is_refused_because_it_does_not_match_flows(tmp_path: Path, na
 
 def test_a_hub_model_out_of_reach_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="nobody/nothing could not be loaded: it is not in the local cache"):
+    with pytest.raises(ValueError, match="nobody/nothing is not in the local cache, and the hub did not give it"):
         SD3("nobody/nothing")
 
 

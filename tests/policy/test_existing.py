@@ -57,7 +57,7 @@ def test_what_is_not_there_is_told(sd3_folder: Path, tmp_path: Path, saved: Path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for where, sentence in (
         ("nowhere", "neither a file, nor a folder, nor a hub id"),
-        ("nobody/nothing", "tune.start=nobody/nothing is not here, and the hub could not give it"),
+        ("nobody/nothing", "tune.start=nobody/nothing is not in the local cache, and the hub did not give it"),
         (str(tmp_path), "holds 0 safetensors files instead of one"),
     ):
         with pytest.raises(ValueError, match=sentence):

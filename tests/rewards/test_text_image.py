@@ -129,7 +129,7 @@ def test_weights_that_are_missing_are_not_made_up(folders: dict[str, str], tmp_p
     ("where", "sentence"),
     [
         ("./nowhere", "neither a folder nor a hub id"),
-        ("someone/who-is-not-there", "not in the local cache and the hub did not give it"),
+        ("someone/who-is-not-there", "not in the local cache, and the hub did not give it"),
     ],
 )
 def test_a_model_that_is_not_there_is_one_sentence(where: str, sentence: str):
