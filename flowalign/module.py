@@ -291,6 +291,9 @@ class AlignModule(Forward):
         return check_ratio(ratio, tolerance, str(self.trainer.precision)) if len(ratio) else 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.gap is not None:  # on all ranks or on none, at the first step of an epoch
+            self.log("train/on_policy_gap", self.gap, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
+            self.gap = None
         # Gradients are unscaled here and not clipped yet.
         gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
@@ -318,9 +321,6 @@ class AlignModule(Forward):
     def on_train_epoch_end(self) -> None:
         self.report.end("optimise")
         self._follow("rollout")
-        if self.gap is not None:
-            self.log("train/on_policy_gap", self.gap, sync_dist=True, reduce_fx="max")
-            self.gap = None
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / GIB
             self.log("memory/peak_gib", peak, sync_dist=True, reduce_fx="max")
