@@ -1,8 +1,9 @@
 """Trainings of the embedded model learn, by as much as they are known to: the default settings of an algorithm, kept to
 a band.
 
-Gains of `val/strict` on 384 images after eight epochs at a constant learning rate. A band is about half of the gain that was measured (seed 0, two
-x86 cores), so that rounding of another machine passes and a formula with a wrong sign or scale does not.
+Gains of `val/strict` on 384 images after eight epochs at a constant learning rate. A band is about half of the gain
+that was measured (seed 0, two x86 cores), so that rounding of another machine passes and a formula with a wrong sign or
+scale does not.
 """
 
 from __future__ import annotations
