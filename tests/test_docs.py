@@ -195,7 +195,10 @@ def commands_of(page: Path) -> list[Command]:
 
 
 DOCUMENTED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMANDS = [c for page in [*DOCUMENTED, *sorted((ROOT / "conf/experiment").glob("*.yaml"))] for c in commands_of(page)]
+RECIPES = sorted((ROOT / "conf/experiment").glob("*.yaml"))
+COMMANDS = [pytest.param(c, id=c.where) for page in DOCUMENTED for c in commands_of(page)]
+# Recipes are checked on their devices by the contract tests; their commands take a while.
+COMMANDS += [pytest.param(c, id=c.where, marks=pytest.mark.slow) for page in RECIPES for c in commands_of(page)]
 
 
 def words_of(command: str) -> tuple[list[str], dict[str, str]]:
@@ -261,7 +264,7 @@ def checked(cfg: DictConfig, multirun: bool) -> None:
         size_of(cfg, part)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.where)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_documented_command_is_accepted_or_refused_as_printed(
     command: Command, beside: Path, read_once: None, monkeypatch: pytest.MonkeyPatch
 ):
@@ -304,10 +307,11 @@ def _matches(printed: str, said: str) -> bool:
 
 
 def test_the_commands_are_found():
-    assert len(COMMANDS) >= 155
-    pages = {command.where.partition(":")[0] for command in COMMANDS}
+    commands = [command for page in (*DOCUMENTED, *RECIPES) for command in commands_of(page)]
+    assert len(commands) >= 155
+    pages = {command.where.partition(":")[0] for command in commands}
     assert {"README.md", "CONTRIBUTING.md", "docs/scaling.md", "docs/algorithms/nft.md"} <= pages
-    assert sum(bool(command.refusal) for command in COMMANDS) >= 9
+    assert sum(bool(command.refusal) for command in commands) >= 9
 
 
 # ------------------------------------------------------------ links
