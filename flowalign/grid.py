@@ -23,7 +23,7 @@ def _picture(image: Tensor) -> Image.Image:
 
 
 def _caption(shown: Shown, i: int) -> list[str]:
-    scores = "  ".join(f"{name} {float(values[i]):.2f}" for name, values in shown.scores.items() if name != "reward")
+    scores = " ".join(f"{name} {float(values[i]):.2f}" for name, values in shown.scores.items() if name != "reward")
     if not scores and "reward" in shown.scores:
         scores = f"reward {float(shown.scores['reward'][i]):.2f}"
     return [*textwrap.wrap(shown.prompts[i], 22)[:3], *textwrap.wrap(scores, 24)]

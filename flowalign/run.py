@@ -329,19 +329,8 @@ def _main(cfg: DictConfig) -> float | None:
         if error.errno not in (ENOSPC, EDQUOT):
             raise
         refuse(error, 1)
-    except Exception:
-        keep_trace()
-        raise
     finally:
         log.info("output folder: %s", folder)
-
-
-def keep_trace() -> None:
-    """The trace of an error into the log files; the terminal gets it from Python."""
-    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "the run failed", (), sys.exc_info())
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(record)
 
 
 def refuse(error: Exception, code: int) -> NoReturn:

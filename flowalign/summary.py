@@ -174,9 +174,9 @@ class Summary:
         """The command that goes on from `last` to twice the length: its own words, but for those that are set anew."""
         ends = {"trainer.max_epochs": trainer.max_epochs or -1, "trainer.max_steps": trainer.max_steps}
         anew = {"ckpt_path": str(last)} | {key: str(2 * end) for key, end in ends.items() if end > 0}
-        kept = [shlex.quote(word) for word in _without(self.overrides, anew)]
+        words = [*_without(self.overrides, anew), *("=".join(item) for item in anew.items())]
         program = "flowalign-train" if Path(sys.argv[0]).name == "flowalign-train" else "python train.py"
-        return " ".join([program, *kept, *("=".join(item) for item in anew.items())])
+        return f"{program} {shlex.join(words)}"
 
     def _table(self, trainer: Trainer) -> None:
         before, after = self.results["baseline"], self.results["final"]
@@ -200,16 +200,12 @@ class Summary:
                 f"resume    {self._again(last, trainer)}",
             ]
         lines += [f"best      {line}" for line in _best(trainer)]
-        boards = [logger.log_dir for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        # Of all runs side by side, where they are in the usual place.
-        lines += [f"watch     tensorboard --logdir {_among_outputs(board)}" for board in boards]
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            # All runs side by side, where this one is among them.
+            among = (Path.cwd() / "outputs").resolve() in self.folder.resolve().parents
+            lines.append(f"watch     tensorboard --logdir {'outputs' if among else self.folder}")
         for line in lines:
             _console.print(line, soft_wrap=True, markup=False)  # a command has brackets of its own
-
-
-def _among_outputs(folder: str) -> str:
-    first = Path(folder).parts[0]
-    return first if first == "outputs" else folder
 
 
 def _without(words: Sequence[str], options: Collection[str]) -> list[str]:
@@ -232,7 +228,7 @@ def _best(trainer: Trainer) -> list[str]:
         if path and Path(path).exists():
             epochs = opened(Path(path))[0]["epoch"] + 1
             value = "" if score is None else f" {float(score):.3f}"  # that of another folder's file is not restored
-            found.append(f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after {epochs} epochs")
+            found.append(f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {epochs}")
     return found
 
 

@@ -49,23 +49,33 @@ class Failure:
 
 
 def surviving(run: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
-    """`run`, which leaves a record in place of its failure where it is one of several."""
+    """`run`, which leaves a record in place of its failure where it is one of several, and a trace in the log."""
 
     @functools.wraps(run)
     def one_of_several(cfg: DictConfig) -> float | None:
-        if HydraConfig.get().mode != RunMode.MULTIRUN:
-            return run(cfg)
+        alone = HydraConfig.get().mode != RunMode.MULTIRUN
         try:
             return run(cfg)
         except SystemExit as left:
-            if left.code not in (1, 2):  # a signal, whoever obeyed it: the sweep has been asked to stop too
+            if alone or left.code not in (1, 2):  # a signal, whoever obeyed it: the sweep has been asked to stop too
                 raise
             return _failed(left.__context__ or left, refused=left.code == 2)
         except Exception as error:
+            if alone:
+                keep_trace()
+                raise
             log.exception("this run failed; the sweep goes on")
             return _failed(error, refused=False)
 
     return one_of_several
+
+
+def keep_trace() -> None:
+    """The trace of an error into the log files; the terminal gets it from Python."""
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "the run failed", (), sys.exc_info())
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 def _failed(error: BaseException, refused: bool) -> None:

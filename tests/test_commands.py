@@ -83,7 +83,9 @@ def test_a_continued_run_tells_what_it_does_otherwise(trained: Path, tmp_path: P
 
 
 def test_the_command_to_go_on_with_is_whole(trained: Path):
-    line = next(line for line in (trained / "said.txt").read_text().splitlines() if line.startswith("resume "))
+    said = (trained / "said.txt").read_text().splitlines()
+    assert f"watch     tensorboard --logdir {trained}" in said  # it is not below outputs/ here
+    line = next(line for line in said if line.startswith("resume "))
     assert {"'logger=[csv,tensorboard]'", f"ckpt_path={trained}/checkpoints/last.ckpt"} <= set(line.split())
 
 

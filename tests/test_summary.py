@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
-from flowalign.run import keep_trace
 from flowalign.summary import Summary
+from flowalign.sweeps import surviving
 
 
 @pytest.mark.parametrize(
@@ -34,15 +37,20 @@ def test_the_command_to_go_on_with_ends_later_than_the_run(epochs: int, steps: i
     assert summary._again(Path("last.ckpt"), trainer) == "python train.py " + said.format(again="ckpt_path=last.ckpt")
 
 
-def test_the_trace_of_an_error_is_in_the_log_file_and_not_twice_on_the_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_the_trace_of_an_error_is_in_the_log_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: RunMode):
+    """Of a run alone the terminal has it from Python, which ends with it; a sweep goes on."""
     file, terminal = logging.FileHandler(tmp_path / "run.log"), logging.StreamHandler(io.StringIO())
     monkeypatch.setattr(logging.getLogger(), "handlers", [file, terminal])
-    try:
+    monkeypatch.setattr("flowalign.sweeps.HydraConfig", SimpleNamespace(get=lambda: SimpleNamespace(mode=mode)))
+    monkeypatch.setattr("flowalign.sweeps._failed", lambda error, refused: None)
+
+    @surviving
+    def run(cfg: Any) -> float | None:
         raise KeyError("velocity")
-    except KeyError:
-        keep_trace()
+
+    with pytest.raises(KeyError) if mode == RunMode.RUN else nullcontext():
+        run(DictConfig({}))
     file.close()
-    assert "KeyError: 'velocity'" in (tmp_path / "run.log").read_text()
-    assert terminal.stream.getvalue() == ""
+    assert (tmp_path / "run.log").read_text().count("KeyError: 'velocity'") == 1
+    assert terminal.stream.getvalue().count("KeyError: 'velocity'") == (mode == RunMode.MULTIRUN)
