@@ -40,7 +40,7 @@ def test_it_stops_at_the_same_epoch_after_an_interruption(
         return trainer
 
     assert run("straight", 6).current_epoch == 3  # the first is best, and two more are not
-    assert "after 1 epochs" in capsys.readouterr().out
+    assert "after epoch 1" in capsys.readouterr().out
     run("halves", 2)
     assert run("halves", 6, "halves").current_epoch == 3
     states = [
@@ -70,4 +70,4 @@ def test_the_closing_table_names_the_best_checkpoint(
         f"best      flowalign evaluate ckpt={kept / name}_epoch000.ckpt " for name in ("best", "best_gold")
     ]
     reward = float(trainer.callback_metrics["val/reward"])
-    assert lines[0].endswith(f"# val/reward {reward:.3f} after 1 epochs")
+    assert lines[0].endswith(f"# val/reward {reward:.3f} after epoch 1")
