@@ -69,12 +69,12 @@ class Phases:
 
     def rollout(self) -> None:
         """Pictures, rewards and points of an epoch."""
-        from flowalign.scoring import Turns
+        from flowalign.scoring import ScoreQueue
 
         module = self.module
-        with Turns(module.recipe.scorer.ahead) as turns, module.live.use(None):
-            got = module.collect(1, 0, module.device, turns, lambda local: local, lambda done, reward: None)
-            got.settle()
+        with ScoreQueue(module.recipe.scorer.ahead) as queue, module.live.use(None):
+            got = module.collect(1, 0, module.device, queue, lambda local: local, lambda done, reward: None)
+            got.assign_credit()
         self.calls = got.calls
 
     def optimise(self) -> None:

@@ -55,15 +55,15 @@ def measure(collect: Any, repeats: int, ahead: int) -> dict[str, float]:
     """Medians of seconds, and of the ratio of the overlapped phase to sampling, which takes as long as scoring."""
     import torch
 
-    from flowalign.scoring import Scorer, Turns
+    from flowalign.scoring import ScoreQueue, Scorer
 
     reward, samples = Sleeper(), collect.geometry.samples
 
     def timed(seconds: float, ahead: int) -> float:
         reward.seconds, collect.scorer = seconds, Scorer(reward, ahead=ahead)
         began = time.perf_counter()
-        with torch.no_grad(), Turns(ahead) as turns:
-            collect(0, 0, torch.device("cpu"), turns, lambda rewards: rewards, lambda done, mean: None).settle()
+        with torch.no_grad(), ScoreQueue(ahead) as queue:
+            collect(0, 0, torch.device("cpu"), queue, lambda rewards: rewards, lambda done, mean: None).assign_credit()
         collect.scorer.close()
         return time.perf_counter() - began
 

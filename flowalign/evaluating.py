@@ -1,4 +1,4 @@
-"""Fixed prompts with fixed noise, sampled and scored: what an evaluation does, in a training or without one."""
+"""Evaluation: fixed prompts with fixed noise, sampled and scored, during training or without it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from flowalign.policy import Policy
 from flowalign.prompts import Prompt
 from flowalign.recipe import Recipe
 from flowalign.report import Report
-from flowalign.scoring import Latents, Scores, Seen, Turns
+from flowalign.scoring import Latents, RewardInput, ScoreQueue, Scores
 from flowalign.strategies.sharded import Sharded
 from flowalign.types import required
 
 
 class Evaluating(LightningModule):
-    """Evaluates `recipe.evaluation` of a policy that a subclass builds."""
+    """Evaluates the policy, which a subclass builds, as `recipe.evaluation` says."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -40,9 +40,9 @@ class Evaluating(LightningModule):
         self.shown: dict[str, Shown] = {}
         self.evaluated_at = -1
         self.between_batches: Callable[[float], None] = lambda left: None
-        """Called by all ranks between batches for which Lightning has no hook, with the seconds until the epoch's
-        checkpoint may be written, if they are known to be few: infinity in a rollout."""
-        self.turns = Turns(recipe.scorer.ahead)
+        """Called on all ranks between batches for which Lightning has no hook. The argument estimates the seconds until
+        the epoch's checkpoint can be written; math.inf during a rollout."""
+        self.queue = ScoreQueue(recipe.scorer.ahead)
         self.meters = nn.ModuleDict()
         guided = (
             max(recipe.rollout.guidance, recipe.evaluation.sampling.guidance, recipe.optimisation.guidance)
@@ -61,21 +61,21 @@ class Evaluating(LightningModule):
         return self.policy
 
     @property
-    def alike(self) -> int:
-        """Neighbouring ranks that work on the same samples, each on a part of every sequence."""
+    def context(self) -> int:
+        """Number of neighbouring ranks that share the same samples, each with a part of every sequence."""
         return self.trainer.strategy.context if isinstance(self.trainer.strategy, Sharded) else 1
 
     @property
     def replica(self) -> int:
-        """Whose samples this rank works on, out of `replicas`."""
-        return self.global_rank // self.alike
+        """Index of this rank's group of samples, out of `replicas`."""
+        return self.global_rank // self.context
 
     @property
     def replicas(self) -> int:
-        return self.trainer.world_size // self.alike
+        return self.trainer.world_size // self.context
 
     def _precision(self) -> Any:
-        # Hooks run without the precision context; without it, log-probabilities would differ from training_step's.
+        # Lightning enters the precision context only for steps. Without it log-probabilities would differ from theirs.
         return self.trainer.precision_plugin.forward_context()
 
     def val_dataloader(self) -> Positions:
@@ -112,7 +112,7 @@ class Evaluating(LightningModule):
         self.recipe.model.to(self.device)
         self.report.begin("evaluate", len(self._positions(stage).mine))
         self.shown.pop(stage, None)
-        self.turns.cancel()  # what an evaluation has left that was interrupted
+        self.queue.cancel()  # left by an interrupted evaluation
         tags = sorted({str(tag) for p in self.eval_prompts[stage] if (tag := p.metadata.get("tag")) is not None})
         for name in (*self.recipe.scorer.measures, "velocity_rms"):
             for key in (name, *(f"{name}/{tag}" for tag in (*tags, "not_scored") if name != "velocity_rms")):
@@ -134,20 +134,20 @@ class Evaluating(LightningModule):
             cond = self.conditioner(prompts, self.device, r.eval_size.area)
             made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.replicas
-        if inside := sum(i < len(everyone) for i in ids):  # only the last can lie beyond the set
-            seen = Seen(prompts, made.media, Latents(made.x0, cond)).index(slice(inside))
+        if inside := sum(i < len(everyone) for i in ids):  # only the last ones can be padding
+            seen = RewardInput(prompts, made.media, Latents(made.x0, cond)).index(slice(inside))
             self._begin_to_score(stage, ids[:inside], seen, made.rms[:inside])
 
-    def _begin_to_score(self, stage: str, ids: list[int], seen: Seen, rms: Tensor) -> None:
+    def _begin_to_score(self, stage: str, ids: list[int], seen: RewardInput, rms: Tensor) -> None:
         self._meter(f"{stage}/velocity_rms").update(rms)
         wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))
         rows = [row for row, i in enumerate(ids) if i in wanted]
         shown = stills(required(seen.media, "media")[rows]).cpu()
         scoring = self.recipe.scorer.start(seen, evaluation=True)
-        self.turns.add(scoring, partial(self._scored, stage, ids, rows, shown))
+        self.queue.add(scoring, partial(self._scored, stage, ids, rows, shown))
 
     def _scored(self, stage: str, ids: list[int], rows: list[int], images: Tensor, scores: Scores) -> None:
-        """Counts the scores of the samples `ids`, of which `rows` are shown."""
+        """Accumulate the scores of the samples `ids`, of which `rows` are shown."""
         prompts, scores = [self.eval_prompts[stage][i] for i in ids], self.recipe.scorer.summed(scores)
         for name, values in scores.items():
             self._meter(f"{stage}/{name}").update(values)
@@ -173,24 +173,24 @@ class Evaluating(LightningModule):
             self.log("hp/val_reward", reward, on_step=False, on_epoch=True, metric_attribute="meters.val/reward")
 
     def _measured(self, stage: str) -> dict[str, MeanMetric]:
-        """What an evaluation has found, once its last scores are there; shares that are not scored only if any."""
-        self.turns.finish()
+        """Wait for the last scores and return the metrics; shares of unscored samples only if there are any."""
+        self.queue.finish()
         self._gather_shown(stage)
         self.report.end("evaluate")
         found = {key: self._meter(key) for key in self.meters if key.startswith(f"{stage}/")}
         return {key: meter for key, meter in found.items() if not key.endswith("/not_scored") or meter.compute()}
 
     def _gather_shown(self, stage: str) -> None:
-        """The first rank, which writes grids, gets the pictures of the others too."""
+        """Send the images of all ranks to the first one, which writes the grids."""
         if self.trainer.world_size > 1:
-            mine = self.shown.pop(stage, None) if self.global_rank % self.alike == 0 else None
+            mine = self.shown.pop(stage, None) if self.global_rank % self.context == 0 else None
             if (everyones := gathered(mine, self.trainer.is_global_zero)) is not None:
                 self.shown[stage] = everyones
 
     def judge_test(self, copy: str) -> dict[str, float]:
-        """What `trainer.test` would find if the live weights were this copy's, for asking within a training.
+        """The metrics that `trainer.test` would find with the weights of this copy, computed during a training.
 
-        Nothing is logged, and nothing of the training is changed.
+        Logs nothing and does not affect the training.
         """
         loader, limit, began = self.test_dataloader(), self.trainer.limit_test_batches, time.monotonic()
         batches = min(limit, len(loader)) if isinstance(limit, int) else int(len(loader) * limit)
@@ -204,7 +204,7 @@ class Evaluating(LightningModule):
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Inside, as in the Trainer's own evaluations; then every part has its own mode again."""
+    """Evaluation mode inside; afterwards every submodule has its own mode again."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

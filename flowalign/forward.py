@@ -1,4 +1,4 @@
-"""The networks' part of a training step, and how many points of a plan it takes at a time."""
+"""The forward pass of a training step, and the search for its micro-batch."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from flowalign.types import Conditioning, Point
 
 
 class Forward(Evaluating):
-    """Asks the networks for what the loss of `recipe.algorithm` is made of, in micro-batches of `geometry`."""
+    """Computes the inputs of the loss: the live velocity, and for reward gradients the reward of where it lands."""
 
     geometry: Geometry
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.micro: int | None = None
-        """What batch.micro=auto has found, here or before the run was resumed."""
+        """The result of batch.micro=auto, found in this process or restored from a checkpoint."""
 
     def _plan(self) -> Geometry:
-        """With the micro-batch that was found, if one was."""
-        return batch_plan(self.recipe, self.replicas).settled(self.micro)
+        """The batch plan, with the micro-batch that was found, if any."""
+        return batch_plan(self.recipe, self.replicas).with_micro(self.micro)
 
     def memory_plan(self) -> list[Share]:
-        """What the run will take of this rank's device."""
+        """The memory that the run will need on this rank's device."""
         return plan(self.recipe, self.live, self.geometry, self._longest(), self._precision)
 
     def _longest(self) -> Conditioning:
-        """One row, of the longest prompt: in some families a row is as long as its prompt."""
+        """The longest prompt's conditioning, one row: in some families sequence length follows the prompt."""
         longest = max(self.recipe.data["train"].prompts, key=lambda prompt: len(prompt.text))
         return self.conditioner([longest], self.device, self.recipe.train_size.area)
 
-    # ------------------------------------------------------------ asking
+    # ------------------------------------------------------------ forward pass
 
     def _velocity(self, x: Tensor, sigma: Tensor, cond: Any) -> Tensor:
         wanted = self.recipe.optimisation
         return self.recipe.model.velocity(x, sigma, cond, wanted.guidance, wanted.cfg_gradient == "both")
 
     def _judged(self, point: Point, v: Tensor, cond: Conditioning) -> Tensor:
-        """(B,) with gradients; 0 for points of given pictures, which nobody judges."""
+        """Differentiable rewards (B,); 0 for points of given images, which are not scored."""
         x, sigma = self.recipe.algorithm.lands(point, v)
         reward = torch.zeros_like(sigma)
         rows = torch.arange(len(x), device=x.device) if point.real is None else (~point.real).nonzero().flatten()
@@ -60,8 +60,8 @@ class Forward(Evaluating):
 
     # ------------------------------------------------------------ batch.micro=auto
 
-    def _settle(self) -> None:
-        """Finds the micro-batch unless it is known; not before all is in place, and a checkpoint read."""
+    def _find_micro(self) -> None:
+        """Find the micro-batch unless it is known. Needs the model on its device, and the checkpoint loaded."""
         if self._plan().batch.micro == "auto":
             self.micro = search(
                 self.geometry.micros(), self._fits(), partial(self.trainer.strategy.reduce_boolean_decision, all=True)
@@ -70,7 +70,7 @@ class Forward(Evaluating):
         self.trainer.accumulate_grad_batches = self.geometry.accumulate
 
     def _fits(self) -> Callable[[int], bool]:
-        """Whether a micro-batch of so many points fits beside what an optimisation phase holds."""
+        """A test whether a micro-batch of n points fits, given what else an optimisation phase keeps in memory."""
         r, gradients = self.recipe, of_trained(self.live)
         r.model.to(self.device)
         cond, besides = self._longest(), of_points(r, self.geometry)
@@ -82,11 +82,12 @@ class Forward(Evaluating):
         return counted(taken, besides + gradients, room(self.device, self.trainer.num_devices))
 
     def _can_try(self) -> bool:
-        """Not where it could exhaust the machine, nor where a rank that runs out leaves others waiting for shards."""
+        """Whether trial passes are safe. On a CPU they could exhaust the machine; with sharded weights a rank that runs
+        out of memory would leave the others waiting."""
         return self.device.type != "cpu" and not isinstance(self.trainer.strategy, Sharded)
 
     def _try(self, cond: Conditioning, rows: int) -> None:
-        """A forward and backward pass on points of zeros, which adds to the gradients."""
+        """Forward and backward pass on points of zeros. Accumulates into the gradients."""
         x = torch.zeros(rows, *self.recipe.model.latent_shape(*self.recipe.train_size.area), device=self.device)
         sigma = torch.full((rows,), 0.5, device=self.device)
         cond = cond.index(torch.zeros(rows, dtype=torch.long, device=self.device))

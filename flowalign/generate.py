@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowalign.collect import Size
 from flowalign.dynamics import ODE
 from flowalign.models.base import FlowModel
 from flowalign.sampler import Noise, Rows, Sampling, deterministic, walk
+from flowalign.size import Size
 from flowalign.types import Conditioning
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 class Batch:
     """What an epoch is made of. `micro` counts training points (sample × step) in one forward and backward pass.
 
-    micro="auto" leaves it open until the device is known: Geometry.settled.
+    micro="auto" leaves it open until the device is known: Geometry.with_micro.
     """
 
     prompts: int
@@ -148,7 +148,7 @@ class Geometry:
         """Points of a micro-batch; the fewest that may be while it is open."""
         return self.coupled if self.batch.micro == "auto" else self.batch.micro
 
-    def settled(self, micro: int | None) -> Geometry:
+    def with_micro(self, micro: int | None) -> Geometry:
         """With this micro-batch where it is open and may be so; as it is otherwise. Nothing else follows from it."""
         if self.batch.micro != "auto" or micro not in self.micros():
             return self

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.alive import Alive, faked
-from flowalign.collect import SHOWN
 from flowalign.decoding import of_decoding
 from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
@@ -21,6 +20,7 @@ from flowalign.models.quantised import is_quantised, pieces
 from flowalign.policy import Policy
 from flowalign.policy.merge import adapted as adapted_layers
 from flowalign.recipe import Recipe
+from flowalign.rollouts import SHOWN
 from flowalign.tensors import is_sharded, local
 from flowalign.types import Conditioning
 

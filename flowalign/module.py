@@ -1,7 +1,7 @@
-"""The LightningModule: an epoch is a rollout phase, then an optimisation phase over the points that it left.
+"""The LightningModule: each epoch is a rollout phase, then an optimisation phase over the points it has collected.
 
-Mathematics is in dynamics/, points.py and algorithms/; this file moves tensors, logs, and keeps the promises about
-exact resumption: noise is keyed, the order of batches is a function of the epoch, copies are in the state dict.
+The mathematics is in dynamics/, points.py and algorithms/. This file moves tensors, logs, and makes resumption exact:
+noise is keyed, the order of batches is a function of the epoch, and frozen copies are part of the state dict.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from flowalign.points import drawn
 from flowalign.policy import Policy
 from flowalign.policy.base import identity
 from flowalign.recipe import Recipe
-from flowalign.scoring import Turns
+from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
@@ -42,7 +42,7 @@ log = logging.getLogger("flowalign")
 
 
 class AlignModule(Forward):
-    """Trains `recipe.model` by `recipe.algorithm`. All randomness is keyed by recipe.seed and the epoch."""
+    """Trains `recipe.model` with `recipe.algorithm`. All randomness is keyed by recipe.seed and the epoch."""
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -52,7 +52,7 @@ class AlignModule(Forward):
         self.finite = Finite(recipe.optimisation.max_skipped)
         self.base = ""
         self.gap: float | None = None
-        """Largest |ρ − 1| of this rank before the first update of the epoch; None where there is no ratio."""
+        """Largest |ρ − 1| on this rank before the first update of the epoch; None without a ratio."""
         for size in (recipe.train_size, recipe.eval_size):
             recipe.model.check_size(*size.area)
         self._require_images()
@@ -72,7 +72,7 @@ class AlignModule(Forward):
 
     @memory_of("build")
     def configure_model(self) -> None:
-        if self.policy is not None:  # Lightning calls this at every fit, validate and test
+        if self.policy is not None:  # Lightning calls this for every fit, validate and test
             return
         r = self.recipe
         apart = r.consulted - r.same_as_live
@@ -86,21 +86,24 @@ class AlignModule(Forward):
             raise ConfigError(f"frozen.{r.evaluation.copy}.every=always is no average: use evaluation.weights=live.")
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         strategy = self.trainer.strategy
-        self.base = strategy.broadcast(identity(r.model.denoisers()))  # of shards, only rank 0 has read the values
+        self.base = strategy.broadcast(identity(r.model.denoisers()))  # if sharded, only rank 0 has read the weights
         shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with refusals():
             r.running.check(strategy.root_device)
             self.policy = Policy(
                 r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard,
-                # In 16 bits a merged weight loses what the adapters have learnt.
+                # A 16-bit merged weight would round away what the adapters have learnt.
                 merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
             )  # fmt: skip
             r.running.apply(r.model, rows_vary=r.optimisation.skip_zero)
         self._keep_from_ddp()
 
     def _keep_from_ddp(self) -> None:
-        """DDP sends rank 0's weights round, which it cannot do with codes, and buffers (tables of positions) before
-        every step; every rank has read the same files."""
+        """Exclude quantised weights and buffers from DDP's synchronisation.
+
+        DDP cannot broadcast quantised weights, and would send buffers (position tables) before every step, although
+        every rank has read the same files.
+        """
         names = [name for name, p in self.named_parameters() if is_quantised(p)]
         names += [name for name, _ in self.named_buffers()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
@@ -109,7 +112,7 @@ class AlignModule(Forward):
         del stage
         r = self.recipe
         self.geometry = self._plan()
-        check_tokens(r.model, (r.train_size, r.eval_size), self.alike)
+        check_tokens(r.model, (r.train_size, r.eval_size), self.context)
         self.collect = Collector(
             r.model, r.algorithm, r.dynamics, r.steps, r.times, r.rollout, r.credit, r.scorer, r.data["train"],
             self.conditioner, self.geometry, r.train_size, r.seed,
@@ -125,12 +128,13 @@ class AlignModule(Forward):
             self._encode_all()
 
     def _encode_all(self) -> None:
-        """Every prompt of the run is encoded now, by all ranks in parts where a folder keeps it; then the encoders go.
+        """Encode every prompt of the run, then release the text encoders.
 
-        What another rank has put where this one does not see it, as on a disk of its own machine, is made again.
+        With a cache folder each rank encodes a part. Embeddings that another rank has stored out of this one's sight,
+        for example on its machine's own disk, are computed again.
         """
         r, strategy = self.recipe, self.trainer.strategy
-        if not r.model.text_encoders():  # setup comes once for each of fit, validate and test
+        if not r.model.text_encoders():  # setup is called for each of fit, validate and test
             return
         r.model.to(strategy.root_device)
         evaluated = [p for prompts in self.eval_prompts.values() for p in prompts]
@@ -145,19 +149,19 @@ class AlignModule(Forward):
 
     def configure_optimizers(self) -> Any:
         r = self.recipe
-        with refusals():  # a negative rate
+        with refusals():  # for example of a negative learning rate
             optimizer = r.optimizer(list(self.live.trained().values()))
-        # A fused step would unscale float16's gradients itself, when they have been judged and clipped already.
+        # A fused step would unscale float16 gradients itself, after they have been checked and clipped.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         epochs, steps = self.trainer.max_epochs or 1, self.trainer.max_steps
         ends = [self.geometry.steps_per_epoch * epochs] * (epochs > 0) + [steps] * (steps > 0)
-        total = min(ends, default=0)  # without an end, only a constant schedule is let through
+        total = min(ends, default=0)  # without an end only a constant schedule is accepted
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(r.schedule, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def train_dataloader(self) -> IndexLoader:
         if self.recipe.batch.micro == "auto":
-            self._settle()
+            self._find_micro()
         return IndexLoader(self.geometry, self.recipe.seed, self.replica)
 
     # ------------------------------------------------------------ rollout phase
@@ -177,44 +181,46 @@ class AlignModule(Forward):
         started = time.perf_counter()
         g = self.geometry
         self.report.begin("rollout", g.samples_local)
-        with self._precision(), Turns(self.recipe.scorer.ahead) as turns:
+        with self._precision(), ScoreQueue(self.recipe.scorer.ahead) as queue:
             sampler = self.recipe.algorithm.samples_with
             asked = None if sampler in self.recipe.same_as_live else sampler
             with memory_of("rollout"), self.live.use(asked):
-                got = self.collect(self.current_epoch, self.replica, self.device, turns, self._gather, self._rolled)
-            self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
-            self._consult_frozen()  # which knows nothing of rewards: the last ones are scored meanwhile
+                collected = self.collect(
+                    self.current_epoch, self.replica, self.device, queue, self._gather, self._on_rollout_progress
+                )
+            self.buffer.fill(self.current_epoch, collected.points, collected.cond, collected.prompt_of_point)
+            self._evaluate_frozen()  # needs no rewards, so the last batches are scored meanwhile
             if self.current_epoch + 1 != self.trainer.max_epochs:
-                self.collect.foresee(self.current_epoch + 1, self.replica)  # nor do prompts
-            with memory_of("rollout"):  # of the last rewards too
-                got.settle()
-            spread = diversity(got.x0, g.batch.group_size, self._gather)
+                self.collect.encode_ahead(self.current_epoch + 1, self.replica)  # needs none either
+            with memory_of("rollout"):  # rewards may run out of memory here
+                collected.assign_credit()
+            spread = diversity(collected.x0, g.batch.group_size, self._gather)
             self.report.end("rollout")
         self.counts["samples"] += g.samples
-        self.counts["rollout"] += int(self._everyones(torch.tensor(got.calls, device=self.device)).sum())
-        self.rollout_shown = got.images
+        self.counts["rollout"] += int(self._of_all_replicas(torch.tensor(collected.calls, device=self.device)).sum())
+        self.rollout_shown = collected.images
         seconds = time.perf_counter() - started
-        self.stats = got.stats | {"diversity": spread, "seconds": seconds, "images_per_s": g.samples / seconds}
-        # Straight to the loggers: these values belong to the start of the epoch, self.log would date them at its end.
+        self.stats = collected.stats | {"diversity": spread, "seconds": seconds, "images_per_s": g.samples / seconds}
+        # Not by self.log, which would record them at the end of the epoch: they describe its start.
         for logger in self.trainer.loggers:
             logger.log_metrics({f"rollout/{k}": v for k, v in self.stats.items()}, step=self.global_step)
         self.report.begin("optimise", g.batches_per_epoch)
 
-    def _rolled(self, done: int, reward: float | None) -> None:
+    def _on_rollout_progress(self, done: int, reward: float | None) -> None:
         self.report.advance("rollout", done, **({} if reward is None else {"reward": reward}))
         self.between_batches(math.inf)
 
     def _gather(self, local: Tensor) -> Tensor:
-        """(n, …) on every rank to (n · ranks, …) in global sample order."""
-        return self.geometry.in_order(self._everyones(local))
+        """Local values (n, …) of all ranks as (n · replicas, …), in global sample order."""
+        return self.geometry.in_order(self._of_all_replicas(local))
 
-    def _everyones(self, local: Tensor) -> Tensor:
-        """(replicas, …)"""
-        return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.alike]  # type: ignore
+    def _of_all_replicas(self, local: Tensor) -> Tensor:
+        """Local values (…) of all replicas as (replicas, …)."""
+        return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.context]  # type: ignore
 
     @memory_of("frozen copies")
-    def _consult_frozen(self) -> None:
-        """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
+    def _evaluate_frozen(self) -> None:
+        """Store the velocities of the frozen copies at the points. They are constant during the optimisation phase."""
         r, points = self.recipe, self.buffer.points
         weight = points.kl_weight = self._kl_weight(points)
         for name in r.algorithm.frozen:
@@ -222,7 +228,7 @@ class AlignModule(Forward):
                 continue
             all_of_them = torch.arange(len(points.x))
             rows = all_of_them if weight is None or name != "reference" else weight.nonzero().flatten()
-            velocity = torch.zeros_like(points.x, dtype=torch.float32)  # which it stays where nobody asks
+            velocity = torch.zeros_like(points.x, dtype=torch.float32)  # stays 0 where it is not needed
             self.report.begin("frozen", len(rows))
             with self.live.use(name):
                 for i, part in enumerate(rows.split(r.rollout.batch_size)):
@@ -235,7 +241,7 @@ class AlignModule(Forward):
             self.counts["frozen"] += len(rows) * self.replicas
 
     def _kl_weight(self, points: Point) -> Tensor | None:
-        """Where the reference is asked, None for everywhere: a formula wants it at every point, a penalty at some."""
+        """Weights of the points at which the KL penalty is computed; None if the reference is needed at every point."""
         r = self.recipe
         if "reference" in r.algorithm.consults or r.optimisation.kl_share == 1:
             return None
@@ -254,21 +260,21 @@ class AlignModule(Forward):
         losses, metrics = losses_of(self.recipe.algorithm, point, v, self.recipe.frozen)
         finite = self._guard(losses, metrics, point, batch_idx)
         self.counts["train"] += len(idx) * self.replicas
-        # What could not be scored weighs nothing, in the loss as in its diagnostics.
+        # Samples without a score have weight 0, in the loss and in its diagnostics.
         weight = required(point.weight, "weight")
         loss = (losses * weight).sum() / planned
         means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
         means["train/loss"] = loss.detach()
         if "ratio" in metrics:
-            means["train/ratio_std"] = metrics["ratio"][point.counts].std(correction=0).nan_to_num()  # 0 of none
-        if not finite:  # every rank has to log something, and this weighs nothing
+            means["train/ratio_std"] = metrics["ratio"][point.counts].std(correction=0).nan_to_num()  # 0 without rows
+        if not finite:  # every rank has to log the same keys; the batch size below gives these no weight
             means = {name: torch.zeros_like(mean) for name, mean in means.items()}
         self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx) * finite)
         self.report.advance("optimise", batch_idx + 1)
         return loss
 
     def _in_the_loss(self, idx: Tensor) -> Tensor:
-        """Rows of a micro-batch that the network has to see; never none, since in shards all ranks ask together."""
+        """The rows of a micro-batch that need a forward pass; at least one, since sharded ranks run it together."""
         if not (self.recipe.optimisation.skip_zero and self.recipe.algorithm.silent_at_zero):
             return idx
         kept = idx[(self.buffer.points.advantage[idx.to(self.device)] != 0).to(idx.device)]
@@ -279,31 +285,31 @@ class AlignModule(Forward):
         super().backward(loss, *args, **kwargs)
 
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], point: Point, batch_idx: int) -> bool:
-        """Whether the losses are finite; what is not spoils its optimiser step, on all ranks."""
+        """Whether the losses are finite. If not, the optimiser step is skipped on all ranks."""
         finite = self.finite.judge(losses, point.sigma, self.current_epoch, self.global_step)
         if batch_idx < self.geometry.accumulate and "ratio" in metrics:
             self.gap = max(self.gap or 0.0, self._gap_of(metrics["ratio"][point.counts]) if finite else 0.0)
         return finite
 
     def _gap_of(self, ratio: Tensor) -> float:
-        """Largest |ρ − 1| before the first update, 0 of none. Raises where it is more than rounding."""
+        """Largest |ρ − 1| before the first update, 0 without rows. Raises if it is more than rounding."""
         tolerance = self.recipe.optimisation.on_policy_tolerance
         return check_ratio(ratio, tolerance, str(self.trainer.precision)) if len(ratio) else 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.gap is not None:  # on all ranks or on none, at the first step of an epoch
+        if self.gap is not None:  # on all ranks or none, at the first step of an epoch
             self.log("train/on_policy_gap", self.gap, on_step=False, on_epoch=True, sync_dist=True, reduce_fx="max")
             self.gap = None
-        # Gradients are unscaled here and not clipped yet.
+        # Here gradients are unscaled and not clipped yet.
         gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
-        # float16's scaler looks for the largest factor by letting gradients overflow, and leaves such steps out itself.
+        # float16's scaler finds its factor by letting gradients overflow, and skips those steps itself.
         overflow = not norm.isfinite() and str(self.trainer.precision) != "16-mixed"
         spoilt = self.trainer.strategy.reduce_boolean_decision(self.finite.spoilt or bool(overflow), all=False)
         self.log("train/skipped_steps", float(spoilt), on_step=False, on_epoch=True, reduce_fx="sum")
         if spoilt:
             self.finite.leave_out()
-            optimizer.zero_grad()  # without gradients a step changes nothing, the moments included
+            optimizer.zero_grad()  # a step without gradients changes nothing, not even the moments
         else:
             self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=False, on_epoch=True)
@@ -312,7 +318,7 @@ class AlignModule(Forward):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         skipped = self.finite.skipped
         super().optimizer_step(*args, **kwargs)
-        # Lightning keeps them until the next backward pass, hence during rollouts and evaluations, which want the room.
+        # Lightning would keep gradients until the next backward pass, and rollouts and evaluations need the memory.
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
         if self.finite.skipped == skipped:
@@ -326,7 +332,7 @@ class AlignModule(Forward):
             self.log("memory/peak_gib", peak, sync_dist=True, reduce_fx="max")
 
     def _follow(self, when: Literal["step", "rollout"]) -> None:
-        # Inside optimizer_step Lightning has not counted the step yet.
+        # Within optimizer_step, Lightning has not counted the step yet.
         steps = self.global_step + (when == "step")
         for name, follow in self.recipe.frozen.items():
             if name in self.live.copies and follow.due(when, steps):
@@ -335,7 +341,7 @@ class AlignModule(Forward):
     # ------------------------------------------------------------ checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Only what is trained, and the frozen copies: the base is not ours to store."""
+        """Trained parameters and frozen copies only; the base model is not stored."""
         kept = {f"policy.{key}" for key in self.live.kept_keys()}
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in kept}
 
@@ -378,7 +384,7 @@ class AlignModule(Forward):
         self.counts = dict(kept.get("counts", self.counts))
 
     def _tell_differences(self, then: Mapping[str, Any]) -> None:
-        """Warns of changed settings, of which the optimiser's state would override the learning rate without a word."""
+        """Warn about changed settings. Those of the optimiser would otherwise be overridden silently by its state."""
         now = self.recipe.config
         if then and now and self.trainer.is_global_zero and (found := differences(then, now)):
             log.warning(

@@ -6,7 +6,7 @@ import heapq
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowalign.beside import check_videos, instead, pictures_of, video_of
+from flowalign.beside import check_videos, given_videos, instead, pictures_of, video_of
 from flowalign.footage import read
 
 ASSETS = Path(__file__).parent / "assets"
@@ -150,15 +150,21 @@ class PromptSet:
     def images(
         self, indices: Sequence[int], numbers: Sequence[int], height: int, width: int, frames: int | None = None
     ) -> Tensor:
-        """A real picture for each of the prompts, (B, 3, H, W) in [0, 1], or with `frames` a video (B, F, 3, H, W).
+        """A real image for each of the prompts, (B, 3, H, W) in [0, 1], or with `frames` a video (B, F, 3, H, W).
 
-        `numbers` say which, where there are many.
+        `numbers` (B) choose among the images or videos of each prompt.
         """
         asked = [(self.prompts[i], number) for i, number in zip(indices, numbers, strict=True)]
         if frames is None:
             return torch.stack([self._picture(*one, height, width) for one in asked])
-        reading = cache(partial(read, frames=frames, size=(height, width)))  # a group learns from the same file
-        return torch.stack([video_of(*one, reading) for one in asked])
+        return torch.stack([video_of(*one, partial(read, frames=frames, size=(height, width))) for one in asked])
+
+    def variant(self, index: int, number: int, video: bool = False) -> int:
+        """The smallest number that chooses the same image or video of a prompt as `number` does."""
+        prompt = self.prompts[index]
+        if video:
+            return number % len(given_videos(prompt))
+        return 0 if self._painter is None or "image" in prompt.metadata else number
 
     def _picture(self, prompt: Prompt, number: int, height: int, width: int) -> Tensor:
         if self._painter is None or "image" in prompt.metadata:

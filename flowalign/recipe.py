@@ -9,7 +9,6 @@ from typing import Any, Literal, Protocol
 import torch
 
 from flowalign.algorithms.base import Algorithm
-from flowalign.collect import Size
 from flowalign.conditioner import Encoding
 from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
@@ -24,6 +23,7 @@ from flowalign.running import Running
 from flowalign.sampler import Sampling
 from flowalign.schedule import Schedule
 from flowalign.scoring import Scorer
+from flowalign.size import Size
 from flowalign.steps.base import Steps
 from flowalign.times import Times
 

@@ -33,10 +33,10 @@ from flowalign.sweeps import report, surviving
 if TYPE_CHECKING:
     from lightning import Trainer
 
-    from flowalign.collect import Size
     from flowalign.module import AlignModule
     from flowalign.recipe import Recipe
     from flowalign.scoring import Scorer
+    from flowalign.size import Size
     from flowalign.summary import Summary
 
 log = logging.getLogger("flowalign")
@@ -97,7 +97,7 @@ def reads_weights(cfg: DictConfig) -> bool:
 
 def size_of(cfg: DictConfig, part: str) -> Size:
     """resolution.train or resolution.eval: a node, or in short a number or a list of them."""
-    from flowalign.collect import Size
+    from flowalign.size import Size
 
     node = cfg.resolution[part]
     if isinstance(node, DictConfig):

@@ -58,7 +58,7 @@ class Noise:
     samples: Sequence[int]
     shape: tuple[int, ...]
     device: torch.device | str = "cpu"
-    alike: int = 1
+    sharing: int = 1
     """So many neighbouring samples start from the same noise."""
 
     def __call__(self, stream: int) -> Tensor:
@@ -68,7 +68,7 @@ class Noise:
 
     def starts(self) -> list[int]:
         """The sample whose noise each one starts from."""
-        return [s // self.alike * self.alike for s in self.samples]
+        return [s // self.sharing * self.sharing for s in self.samples]
 
     def of(self, rows: list[int]) -> Noise:
         """The noise of some of the samples, by position."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("flow", "types", "transfer", "files", "hub"),
+    ("flow", "types", "size", "transfer", "files", "hub"),
     ("keyed", "dynamics", "solvers", "steps", "times", "credit", "points", "shapes", "rewards"),
     ("algorithms", "models"),
     (
@@ -46,7 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "conditioner",
         "scoring",
     )
-    + ("report", "collect", "generate", "media", "before", "guards", "strategies"),
+    + ("report", "extremes", "rollouts", "collect", "generate", "media", "before", "guards", "strategies"),
     ("recipe", "alive", "decoding", "memory", "fitting", "evaluating", "forward", "loggers", "module", "callbacks"),
     (
         "imports",

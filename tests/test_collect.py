@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from flowalign.checks import ConfigError
@@ -16,7 +19,7 @@ from flowalign.conditioner import Conditioner
 from flowalign.models.base import FlowModel
 from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, size_of
-from flowalign.scoring import Scorer, Turns
+from flowalign.scoring import ScoreQueue, Scorer
 from flowalign.types import Conditioning, required
 
 if TYPE_CHECKING:
@@ -37,9 +40,9 @@ class Phase:
 
 def settled(collector: Collector, gather: Callable[[Tensor], Tensor], epoch: int = 0, rank: int = 0) -> Collected:
     """A whole rollout phase."""
-    with Turns(collector.scorer.ahead) as turns:
-        got = collector(epoch, rank, torch.device("cpu"), turns, gather, lambda done, reward: None)
-        got.settle()
+    with ScoreQueue(collector.scorer.ahead) as queue:
+        got = collector(epoch, rank, torch.device("cpu"), queue, gather, lambda done, reward: None)
+        got.assign_credit()
     return got
 
 
@@ -117,11 +120,11 @@ def test_a_rank_encodes_what_it_samples_unless_padding_depends_on_the_others(
 
 
 @pytest.mark.parametrize("extremes", ["null", "2"])
-def test_what_is_foreseen_is_all_that_the_next_epoch_encodes(
+def test_what_is_encoded_ahead_is_all_that_the_next_epoch_encodes(
     collect: Callable[..., Phase], monkeypatch: pytest.MonkeyPatch, extremes: str
 ):
     collector = collect("algo=nft", f"batch.extremes={extremes}", rank=1, ranks=2).collector
-    collector.foresee(5, rank=1)
+    collector.encode_ahead(5, rank=1)
     monkeypatch.setattr(collector.model, "encode", None)
     with torch.no_grad():
         settled(collector, lambda rewards: torch.arange(8.0)[:, None].expand(-1, rewards.shape[1]), epoch=5, rank=1)
@@ -247,6 +250,30 @@ def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
     assert scores.mean() > 0.7  # they show what the prompts ask for
     assert torch.equal(x0, required(collect("algo=nft", source="images").got.points.x0, "x0")[::3])
     assert not torch.equal(x0, required(collect("algo=nft", source="images", epoch=1).got.points.x0, "x0")[::3])
+
+
+def test_a_given_picture_is_encoded_once_however_many_members_learn_from_it(
+    collect: Callable[..., Phase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lines = []
+    for name in "ab":
+        Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / f"{name}.png")
+        lines.append(json.dumps({"prompt": name, "image": f"{name}.png"}))
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    encoded, encode = [], FlowModel.encode_images
+
+    def counted(model: FlowModel, images: Tensor) -> Tensor:
+        encoded.append(len(images))
+        return encode(model, images)
+
+    monkeypatch.setattr(FlowModel, "encode_images", counted)
+    words = (f"data.train.path={tmp_path / 'train.jsonl'}", "data.train.balance=null", "rollout.batch_size=3")
+    got = collect("algo=nft", *words, source="images").got
+    assert encoded == [2]
+    assert len(got.images) == 2
+    groups = got.x0.unflatten(0, (2, 4))
+    assert torch.equal(groups, groups[:, :1].expand_as(groups))
+    assert not torch.equal(groups[0, 0], groups[1, 0])
 
 
 def test_a_plan_that_grows_is_refused(collect: Callable[..., Phase]):

@@ -132,9 +132,9 @@ def test_an_open_plan_may_take_every_micro_batch_that_a_given_one_may(together: 
     assert g.micros() == expected
     assert g.micro == expected[0]
     for micro in expected:
-        assert g.settled(micro) == Geometry(Batch(4, 6, micro, updates=2), 3, together=together)
-    assert g.settled(5) is g.settled(None) is g
-    assert g.settled(36).settled(6).micro == 36  # what is given stays
+        assert g.with_micro(micro) == Geometry(Batch(4, 6, micro, updates=2), 3, together=together)
+    assert g.with_micro(5) is g.with_micro(None) is g
+    assert g.with_micro(36).with_micro(6).micro == 36  # what is given stays
 
 
 def test_auto_passes_the_checks_of_a_command_line_and_a_misspelling_does_not():

@@ -22,7 +22,7 @@ from flowalign.evaluation import Positions
 from flowalign.rewards.base import RewardError
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.sampler import walk
-from flowalign.scoring import Scorer, Turns
+from flowalign.scoring import ScoreQueue, Scorer
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -138,17 +138,17 @@ def test_what_could_not_be_scored_leaves_no_trace_in_the_weights(
         run = prepared(f"algo={algo}", *words)
         run.recipe.scorer = Scorer(Reward(lambda seen: seen in (1, 2)))
         module, trainer = run.build()
-        settle = Collected.settle
+        assign_credit = Collected.assign_credit
 
-        def spoilt(self: Any, settle: Any = settle, nonsense: float = nonsense) -> None:
-            settle(self)
+        def spoilt(self: Any, assign_credit: Any = assign_credit, nonsense: float = nonsense) -> None:
+            assign_credit(self)
             points = self.points
             assert points.counts.reshape(8, -1)[:, 0].tolist() == [True, False, False, *[True] * 5]
             assert float(points.weight.mean()) == pytest.approx(1)
             for velocity in points.frozen.values():
                 velocity[~points.counts] += nonsense
 
-        monkeypatch.setattr(Collected, "settle", spoilt)
+        monkeypatch.setattr(Collected, "assign_credit", spoilt)
         trainer.fit(module)
         monkeypatch.undo()
         trained.append({name: p.detach().clone() for name, p in module.live.trained().items()})
@@ -174,7 +174,7 @@ def test_a_picture_that_is_not_finite_teaches_nothing_and_spoils_no_step(
                     t[1] = torch.nan
             return rollout
 
-        monkeypatch.setattr("flowalign.collect.walk", walked)
+        monkeypatch.setattr("flowalign.rollouts.walk", walked)
         module = run.fit()
         assert module.finite.skipped == 0
         trained.append({name: p.detach().clone() for name, p in module.live.trained().items()})
@@ -239,7 +239,7 @@ def test_points_are_gone_before_the_next_ones_are_made(prepared: Callable[..., R
         points[:] = [weakref.ref(module.buffer.points.x), weakref.ref(module.buffer.points.x_next)]
         return type(module).training_step(module, idx, batch_idx)
 
-    monkeypatch.setattr("flowalign.collect.walk", walked)
+    monkeypatch.setattr("flowalign.rollouts.walk", walked)
     monkeypatch.setattr(module, "training_step", watched)
     trainer.fit(module)
     assert alive
@@ -328,7 +328,7 @@ def test_accumulation_set_by_hand_is_refused(prepared: Callable[..., Run]):
 
 
 def test_a_picture_size_that_the_model_cannot_make_is_refused_before_training(prepared: Callable[..., Run]):
-    from flowalign.collect import Size
+    from flowalign.size import Size
 
     run = prepared()
     run.recipe.eval_size = Size(70, 64)
@@ -455,7 +455,7 @@ def test_what_frozen_copies_raise_leaves_no_score_waiting(prepared: Callable[...
     reward, made = Slow(), []
     reward.open.clear()
     run.recipe.scorer = Scorer(reward, ahead=1)
-    monkeypatch.setattr("flowalign.module.Turns", lambda ahead: made.append(Turns(ahead)) or made[-1])
+    monkeypatch.setattr("flowalign.module.ScoreQueue", lambda ahead: made.append(ScoreQueue(ahead)) or made[-1])
     module, trainer = run.build()
 
     def failing(*args: Any) -> Tensor:

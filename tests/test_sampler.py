@@ -111,7 +111,7 @@ def test_rounded_pictures_do_not_depend_on_their_batch():
     plan = Branch(branches=2, num=3, seed=0)(0, 7)
 
     def walked(samples: range) -> Rollout:
-        noise = Noise(5, 0, samples, SHAPE, alike=6)
+        noise = Noise(5, 0, samples, SHAPE, sharing=6)
         return walk(field, LONG, plan, FlowSDE(0.7), Euler(), noise, keep_in=torch.bfloat16)
 
     together, alone = walked(range(6)), join([walked(range(i, i + 1)) for i in range(6)])
@@ -183,7 +183,7 @@ SHARED = {
 }
 
 
-def walked(plan: StepPlan, samples: list[int], alike: int, solver: DPM | Euler) -> tuple[Rollout, int]:
+def walked(plan: StepPlan, samples: list[int], sharing: int, solver: DPM | Euler) -> tuple[Rollout, int]:
     """The rollout and the rows that the network saw."""
     calls = 0
 
@@ -194,16 +194,16 @@ def walked(plan: StepPlan, samples: list[int], alike: int, solver: DPM | Euler) 
         assert len(names) == len(x)
         return field(x, sigma)
 
-    noise = Noise(5, 0, samples, SHAPE, alike=alike)
+    noise = Noise(5, 0, samples, SHAPE, sharing=sharing)
     return walk(counted, LONG, plan, FlowSDE(0.7), solver, noise, keep_mean=True), calls
 
 
 @pytest.mark.parametrize("solver", [Euler(), DPM()])
 @pytest.mark.parametrize("name", SHARED)
 def test_a_shared_prefix_changes_nothing_and_costs_what_it_must(name: str, solver: DPM | Euler):
-    plan, alike, expected = SHARED[name]
-    together, calls = walked(plan, list(range(12)), alike, solver)
-    alone = [walked(plan, [sample], alike, solver) for sample in range(12)]
+    plan, sharing, expected = SHARED[name]
+    together, calls = walked(plan, list(range(12)), sharing, solver)
+    alone = [walked(plan, [sample], sharing, solver) for sample in range(12)]
     assert calls == expected
     assert sum(count for _, count in alone) == 12 * 7
     apart = join([rollout for rollout, _ in alone])
@@ -223,7 +223,7 @@ def test_a_group_walks_to_its_first_noise_as_one(start: int, calls: int):
         return field(x, sigma)
 
     plan = Fast(2, seed=0, low=start, high=start + 2)(0, 10)
-    walk(counted, torch.linspace(1, 0, 11), plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(24), SHAPE, alike=24))
+    walk(counted, torch.linspace(1, 0, 11), plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(24), SHAPE, sharing=24))
     assert asked == calls == start + 1 + 24 * (9 - start)
 
 
@@ -244,7 +244,7 @@ def test_the_trunk_of_branches_is_the_ode():
 def test_branches_differ_by_their_own_step_alone():
     """Without its noise a branch is the trunk: mean and trunk's next state agree as eta goes to 0."""
     plan = SHARED["branches"][0]
-    noise = Noise(5, 0, range(6), SHAPE, alike=6)
+    noise = Noise(5, 0, range(6), SHAPE, sharing=6)
     still = walk(field, LONG, plan, FlowSDE(1e-5), Euler(), noise)
     assert (still.x0 - still.x0[:1]).abs().max() < 1e-3
     moved = walk(field, LONG, plan, FlowSDE(0.7), Euler(), noise)
@@ -259,13 +259,13 @@ def test_the_network_is_asked_for_the_conditions_of_the_rows_it_sees():
         return torch.tanh(x) * prompt[rows] * sigma
 
     plan = Window(2, seed=0, stay=1)(2, 7)
-    shared = walk(told, LONG, plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(6), SHAPE, alike=3))
+    shared = walk(told, LONG, plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(6), SHAPE, sharing=3))
     for sample in range(6):
 
         def own(x: Tensor, sigma: Tensor, rows: Rows, c: Tensor = prompt[sample]) -> Tensor:
             return torch.tanh(x) * c * sigma
 
-        alone = walk(own, LONG, plan, FlowSDE(0.7), Euler(), Noise(5, 0, [sample], SHAPE, alike=3))
+        alone = walk(own, LONG, plan, FlowSDE(0.7), Euler(), Noise(5, 0, [sample], SHAPE, sharing=3))
         assert torch.equal(shared.x0[sample], alone.x0[0])
 
 
@@ -327,7 +327,7 @@ def test_a_short_tail_saves_steps():
         calls.append(len(x))
         return field(x, sigma)
 
-    rollout = walk(counted, sigmas, plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(4), SHAPE, alike=4))
+    rollout = walk(counted, sigmas, plan, FlowSDE(0.7), Euler(), Noise(5, 0, range(4), SHAPE, sharing=4))
     assert calls == [1, 4, 4]
     assert rollout.x0.isfinite().all()
     assert torch.equal(rollout.sigmas, sigmas)

@@ -17,7 +17,6 @@ from PIL import Image
 from flowalign.checks import check_signatures
 from flowalign.checks.preflight import section
 from flowalign.checks.suggest import suggest
-from flowalign.collect import Size
 from flowalign.commands.figures import figure, plain, shown_table, summarised, written_table
 from flowalign.commands.record import Asked, Record, asked
 from flowalign.commands.sample import Made, batches
@@ -29,6 +28,7 @@ from flowalign.rewards.base import RewardError
 from flowalign.run import CONF, instantiate
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
+from flowalign.size import Size
 from flowalign.strategies import folders
 from flowalign.suites import SUITES, Suite, spread
 

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowalign.collect import Size
 from flowalign.commands.saved import Saved, opened
 from flowalign.conditioner import Conditioner
 from flowalign.evaluation import Shown, stills
@@ -20,6 +19,7 @@ from flowalign.media import check_suffix, save
 from flowalign.prompts import Prompt, read_prompts
 from flowalign.sampler import Sampling
 from flowalign.scoring import Latents
+from flowalign.size import Size
 
 
 def sample(

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from flowalign.collect import Size
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
 from flowalign.policy.base import identity
@@ -18,6 +17,7 @@ from flowalign.resuming import last_checkpoint
 from flowalign.run import composed, instantiate, size_of
 from flowalign.sampler import Sampling
 from flowalign.scoring import Scorer
+from flowalign.size import Size
 from flowalign.strategies import folders
 
 

@@ -1,11 +1,11 @@
-"""What a run measures its pictures by: rewards by name, how they are called, and what becomes of missing scores."""
+"""Scoring of samples: named rewards, how they are called, and what happens to samples without a score."""
 
-from flowalign.scoring.coming import Coming
+from flowalign.scoring.inputs import Latents, RewardInput
 from flowalign.scoring.measure import Measure
 from flowalign.scoring.missing import Missing
+from flowalign.scoring.queue import ScoreQueue, Scores
 from flowalign.scoring.ramp import Ramp
+from flowalign.scoring.rollout_scores import RolloutScores
 from flowalign.scoring.scorer import Scorer
-from flowalign.scoring.seen import Latents, Seen
-from flowalign.scoring.turns import Scores, Turns
 
-__all__ = ["Coming", "Latents", "Measure", "Missing", "Ramp", "Scorer", "Scores", "Seen", "Turns"]
+__all__ = ["Latents", "Measure", "Missing", "Ramp", "RewardInput", "RolloutScores", "ScoreQueue", "Scorer", "Scores"]

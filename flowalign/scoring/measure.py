@@ -1,4 +1,4 @@
-"""One reward as a run calls it."""
+"""A reward together with the settings that a run chooses for it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.rewards.base import Reward, RewardError
+from flowalign.scoring.inputs import RewardInput
 from flowalign.scoring.ramp import Ramp
-from flowalign.scoring.seen import Seen
 
 log = logging.getLogger("flowalign")
 OnError = Literal["stop", "missing"]
 
 
 class Measure:
-    """A reward with what the run, not the reward, decides about it. A bare reward is a Measure with these defaults."""
+    """A reward with its batch size, device and dtype. A bare reward becomes a Measure with the default ones."""
 
     def __init__(
         self,
@@ -29,9 +29,9 @@ class Measure:
         dtype: Literal["float32", "float16", "bfloat16"] | None = None,
         evaluate: bool = True,
     ) -> None:
-        """weight: in the objective. batch_size: samples in one call (groupwise: rounded to whole groups); None: as they
-        come. device, dtype: what media are moved to, and a reward that is a module with them; None: they stay as they
-        are. evaluate: false leaves it out of evaluations, and of their `reward`.
+        """weight: weight in the objective. batch_size: samples per call (groupwise: whole groups); None: those of a
+        rollout batch. device, dtype: where media, and a reward that is a module, are moved to; None: unchanged.
+        evaluate: whether evaluations measure it, and include it in their `reward`.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size counts the samples of one call and must be at least 1 (got {batch_size}).")
@@ -42,10 +42,10 @@ class Measure:
         self.dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self.name = "reward"
         self.on_error: OnError = "stop"
-        # What is compared within a group says nothing of a single picture, and an evaluation has one of a prompt.
+        # A groupwise reward cannot score a single image, and an evaluation has one image per prompt.
         self.evaluate = evaluate and not self.groupwise
 
-    # ------------------------------------------------------------ what the reward says of itself
+    # ------------------------------------------------------------ properties of the reward
 
     @property
     def groupwise(self) -> bool:
@@ -54,38 +54,38 @@ class Measure:
 
     @property
     def sees_latents(self) -> bool:
-        """Whether it is called with latents, so that nothing is decoded for it."""
+        """Whether it scores latents, which then need no decoding."""
         return getattr(self.reward, "sees", "media") == "latents"
 
     @property
-    def beside(self) -> bool:
-        """Whether it may score while the policy samples: not with parts of the policy, whose weights are exchanged."""
-        return not hasattr(self.reward, "bind")
+    def concurrent(self) -> bool:
+        """Whether it may score while the policy samples. Not if it uses the policy's networks, whose weights change."""
+        return not self.binds
 
     @property
     def described(self) -> str:
-        """Name and class, or plain function: `strict` (Strict)."""
+        """Name and class, or function, for messages: `strict` (Strict)."""
         function = getattr(self.reward, "func", self.reward)  # of functools.partial
         return f"`{self.name}` ({getattr(function, '__name__', type(function).__name__)})"
 
     def check(self) -> None:
-        """The reward's own self-check; RewardError if it is not in working order."""
+        """Run the reward's self-check. Raises RewardError if it fails."""
         self._optional("self_check")
 
     @property
     def binds(self) -> bool:
-        """Whether the reward is made of the policy's own parts."""
+        """Whether the reward is built from the policy's own networks."""
         return hasattr(self.reward, "bind")
 
     def bind(self, model: Any, check: bool) -> None:
-        """The model's adapter, for a reward that is made of the policy's own parts; it can be checked only now."""
+        """Give the model's adapter to a reward built from the policy's networks, and check it."""
         if self.binds:
             self._optional("bind", model)
             if check:
                 self.check()
 
     def close(self) -> None:
-        """Ends what the reward has started."""
+        """Stop whatever the reward has started, such as worker processes."""
         self._optional("close")
 
     def _optional(self, name: str, *arguments: Any) -> None:
@@ -95,10 +95,10 @@ class Measure:
         try:
             member(*arguments)
         except Exception as error:
-            raise self._refusal(f"{name.replace('_', '-')} failed", error) from error
+            raise self._reward_error(f"{name.replace('_', '-')} failed", error) from error
 
-    def _refusal(self, what: str, error: Exception) -> RewardError:
-        """In the reward's own words if it gives a reason; else with the trace in the log, for whoever wrote it."""
+    def _reward_error(self, what: str, error: Exception) -> RewardError:
+        """A RewardError that names the reward. The trace of an unexpected exception goes to the log."""
         if isinstance(error, RewardError):
             return RewardError(f"reward {self.described}: {error}")
         log.error("the trace of reward %s:", self.described, exc_info=error)
@@ -107,24 +107,24 @@ class Measure:
     # ------------------------------------------------------------ scores
 
     @torch.no_grad()
-    def __call__(self, seen: Seen) -> Tensor:
-        """(B,) float32, where the samples are; NaN = could not be scored. RewardError if on_error=stop."""
-        where = seen.device
-        # Threads begin with the first accelerator, and without autocast: a score depends on neither.
-        current = torch.cuda.device(where) if where.type == "cuda" else nullcontext()
-        with current, torch.autocast(where.type, enabled=False):
-            scores = torch.cat([self._scores(part) for part in seen.split(self.batch_size, self.groupwise)])
-        return scores.to(where)
+    def __call__(self, batch: RewardInput) -> Tensor:
+        """Scores (B,) float32 on the samples' device; NaN = could not be scored. RewardError if on_error=stop."""
+        device = batch.device
+        # A new thread starts on the first GPU and without autocast: scores must not depend on the thread.
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with current, torch.autocast(device.type, enabled=False):
+            scores = torch.cat([self._scores(part) for part in batch.split(self.batch_size, self.groupwise)])
+        return scores.to(device)
 
-    def _scores(self, seen: Seen) -> Tensor:
-        number = len(seen.prompts)
+    def _scores(self, batch: RewardInput) -> Tensor:
+        number = len(batch.prompts)
         try:
-            scores = torch.as_tensor(self._call(seen), dtype=torch.float32)
+            scores = torch.as_tensor(self._call(batch), dtype=torch.float32)
         except Exception as error:
-            refusal = self._refusal(f"scoring {number} samples failed", error)
+            error_of_reward = self._reward_error(f"scoring {number} samples failed", error)
             if self.on_error == "stop":
-                raise refusal from error
-            log.warning("%s; these %d samples count as not scored.", refusal, number)
+                raise error_of_reward from error
+            log.warning("%s; these %d samples count as not scored.", error_of_reward, number)
             return torch.full((number,), torch.nan)
         if scores.shape != (number,):
             raise RewardError(
@@ -135,17 +135,17 @@ class Measure:
             raise RewardError(f"reward {self.described} is infinite: what cannot be scored is NaN.")
         return scores
 
-    def _call(self, seen: Seen) -> Tensor:
-        texts, metadata = [p.text for p in seen.prompts], [p.metadata for p in seen.prompts]
-        compared: dict[str, Any] = {"groups": seen.groups} if self.groupwise else {}
+    def _call(self, batch: RewardInput) -> Tensor:
+        texts, metadata = [p.text for p in batch.prompts], [p.metadata for p in batch.prompts]
+        compared: dict[str, Any] = {"groups": batch.groups} if self.groupwise else {}
         if self.sees_latents:
-            if seen.latents is None:
+            if batch.latents is None:
                 raise RewardError("it scores latents, and only media are here.")
-            x0, cond = seen.latents.x0, seen.latents.cond
+            x0, cond = batch.latents.x0, batch.latents.cond
             return self.reward.of_latents(x0, cond, texts, metadata, **compared)  # type: ignore[attr-defined]
-        if seen.media is None:
+        if batch.media is None:
             raise RewardError("it scores media, and nothing was decoded.")
-        return self.reward(self._placed(seen.media), texts, metadata, **compared)
+        return self.reward(self._placed(batch.media), texts, metadata, **compared)
 
     def _placed(self, media: Tensor) -> Tensor:
         if self.device is not None and isinstance(self.reward, nn.Module):

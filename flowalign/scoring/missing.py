@@ -1,4 +1,4 @@
-"""What becomes of pictures that could not be scored."""
+"""Which samples are trained on when some could not be scored."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ CAUSES = (
 
 @dataclass(frozen=True)
 class Missing:
-    """Which samples are trained on. A sample is scored if every reward of its objective with a weight has a score."""
+    """Selects the samples to train on. A sample counts as scored if every reward with a weight has given it a score."""
 
     policy: Policy = "drop_sample"
     at_most: float = 0.5
-    """Share of the samples of an epoch that may lack a score."""
+    """Largest fraction of an epoch's samples that may lack a score."""
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -34,7 +34,10 @@ class Missing:
             raise ValueError(f"max_missing is a share of the samples, in [0, 1] (got {self.at_most}).")
 
     def valid(self, rewards: Tensor, groups: Tensor, weights: Tensor, names: Sequence[str]) -> Tensor:
-        """(N,) bool: what is trained on, by rewards (N, R), groups (N,) and weights (R,). Raises RewardError."""
+        """Samples to train on, (N,) bool, from rewards (N, R), groups (N,) and weights (R,).
+
+        Raises RewardError if too many scores are missing, or any under the policy "stop".
+        """
         lacking = rewards.isnan() & (weights != 0).to(rewards.device)
         scored = ~lacking.any(dim=1)
         missing = int((~scored).sum())
@@ -63,6 +66,6 @@ class Missing:
 
 
 def _by_reward(lacking: Tensor, names: Sequence[str]) -> str:
-    """How many each reward lacks, the worst first: "ocr: 96, clip: 3"."""
+    """Number of missing scores per reward, most first: "ocr: 96, clip: 3"."""
     counts = {name: int(n) for name, n in zip(names, lacking.sum(dim=0), strict=True) if n}
     return ", ".join(f"{name}: {n}" for name, n in sorted(counts.items(), key=lambda item: -item[1]))

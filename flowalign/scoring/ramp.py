@@ -1,4 +1,4 @@
-"""Weights that change as training goes on."""
+"""Reward weights that change during training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Ramp:
-    """A weight that goes through `values` at `epochs` in straight lines, and stays level before and after."""
+    """A weight interpolated linearly between `values` at `epochs`, and constant before the first and after the last."""
 
     def __init__(self, epochs: Sequence[int], values: Sequence[float]) -> None:
         if len(epochs) != len(values) or not epochs:
@@ -18,5 +18,5 @@ class Ramp:
         self.epochs, self.values = list(epochs), [float(value) for value in values]
 
     def __call__(self, epoch: float) -> float:
-        """The weight of an epoch, the first being 0; of infinity, the last value."""
+        """The weight in an epoch, counted from 0; math.inf gives the last value."""
         return float(np.interp(epoch, self.epochs, self.values))

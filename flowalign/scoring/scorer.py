@@ -1,4 +1,4 @@
-"""The objective rewards and the measures that are watched but never optimised."""
+"""The rewards that are optimised, and those that are only measured."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from flowalign.prompts import Prompt
 from flowalign.rewards.base import Reward
+from flowalign.scoring.inputs import Latents, RewardInput
 from flowalign.scoring.measure import Measure, OnError
 from flowalign.scoring.missing import Missing, Policy
+from flowalign.scoring.queue import PendingScores, Scores
 from flowalign.scoring.ramp import Ramp
-from flowalign.scoring.seen import Latents, Seen
-from flowalign.scoring.turns import Scores, Scoring
 from flowalign.types import Conditioning
 
 
 class Scorer:
-    """`objective` is trained on; `held_out` is only looked at, so that a hacked objective shows.
+    """`objective` is optimised; `held_out` is only measured, which reveals a hacked objective.
 
-    An objective may have several rewards, by name, each with its weight (1 unless given); credit then decides how they
-    meet, and "reward" is their weighted sum. One of weight 0 is only looked at, in rollouts too.
+    The objective may be several named rewards with weights (default 1). `credit` decides how they are combined into
+    advantages; the metric "reward" is their weighted sum. A reward of weight 0 is measured in rollouts, not optimised.
     """
 
     def __init__(
@@ -38,10 +38,11 @@ class Scorer:
         self_check: bool = True,
         ahead: int = 1,
     ) -> None:
-        """missing: what is left out of training where a picture has no score, or "stop". max_missing: the share of an
-        epoch's pictures above which the run stops. on_error: whether a reward that raises ends the run, or leaves its
-        samples without a score. self_check: whether rewards are checked before training. ahead: batches that may be
-        sampled while earlier ones are scored, each reward by a thread of its own; 0: everything in turn.
+        """missing: what to leave out of training when an image has no score, or "stop". max_missing: the fraction of an
+        epoch's images without a score above which the run stops. on_error: a reward that raises either stops the run or
+        leaves its samples without a score ("missing"). self_check: check rewards before training. ahead: number of
+        batches that may wait for their scores while the next ones are sampled, each reward on a thread of its own; 0
+        scores synchronously.
         """
         if ahead < 0:
             raise ValueError(f"ahead counts the batches that wait for their scores and is 0 or more (got {ahead}).")
@@ -57,7 +58,7 @@ class Scorer:
             measure.name, measure.on_error = name, on_error
         for name, weight in (weights or {}).items():
             self.objective[name].weight = weight
-        for epoch in (0, math.inf, *self._turns()):
+        for epoch in (0, math.inf, *self._ramp_epochs()):
             w = self.weights(epoch)
             if not w.isfinite().all() or not w.any():
                 raise ValueError(f"the rewards need finite weights that are not all 0 (got {w.tolist()}).")
@@ -70,16 +71,16 @@ class Scorer:
         if twice := sorted(self.objective.keys() & self.held_out.keys()):
             raise ValueError(f"{twice} cannot be both trained on and held out.")
 
-    # ------------------------------------------------------------ what there is
+    # ------------------------------------------------------------ rewards
 
     @property
     def every(self) -> dict[str, Measure]:
-        """All rewards by name, of the objective and held out."""
+        """All rewards by name, optimised and held out."""
         return {**self.objective, **self.held_out}
 
     @property
     def measures(self) -> list[str]:
-        """Names of what `all` returns."""
+        """Names of the scores that `all` returns."""
         return list(dict.fromkeys(["reward", *self._evaluated]))
 
     @property
@@ -88,44 +89,44 @@ class Scorer:
 
     @property
     def groupwise(self) -> bool:
-        """Whether a reward of the objective needs the whole group of a prompt at once."""
+        """Whether a reward of the objective has to be called with whole groups."""
         return any(measure.groupwise for measure in self.objective.values())
 
     @property
     def sees_media(self) -> bool:
-        """Whether a reward of the objective needs decoded pictures."""
+        """Whether a reward of the objective needs decoded images."""
         return not all(measure.sees_latents for measure in self.objective.values())
 
     @property
     def binds(self) -> bool:
-        """Whether a reward is made of the policy's own parts, and needs their values."""
+        """Whether a reward is built from the policy's own networks, and needs their weights loaded."""
         return any(measure.binds for measure in self.every.values())
 
     def weights(self, epoch: float = math.inf) -> Tensor:
-        """(R,) float64, of the rewards of the objective in an epoch; the last ones unless an epoch is given."""
+        """Weights (R,) float64 of the objective's rewards in an epoch; by default the final ones."""
         given = [measure.weight for measure in self.objective.values()]
         return torch.tensor([float(w(epoch) if isinstance(w, Ramp) else w) for w in given], dtype=torch.float64)
 
-    def _turns(self) -> list[int]:
+    def _ramp_epochs(self) -> list[int]:
         ramps = [m.weight for m in self.objective.values() if isinstance(m.weight, Ramp)]
         return sorted({epoch for ramp in ramps for epoch in ramp.epochs})
 
     # ------------------------------------------------------------ before and after a run
 
     def check(self) -> None:
-        """The self-checks of all rewards but those that wait for `bind`; RewardError with the first one's reason."""
+        """Run the self-checks of all rewards, except those that need `bind`. Raises RewardError at a failure."""
         if self.self_check:
             for measure in self.every.values():
                 if not measure.binds:
                     measure.check()
 
     def bind(self, model: Any) -> None:
-        """Gives the model's adapter to the rewards that are made of the policy's own parts; before training, once."""
+        """Give the model's adapter to the rewards built from the policy's own networks; once, before training."""
         for measure in self.every.values():
             measure.bind(model, self.self_check)
 
     def close(self) -> None:
-        """Lets rewards end what they have started."""
+        """Stop the scoring threads, and whatever the rewards have started."""
         for thread in self._threads.values():
             thread.shutdown(wait=False, cancel_futures=True)
         self._threads.clear()
@@ -134,24 +135,24 @@ class Scorer:
 
     # ------------------------------------------------------------ scores
 
-    def start(self, seen: Seen, evaluation: bool = False) -> Scoring:
-        """Begins to score by the rewards of the objective, or by all that an evaluation measures."""
+    def start(self, batch: RewardInput, evaluation: bool = False) -> PendingScores:
+        """Start scoring a batch by the rewards of the objective, or by all rewards that an evaluation measures."""
         measures = self._evaluated if evaluation else self.objective
-        return Scoring({name: self._started(name, measure, seen) for name, measure in measures.items()})
+        return PendingScores({name: self._submit(name, measure, batch) for name, measure in measures.items()})
 
-    def _started(self, name: str, measure: Measure, seen: Seen) -> Future[Tensor]:
-        if self.ahead and measure.beside:
-            # One thread a reward: none is called twice at a time, and its calls are in order.
+    def _submit(self, name: str, measure: Measure, batch: RewardInput) -> Future[Tensor]:
+        if self.ahead and measure.concurrent:
+            # One thread per reward: its calls never overlap, and keep their order.
             if name not in self._threads:
-                beside_network = _without_pool if seen.device.type == "cpu" else None
-                self._threads[name] = ThreadPoolExecutor(1, f"reward-{name}", beside_network)
-            return self._threads[name].submit(measure, seen)
+                initializer = _single_threaded if batch.device.type == "cpu" else None
+                self._threads[name] = ThreadPoolExecutor(1, f"reward-{name}", initializer)
+            return self._threads[name].submit(measure, batch)
         future: Future[Tensor] = Future()
-        future.set_result(measure(seen))
+        future.set_result(measure(batch))
         return future
 
     def stacked(self, scores: Scores) -> Tensor:
-        """(B, R) of the rewards of the objective by name."""
+        """Scores (B, R) of the objective's rewards, in their order."""
         return torch.stack([scores[name] for name in self.objective], dim=1)
 
     def rewards(
@@ -161,29 +162,29 @@ class Scorer:
         latents: Latents | None = None,
         groups: Tensor | None = None,
     ) -> Tensor:
-        """(B, R) float32 of the R rewards of the objective; NaN = could not be scored.
+        """Score synchronously: (B, R) float32 for the R rewards of the objective; NaN = could not be scored.
 
-        media may be None where `sees_media` says so; groups (B,) are the numbers of what is compared.
+        media may be None if `sees_media` is false; groups (B,) are needed by groupwise rewards.
         """
-        return self.stacked(self.start(Seen(prompts, media, latents, groups)).result())
+        return self.stacked(self.start(RewardInput(prompts, media, latents, groups)).result())
 
     def of_noisy(self, x: Tensor, sigma: Tensor, cond: Conditioning, epoch: float = math.inf) -> Tensor:
-        """The weighted sum of the objective on noisy latents x (B, …) at sigma (B,), with its gradient to x: (B,)."""
+        """Weighted sum (B,) of the objective on noisy latents x (B, …) at sigma (B,), differentiable in x."""
         counted = [(w, m) for w, m in zip(self.weights(epoch).tolist(), self.objective.values(), strict=True) if w]
         return torch.stack([w * m.reward.of_noisy(x, sigma, cond) for w, m in counted]).sum(dim=0)  # type: ignore
 
     def combined(self, rewards: Tensor, epoch: float = math.inf) -> Tensor:
-        """(B, R) to their weighted sum (B,); NaN if a reward that counts is missing."""
+        """Weighted sum (B,) of rewards (B, R); NaN where a reward with a weight is missing."""
         return _total(rewards, self.weights(epoch))
 
     def all(self, media: Tensor | None, prompts: Sequence[Prompt], latents: Latents | None = None) -> dict[str, Tensor]:
-        """What an evaluation measures, by name, and the weighted sum of the objective under "reward"; (B,) each."""
-        return self.summed(self.start(Seen(prompts, media, latents), evaluation=True).result())
+        """Scores (B,) of every evaluated reward by name, and the weighted sum of the objective as "reward"."""
+        return self.summed(self.start(RewardInput(prompts, media, latents), evaluation=True).result())
 
     def summed(self, scores: Scores) -> Scores:
-        """With the weighted sum of the objective.
+        """Add the weighted sum of the objective as "reward"; NaN if none of its rewards is evaluated.
 
-        It is over what is evaluated, by the last weights, so that evaluations can be compared; NaN without any.
+        It always uses the final weights, so that evaluations of different epochs can be compared.
         """
         counted = [name for name in self.objective if name in scores]
         if not counted:
@@ -201,7 +202,10 @@ def _measure(reward: Reward | Measure) -> Measure:
     return reward if isinstance(reward, Measure) else Measure(reward)
 
 
-def _without_pool() -> None:
-    """For a thread beside a network on the CPU. With a second pool of OpenMP threads there are more of them than cores,
-    upon which the library lets all of them sleep at every wait, the network's own: an epoch took 1.3 times as long."""
+def _single_threaded() -> None:
+    """Run a reward's thread without an OpenMP pool of its own while the network uses the CPU.
+
+    With a second pool there would be more OpenMP threads than cores, and the library would then put all waiting threads
+    to sleep, including the network's: an epoch took 1.3 times as long.
+    """
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What the rewards of an epoch look like, under the names that docs/metrics.md explains."""
+"""Statistics of an epoch's rewards, under the metric names of docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from flowalign.credit import group_stats
 def statistics(
     rewards: Tensor, groups: Tensor, valid: Tensor, weights: Tensor, names: Sequence[str]
 ) -> dict[str, float]:
-    """rewards (N, R), groups (N,), valid (N,) what is trained on, weights (R,): of their sum, and of each of several.
+    """Statistics of the weighted sum, and of each reward if there are several.
 
-    A reward's own figures are over all samples that it scored, whatever the others lack.
+    rewards (N, R), groups (N,), valid (N,) bool the samples to train on, weights (R,). Statistics of a single reward
+    cover all samples that it has scored, even those that lack another score.
     """
     counts = (weights != 0).to(rewards.device)
     unscored = rewards[:, counts].isnan().any(dim=1)

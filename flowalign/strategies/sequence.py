@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from flowalign.checks.errors import ConfigError
-from flowalign.collect import Size
 from flowalign.geometry import nearest_divisor
 from flowalign.models.base import FlowModel
+from flowalign.size import Size
 
 
 def split_sequences(model: FlowModel, context: int, device_type: str) -> None:

@@ -16,7 +16,6 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from flowalign.collect import Size
 from flowalign.commands.evaluate import _about
 from flowalign.commands.figures import figure, plain, shown_table, summarised
 from flowalign.commands.record import asked
@@ -25,6 +24,7 @@ from flowalign.rewards.geneval import Geneval
 from flowalign.rewards.geneval_colours import HueColours
 from flowalign.shapes.render import picture
 from flowalign.shapes.world import specs
+from flowalign.size import Size
 from flowalign.strategies.folders import META
 from flowalign.suites import SUITES
 from tests.conftest import ROOT

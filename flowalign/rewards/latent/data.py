@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from flowalign.collect import Size
 from flowalign.conditioner import Conditioner
 from flowalign.files import replacing
 from flowalign.generate import Generated, generate
@@ -22,6 +21,7 @@ from flowalign.models.base import FlowModel
 from flowalign.prompts import Prompt
 from flowalign.sampler import Sampling
 from flowalign.scoring import Latents, Scorer
+from flowalign.size import Size
 from flowalign.types import Conditioning
 
 log = logging.getLogger("flowalign.latent")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.checks.errors import ConfigError
-from flowalign.collect import Size
 from flowalign.conditioner import Conditioner
 from flowalign.files import replacing
 from flowalign.flow import interpolate, shifted
@@ -22,6 +21,7 @@ from flowalign.rewards.latent.data import Examples
 from flowalign.rewards.latent.losses import Loss, accuracy, pairs, pointwise, preference, targets
 from flowalign.rewards.latent.network import Network
 from flowalign.schedule import Schedule
+from flowalign.size import Size
 from flowalign.types import Conditioning
 
 log = logging.getLogger("flowalign.latent")

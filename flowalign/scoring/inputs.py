@@ -1,4 +1,4 @@
-"""What rewards may look at."""
+"""What a reward is called with."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flowalign.types import Conditioning
 
 @dataclass(frozen=True)
 class Latents:
-    """What pictures were decoded from, for rewards that need no decoding."""
+    """Final latents and their conditioning, for rewards that need no decoded images."""
 
     x0: Tensor
-    """(B, …) final latents."""
+    """(B, …)"""
     cond: Conditioning
-    """One row a sample."""
+    """One row per sample."""
 
     def index(self, i: slice) -> Latents:
         """Rows i."""
@@ -27,34 +27,34 @@ class Latents:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Some samples, and as much of them as their rewards need."""
+class RewardInput:
+    """A batch of samples, with media and latents only as far as the rewards need them."""
 
     prompts: Sequence[Prompt]
     media: Tensor | None = None
     """(B, 3, H, W) or (B, F, 3, H, W) in [0, 1]."""
     latents: Latents | None = None
     groups: Tensor | None = None
-    """(B,) samples with the same number are compared; they are neighbours."""
+    """(B,) group numbers: a groupwise reward compares the samples of a group, which are neighbours."""
 
     @property
     def device(self) -> torch.device:
-        """Where the samples are."""
+        """The device that holds the samples."""
         if self.media is not None:
             return self.media.device
         return torch.device("cpu") if self.latents is None else self.latents.x0.device
 
-    def index(self, i: slice) -> Seen:
+    def index(self, i: slice) -> RewardInput:
         """Rows i."""
-        return Seen(
+        return RewardInput(
             self.prompts[i],
             None if self.media is None else self.media[i],
             None if self.latents is None else self.latents.index(i),
             None if self.groups is None else self.groups[i],
         )
 
-    def split(self, size: int | None, whole: bool) -> Iterator[Seen]:
-        """At most `size` samples at a time, or with `whole` as many whole groups as fit, and one at least."""
+    def split(self, size: int | None, whole: bool) -> Iterator[RewardInput]:
+        """Split into parts of at most `size` samples. With `whole` parts are whole groups, and hold at least one."""
         ends = list(range(1, len(self.prompts) + 1))
         if whole and self.groups is not None:
             ends = [i for i in ends if i == len(self.prompts) or self.groups[i] != self.groups[i - 1]]

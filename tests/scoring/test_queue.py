@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowalign.prompts import Prompt
 from flowalign.rewards.base import RewardError
-from flowalign.scoring import Scorer, Scores, Seen, Turns
+from flowalign.scoring import RewardInput, ScoreQueue, Scorer, Scores
 
 
 class Gate:
@@ -38,35 +38,35 @@ class Part(Gate):
     def bind(self, model: Any) -> None: ...
 
 
-def batch(text: str, number: int = 2) -> Seen:
-    return Seen([Prompt(text)] * number, torch.rand(number, 3, 4, 4))
+def batch(text: str, number: int = 2) -> RewardInput:
+    return RewardInput([Prompt(text)] * number, torch.rand(number, 3, 4, 4))
 
 
 def test_scores_come_in_order_and_only_so_many_batches_wait():
     gate, order = Gate(), []
     scorer = Scorer(gate, ahead=2)
-    turns = Turns(scorer.ahead)
+    queue = ScoreQueue(scorer.ahead)
     for name in "ab":
-        turns.add(scorer.start(batch(name)), lambda scores, name=name: order.append(name))
+        queue.add(scorer.start(batch(name)), lambda scores, name=name: order.append(name))
     assert order == []  # nothing was waited for
     gate.open.set()
     for name in "cd":
-        turns.add(scorer.start(batch(name)), lambda scores, name=name: order.append(name))
+        queue.add(scorer.start(batch(name)), lambda scores, name=name: order.append(name))
     assert order[:2] == ["a", "b"]
-    turns.finish()
+    queue.finish()
     assert order == list("abcd")
-    assert len(turns.waiting) == 0
+    assert len(queue.waiting) == 0
     scorer.close()
 
 
 def test_a_full_queue_waits_for_its_oldest():
     gate, order = Gate(), []
-    scorer, turns = Scorer(gate, ahead=1), Turns(1)
-    turns.add(scorer.start(batch("a")), lambda scores: order.append("a"))
+    scorer, queue = Scorer(gate, ahead=1), ScoreQueue(1)
+    queue.add(scorer.start(batch("a")), lambda scores: order.append("a"))
     threading.Timer(0.2, gate.open.set).start()
-    turns.add(scorer.start(batch("b")), lambda scores: order.append("b"))
+    queue.add(scorer.start(batch("b")), lambda scores: order.append("b"))
     assert order[0] == "a"
-    turns.finish()
+    queue.finish()
     scorer.close()
 
 
@@ -96,9 +96,9 @@ def test_scores_are_those_of_scoring_in_turn():
     for ahead in (0, 2):
         scores: list[Tensor] = []
         scorer = Scorer(Gate(held=False), ahead=ahead)
-        with Turns(ahead) as turns:
+        with ScoreQueue(ahead) as queue:
             for seen in batches:
-                turns.add(scorer.start(seen), lambda s, scores=scores, scorer=scorer: scores.append(scorer.stacked(s)))
+                queue.add(scorer.start(seen), lambda s, scores=scores, scorer=scorer: scores.append(scorer.stacked(s)))
         found.append(torch.cat(scores))
         scorer.close()
     assert torch.equal(*found)
@@ -111,24 +111,24 @@ def test_what_a_reward_raises_comes_out_and_nothing_more_is_begun():
     def then(scores: Scores) -> None:
         order.append(1)
 
-    turns = Turns(2)
+    queue = ScoreQueue(2)
 
     def broken() -> None:
-        with turns:
-            turns.add(scorer.start(batch("broken")), then)
-            turns.add(scorer.start(batch("after")), then)
+        with queue:
+            queue.add(scorer.start(batch("broken")), then)
+            queue.add(scorer.start(batch("after")), then)
             gate.open.set()
 
     def interrupted() -> None:
-        with turns:
-            turns.add(scorer.start(batch("a")), then)
+        with queue:
+            queue.add(scorer.start(batch("a")), then)
             raise KeyboardInterrupt
 
     for failing, error in ((broken, RewardError), (interrupted, KeyboardInterrupt)):
         with pytest.raises(error):
             failing()
         assert order == []
-        assert not turns.waiting
+        assert not queue.waiting
     scorer.close()
 
 
