@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.drawings import drawings, noise
 from flowalign.rewards.embedding import ModelReward
-from flowalign.rewards.weights import fetched, mlp_of, model_of, tensors_of, under
+from flowalign.rewards.weights import build_mlp, fetch, load_model, load_tensors, strip_prefix
 
 
 @dataclass(eq=False)
@@ -27,13 +27,13 @@ class Aesthetic(ModelReward):
     head_file: str = "aesthetic-model.pth"
 
     def load(self) -> nn.Module:
-        head = under(tensors_of(fetched(self.head, self.head_file)), "layers.")
-        clip = model_of("CLIPVisionModelWithProjection", self.pretrained, self.revision, self.weights_dtype)
-        return nn.ModuleDict({"clip": clip, "head": mlp_of(head, f"{self.head}/{self.head_file}")})
+        head = strip_prefix(load_tensors(fetch(self.head, self.head_file)), "layers.")
+        clip = load_model("CLIPVisionModelWithProjection", self.pretrained, self.revision, self.weights_dtype)
+        return nn.ModuleDict({"clip": clip, "head": build_mlp(head, f"{self.head}/{self.head_file}")})
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts, metadata
-        pixels = self.pixels(pictures).to(self.weights_dtype)
+        pixels = self.transform(pictures).to(self.weights_dtype)
         embeds = normalize(self.model["clip"](pixel_values=pixels).image_embeds.float(), dim=-1)
         return self.model["head"](embeds)[:, 0]
 

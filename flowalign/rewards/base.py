@@ -34,7 +34,7 @@ class FrameReward(ABC):
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """See `Reward`; media of another layout or range are refused by a ValueError."""
-        videos, finite = checked(media, prompts, metadata)
+        videos, finite = as_videos(media, prompts, metadata)
         scores = videos.new_full((len(videos),), torch.nan)
         if not finite.any():
             return scores
@@ -45,7 +45,7 @@ class FrameReward(ABC):
         return scores
 
 
-class Around:
+class RewardWrapper:
     """What is made of another reward: it is in working order, and over, when that one is."""
 
     def __init__(self, reward: Reward) -> None:
@@ -53,18 +53,18 @@ class Around:
 
     def self_check(self) -> None:
         """That of the reward, if it has one."""
-        self._inner("self_check")
+        self._delegate("self_check")
 
     def close(self) -> None:
         """That of the reward, if it has one."""
-        self._inner("close")
+        self._delegate("close")
 
-    def _inner(self, name: str) -> None:
+    def _delegate(self, name: str) -> None:
         if method := getattr(self.reward, name, None):
             method()
 
 
-def checked(media: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Tensor]:
+def as_videos(media: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Tensor]:
     """Media as videos (B, F, 3, H, W) float32 in [0, 1], pictures having one frame, and (B,) which are finite."""
     if media.ndim not in (4, 5) or media.shape[-3] != 3:
         raise ValueError(f"a reward takes media (B, 3, H, W) or (B, F, 3, H, W); got {tuple(media.shape)}")

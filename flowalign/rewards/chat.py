@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.board import Errand, RefusedError
+from flowalign.rewards.dispatch import RefusedError, Request
 from flowalign.rewards.png import encode
-from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report
-from flowalign.rewards.wire import WireError, field, loaded
+from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report_failures
+from flowalign.rewards.wire import WireError, get_field, parse_json
 
 T = TypeVar("T")
 
@@ -56,28 +56,28 @@ class Chat:
 
     def ask(self, questions: Sequence[Question], read: Callable[[dict[str, Any]], T], **fields: Any) -> list[T | None]:
         """`read`: of the first choice of an answer, may raise `RefusedError`; `fields`: more of the request."""
-        errands = [self._errand(question, read, fields) for question in questions]
-        self.replicas.ask(errands)
-        lost = {i for e, q in zip(errands, questions, strict=True) if e.reason for i in q.samples}
+        requests = [self._request(question, read, fields) for question in questions]
+        self.replicas.ask(requests)
+        lost = {i for e, q in zip(requests, questions, strict=True) if e.reason for i in q.samples}
         asked = {i for question in questions for i in question.samples}
-        report(f"the judge {self.model}", errands, len(lost), len(asked), self.on_failure)
-        return [None if errand.reason else errand.result for errand in errands]
+        report_failures(f"the judge {self.model}", requests, len(lost), len(asked), self.on_failure)
+        return [None if request.reason else request.result for request in requests]
 
-    def stills(self, video: Tensor) -> Tensor:
+    def sample_frames(self, video: Tensor) -> Tensor:
         """(F, 3, H, W) → as many evenly spaced frames as are shown."""
         keep = min(self.frames, len(video))
         return video[torch.linspace(0, len(video) - 1, keep).round().long()]
 
     def check(self) -> None:
         """Waits for a replica; raises RewardError if none is ready in time, or if one does not serve the model."""
-        for url, names in self.replicas.ready(_models).items():
+        for url, names in self.replicas.wait_until_ready(_served_models).items():
             if self.model not in names:
                 raise RewardError(f"{url} does not serve {self.model}, but {', '.join(names) or 'nothing'}.")
 
     def close(self) -> None:
         self.replicas.close()
 
-    def _errand(self, question: Question, read: Callable[[dict[str, Any]], T], fields: Mapping[str, Any]) -> Errand:
+    def _request(self, question: Question, read: Callable[[dict[str, Any]], T], fields: Mapping[str, Any]) -> Request:
         def body() -> bytes:
             content: list[dict[str, Any]] = [
                 {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64encode(file).decode()}"}}
@@ -87,13 +87,13 @@ class Chat:
             messages = [{"role": "user", "content": content}]
             return json.dumps(self.fields | dict(fields) | {"messages": messages}).encode()
 
-        return Errand("/chat/completions", body, lambda answer: read(_choice(answer)))
+        return Request("/chat/completions", body, lambda answer: read(_choice(answer)))
 
 
-def _models(replica: Replica) -> list[str]:
+def _served_models(replica: Replica) -> list[str]:
     answer = replica.request("GET", "/models", None, 2 * replica.patience.connect)
     try:
-        return [field(entry, "id", str) for entry in field(loaded(answer), "data", list)]
+        return [get_field(entry, "id", str) for entry in get_field(parse_json(answer), "data", list)]
     except WireError as error:
         raise RewardError(f"{replica.url} is no chat endpoint: {error}") from error
 
@@ -101,7 +101,7 @@ def _models(replica: Replica) -> list[str]:
 def _choice(answer: bytes) -> dict[str, Any]:
     """The first choice."""
     try:
-        choices = field(loaded(answer), "choices", list)
+        choices = get_field(parse_json(answer), "choices", list)
     except WireError as error:
         raise RefusedError(f"the judge's answer is not that of a chat endpoint: {error}") from error
     if not choices or not isinstance(choices[0], dict):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.drawings import drawings, tensor
+from flowalign.rewards.drawings import drawings, image_to_tensor
 from flowalign.rewards.embedding import ModelReward
-from flowalign.rewards.weights import model_of
+from flowalign.rewards.weights import load_model
 
 
 @dataclass(eq=False)
@@ -27,10 +27,10 @@ class DinoSimilarity(ModelReward):
     pretrained: str = "facebook/dinov2-base"
     key: str = "image"
     folder: str | None = None
-    _known: dict[Path, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _references: dict[Path, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def load(self) -> nn.Module:
-        return model_of("AutoModel", self.pretrained, self.revision, self.weights_dtype)
+        return load_model("AutoModel", self.pretrained, self.revision, self.weights_dtype)
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts
@@ -39,7 +39,7 @@ class DinoSimilarity(ModelReward):
 
     def embed(self, pictures: Tensor) -> Tensor:
         """(b, 3, H, W) → (b, D) of length 1."""
-        hidden = self.model(pixel_values=self.pixels(pictures).to(self.weights_dtype)).last_hidden_state
+        hidden = self.model(pixel_values=self.transform(pictures).to(self.weights_dtype)).last_hidden_state
         return normalize(hidden[:, 0].float(), dim=-1)
 
     def _reference(self, entry: dict[str, Any]) -> Tensor:
@@ -48,14 +48,14 @@ class DinoSimilarity(ModelReward):
         if not isinstance(named, str):
             raise ValueError(f"{self.name} compares with a given picture: every line needs a file under {self.key!r}.")
         path = Path(self.folder or ".").expanduser() / named
-        if path not in self._known:  # a group shares it, and so does every epoch
+        if path not in self._references:  # a group shares it, and so does every epoch
             try:
                 with Image.open(path) as image:
-                    picture = tensor(image)
+                    picture = image_to_tensor(image)
             except OSError as error:
                 raise ValueError(f"{self.name}: the picture {path} cannot be read (set `folder`?).") from error
-            self._known[path] = self.embed(picture[None].to(self.where))[0].cpu()
-        return self._known[path]
+            self._references[path] = self.embed(picture[None].to(self.model_device))[0].cpu()
+        return self._references[path]
 
     @torch.no_grad()
     def self_check(self) -> None:
@@ -63,8 +63,8 @@ class DinoSimilarity(ModelReward):
 
         Random networks find the opposite: they see which colours there are, and not how they make a shape.
         """
-        plain = drawings().to(self.where)
-        first, darker, pieces = (self.embed(pictures) for pictures in (plain, 0.8 * plain, shuffled(plain)))
+        plain = drawings().to(self.model_device)
+        first, darker, pieces = (self.embed(pictures) for pictures in (plain, 0.8 * plain, shuffle_tiles(plain)))
         right = int(((first * darker).sum(dim=-1) > (first * pieces).sum(dim=-1)).sum())
         if right < len(plain) - 1:
             raise RewardError(
@@ -73,7 +73,7 @@ class DinoSimilarity(ModelReward):
             )
 
 
-def shuffled(pictures: Tensor, pieces: int = 8) -> Tensor:
+def shuffle_tiles(pictures: Tensor, pieces: int = 8) -> Tensor:
     """(N, 3, H, W) cut into pieces × pieces tiles, which are dealt again."""
     rows = pictures.unflatten(-1, (pieces, -1)).unflatten(-3, (pieces, -1))  # N, 3, rows, h, columns, w
     tiles = rows.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)

@@ -35,14 +35,14 @@ SCENES: dict[str, tuple[str, Callable[[ImageDraw.ImageDraw], None]]] = {
 }
 
 
-def tensor(image: Image.Image) -> Tensor:
+def image_to_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def drawings() -> Tensor:
     """One flat drawing a caption of SCENES, (4, 3, 256, 256)."""
-    return torch.stack([_drawn(background, draw) for background, draw in SCENES.values()])
+    return torch.stack([_draw_scene(background, draw) for background, draw in SCENES.values()])
 
 
 def noise() -> Tensor:
@@ -50,12 +50,12 @@ def noise() -> Tensor:
     return torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
-def written(text: str, side: int = SIDE) -> Tensor:
+def render_text(text: str, side: int = SIDE) -> Tensor:
     """Black letters on white, (3, side, side)."""
     image = Image.new("RGB", (side, side), "white")
     font = ImageFont.load_default(size=side // (len(text) + 1) * 1.5)
     ImageDraw.Draw(image).text((side / 2, side / 2), text, "black", font=font, anchor="mm")
-    return tensor(image)
+    return image_to_tensor(image)
 
 
 def check_matching(reward: Reward, name: str, device: torch.device | str = "cpu") -> None:
@@ -82,7 +82,7 @@ def check_order(name: str, scores: Sequence[float], what: str) -> None:
         raise RewardError(f"{name} does not rank {what}: it gives {', '.join(f'{score:.3g}' for score in scores)}.")
 
 
-def _drawn(background: str, draw: Callable[[ImageDraw.ImageDraw], None]) -> Tensor:
+def _draw_scene(background: str, draw: Callable[[ImageDraw.ImageDraw], None]) -> Tensor:
     image = Image.new("RGB", (SIDE, SIDE), background)
     draw(ImageDraw.Draw(image))
-    return tensor(image)
+    return image_to_tensor(image)

@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 from flowalign.rewards.base import FrameReward
 from flowalign.rewards.drawings import check_matching
-from flowalign.rewards.pixels import Pixels
-from flowalign.rewards.weights import model_of, settings_of, tokenizer_of
+from flowalign.rewards.pixels import ImageTransform
+from flowalign.rewards.weights import load_json, load_model, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class ModelReward(FrameReward):
         check_matching(self, self.name, self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
-    def where(self) -> torch.device:
+    def model_device(self) -> torch.device:
         """Of the network, which follows the pictures."""
         return next(self.model.parameters()).device
 
@@ -85,13 +85,15 @@ class ModelReward(FrameReward):
         return DTYPES[self.dtype]
 
     @cached_property
-    def pixels(self) -> Pixels:
+    def transform(self) -> ImageTransform:
         source = self.processor or self.pretrained
-        return Pixels.of(settings_of(source, "preprocessor_config.json", self._processor_revision), source)
+        return ImageTransform.from_config(
+            load_json(source, "preprocessor_config.json", self._processor_revision), source
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
-        return tokenizer_of(self.processor or self.pretrained, self._processor_revision)
+        return load_tokenizer(self.processor or self.pretrained, self._processor_revision)
 
     @property
     def _processor_revision(self) -> str | None:
@@ -103,16 +105,18 @@ class ModelReward(FrameReward):
         Says once if a prompt is longer and therefore cut.
         """
         longest = max(len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"])
-        self.say_if_cut(longest, limit)
+        self.warn_if_truncated(longest, limit)
         encoded = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt", verbose=False
         )
-        return {name: encoded[name].to(self.where) for name in ("input_ids", "attention_mask") if name in encoded}
+        return {
+            name: encoded[name].to(self.model_device) for name in ("input_ids", "attention_mask") if name in encoded
+        }
 
-    def say_if_cut(self, length: int, limit: int) -> None:
+    def warn_if_truncated(self, length: int, limit: int) -> None:
         """A warning, once, if a text of so many tokens is too long."""
-        if length > limit and "_said" not in self.__dict__:
-            self._said = True
+        if length > limit and "_warned" not in self.__dict__:
+            self._warned = True
             log.warning("%s reads %d tokens of a prompt; longer ones (here %d) are cut.", self.name, limit, length)
 
 
@@ -121,21 +125,21 @@ class TextImage(ModelReward):
     """Cosine between the embeddings of picture and prompt, in [-1, 1], by a model with CLIP's parts."""
 
     def load(self) -> nn.Module:
-        return model_of("CLIPModel", self.pretrained, self.revision, self.weights_dtype)
+        return load_model("CLIPModel", self.pretrained, self.revision, self.weights_dtype)
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del metadata
         different = list(dict.fromkeys(prompts))  # a group shares its prompt
         rows = torch.tensor([different.index(prompt) for prompt in prompts], device=pictures.device)
-        of_text = normalize(self.of_prompts(different).float(), dim=-1)[rows]
-        of_pictures = normalize(self.of_pictures(self.pixels(pictures).to(self.weights_dtype)).float(), dim=-1)
-        return (of_text * of_pictures).sum(dim=-1)
+        of_text = normalize(self.embed_prompts(different).float(), dim=-1)[rows]
+        embed_images = normalize(self.embed_images(self.transform(pictures).to(self.weights_dtype)).float(), dim=-1)
+        return (of_text * embed_images).sum(dim=-1)
 
-    def of_pictures(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         """(b, 3, h, w) → (b, D)."""
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
-    def of_prompts(self, prompts: list[str]) -> Tensor:
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
         """→ (b, D)."""
         tokens = self.tokens(prompts, self.model.config.text_config.max_position_embeddings)
         return self.model.text_projection(self.model.text_model(**tokens).pooler_output)

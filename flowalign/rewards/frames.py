@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import Around, Reward
+from flowalign.rewards.base import Reward, RewardWrapper
 
 
-class Frames(Around):
+class Frames(RewardWrapper):
     """A reward of `num` frames of each video, evenly spaced from the first to the last; pictures pass as they are.
 
     A reward of single pictures then takes the mean over these.
@@ -24,11 +24,11 @@ class Frames(Around):
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], **compared: Tensor) -> Tensor:
         if media.ndim == 5 and media.shape[1] > self.num:
-            media = media[:, chosen(media.shape[1], self.num)]
+            media = media[:, evenly_spaced(media.shape[1], self.num)]
         return self.reward(media, prompts, metadata, **compared)  # the groups, for a reward that compares
 
 
-def chosen(frames: int, num: int) -> list[int]:
+def evenly_spaced(frames: int, num: int) -> list[int]:
     """Indices of `num` of the frames: the ends and evenly between; the middle one if it is a single one."""
     if num == 1:
         return [frames // 2]

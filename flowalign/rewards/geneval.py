@@ -53,8 +53,8 @@ class Geneval(FrameReward):
         tasks = [Task.from_metadata(entry) for entry in metadata]
         for name in dict.fromkeys(name for task in tasks for name in task.names):
             self._check_known(name)
-        found = self._found(pictures, tasks)
-        return torch.tensor([self._judged(*one) for one in zip(pictures, tasks, found, strict=True)])
+        found = self._detect(pictures, tasks)
+        return torch.tensor([self._score_one(*one) for one in zip(pictures, tasks, found, strict=True)])
 
     def self_check(self) -> None:
         """Raises RewardError unless nothing is found on an empty picture and plain colours have their names."""
@@ -64,8 +64,8 @@ class Geneval(FrameReward):
         except RewardError:
             raise
         except Exception as error:  # whatever a library may say
-            raise RewardError(f"geneval: the detector does not run ({_sentence(error)}).") from error
-        if found is None or self.rules.kept(found, ""):
+            raise RewardError(f"geneval: the detector does not run ({_one_line(error)}).") from error
+        if found is None or self.rules.select(found, ""):
             raise RewardError("geneval: the detector finds things on an empty picture, or cannot look at it.")
         thing = Thing("object", (64.0, 64.0, 192.0, 192.0), 1.0)
         for colour, value in _PATCHES.items():
@@ -86,7 +86,7 @@ class Geneval(FrameReward):
                 "(flowalign.rewards.geneval_detectors.WordDetector)."
             )
 
-    def _found(self, pictures: Tensor, tasks: Sequence[Task]) -> Sequence[Sequence[Thing] | None]:
+    def _detect(self, pictures: Tensor, tasks: Sequence[Task]) -> Sequence[Sequence[Thing] | None]:
         """Of each picture; one by one where they fail together, and None where one still fails."""
         try:
             return self.detector.detect(pictures, [task.names for task in tasks])
@@ -94,14 +94,14 @@ class Geneval(FrameReward):
             raise
         except Exception as error:  # memory, a driver, a library: one bad picture must not end a run of days
             if len(pictures) == 1:
-                log.warning("geneval: a picture could not be looked at and scores NaN: %s", _sentence(error))
+                log.warning("geneval: a picture could not be looked at and scores NaN: %s", _one_line(error))
                 return [None]
-            return [self._found(p[None], [task])[0] for p, task in zip(pictures, tasks, strict=True)]
+            return [self._detect(p[None], [task])[0] for p, task in zip(pictures, tasks, strict=True)]
 
-    def _judged(self, picture: Tensor, task: Task, found: Sequence[Thing] | None) -> float:
+    def _score_one(self, picture: Tensor, task: Task, found: Sequence[Thing] | None) -> float:
         if found is None:
             return math.nan
-        seen, slack = self.rules.kept(found, task.tag), self.rules.slack
+        seen, slack = self.rules.select(found, task.tag), self.rules.slack
 
         def colours(things: Sequence[Thing]) -> list[str | None]:
             return self.colours(picture, things)
@@ -113,9 +113,9 @@ class Geneval(FrameReward):
         except RewardError:
             raise
         except Exception as error:
-            log.warning("geneval: colours could not be named, the picture scores NaN: %s", _sentence(error))
+            log.warning("geneval: colours could not be named, the picture scores NaN: %s", _one_line(error))
             return math.nan
 
 
-def _sentence(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from flowalign.rewards.clip_score import ClipScore
 from flowalign.rewards.geneval_rules import COLOURS, Thing
-from flowalign.rewards.weights import once
+from flowalign.rewards.weights import cached
 
 _GREY = 0.6  # what stands around a masked thing: #999, as in the benchmark
 
@@ -35,7 +35,7 @@ def crop(picture: Tensor, thing: Thing) -> Tensor:
     return picture[:, top:bottom, left:right]
 
 
-@once(maxsize=2)
+@cached(maxsize=2)
 def _clip(pretrained: str, revision: str | None) -> ClipScore:
     """One network, however many rewards ask it."""
     return ClipScore(pretrained, revision=revision)
@@ -58,17 +58,17 @@ class ClipColours:
             return []
         clip = _clip(self.pretrained, self.revision)
         clip.model.to(picture.device)
-        pixels = torch.cat([clip.pixels(crop(picture, thing)[None]) for thing in things])
-        pictures = normalize(clip.of_pictures(pixels), dim=-1)
-        texts = torch.stack([self._of(clip, thing.name).to(pictures) for thing in things])
+        pixels = torch.cat([clip.transform(crop(picture, thing)[None]) for thing in things])
+        pictures = normalize(clip.embed_images(pixels), dim=-1)
+        texts = torch.stack([self._embed_colours(clip, thing.name).to(pictures) for thing in things])
         best = torch.einsum("bd,bcd->bc", pictures, texts).argmax(dim=1)
         return [COLOURS[i] for i in best.tolist()]
 
-    def _of(self, clip: ClipScore, name: str) -> Tensor:
+    def _embed_colours(self, clip: ClipScore, name: str) -> Tensor:
         """(colours, D): the mean direction of a colour's sentences."""
         if name not in self._texts:
             sentences = [t.format(colour=colour, name=name) for colour in COLOURS for t in self.TEMPLATES]
-            each = normalize(clip.of_prompts(sentences), dim=-1).unflatten(0, (len(COLOURS), -1))
+            each = normalize(clip.embed_prompts(sentences), dim=-1).unflatten(0, (len(COLOURS), -1))
             self._texts[name] = normalize(each.mean(dim=1), dim=-1)
         return self._texts[name]
 

@@ -104,16 +104,16 @@ class Rules:
     slack: float = 0.1
     """By how much of their added sizes two things must be apart along an axis for a relation to hold."""
 
-    def kept(self, things: Sequence[Thing], tag: str) -> dict[str, list[Thing]]:
+    def select(self, things: Sequence[Thing], tag: str) -> dict[str, list[Thing]]:
         """The things that count, by class, the most confident first."""
         floor = self.counting_threshold if tag == COUNTING else self.threshold
         ordered = sorted((t for t in things if t.score > floor), key=lambda t: -t.score)
         kept: dict[str, list[Thing]] = {}
         for name in dict.fromkeys(thing.name for thing in ordered):
-            kept[name] = self._apart([t for t in ordered if t.name == name][: self.max_objects])
+            kept[name] = self._suppress_overlaps([t for t in ordered if t.name == name][: self.max_objects])
         return kept
 
-    def _apart(self, things: list[Thing]) -> list[Thing]:
+    def _suppress_overlaps(self, things: list[Thing]) -> list[Thing]:
         kept: list[Thing] = []
         for thing in things:
             if self.max_overlap >= 1 or all(overlap(thing, other) < self.max_overlap for other in kept):

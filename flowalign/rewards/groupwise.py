@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import Around, Reward
+from flowalign.rewards.base import Reward, RewardWrapper
 
 
-class WinRate(Around):
+class WinRate(RewardWrapper):
     """Share of the other members of its group that a sample beats, (B,) in [0, 1]; a tie is half a win.
 
     Without a margin this is the rank in the group, the worst 0, the best 1, equals sharing their mean rank. NaN where

@@ -9,9 +9,9 @@ from torch import nn
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.embedding import TextImage
-from flowalign.rewards.open_clip import converted
-from flowalign.rewards.pixels import Pixels
-from flowalign.rewards.weights import built, config_of, fetched, tensors_of
+from flowalign.rewards.open_clip import to_transformers
+from flowalign.rewards.pixels import ImageTransform
+from flowalign.rewards.weights import build, fetch, load_config, load_tensors
 
 
 @dataclass(eq=False)
@@ -27,10 +27,10 @@ class HPSv2(TextImage):
     file: str = "HPS_v2.1_compressed.pt"
 
     def load(self) -> nn.Module:
-        config = config_of("CLIPConfig", self.processor or self.pretrained, self._processor_revision)
-        path = fetched(self.pretrained, self.file, self.revision)
+        config = load_config("CLIPConfig", self.processor or self.pretrained, self._processor_revision)
+        path = fetch(self.pretrained, self.file, self.revision)
         try:
-            state = converted(tensors_of(path))
+            state = to_transformers(load_tensors(path))
         except KeyError as error:
             raise RewardError(f"{path} is no CLIP in the layout of open_clip: {error} has no place.") from error
 
@@ -39,10 +39,10 @@ class HPSv2(TextImage):
 
             return CLIPModel(config)
 
-        return built(clip, state, self.weights_dtype, str(path))
+        return build(clip, state, self.weights_dtype, str(path))
 
     @cached_property
-    def pixels(self) -> Pixels:
+    def transform(self) -> ImageTransform:
         # Its authors keep the whole picture: the longer side fits, the rest is black.
         side = self.model.config.vision_config.image_size
-        return Pixels((side, side), "longest")
+        return ImageTransform((side, side), "longest")

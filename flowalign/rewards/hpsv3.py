@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.embedding import ModelReward
 from flowalign.rewards.pixels import as_bytes
-from flowalign.rewards.weights import built, config_of, fetched, mlp_of, tensors_of, tokenizer_of, under
+from flowalign.rewards.weights import build, build_mlp, fetch, load_config, load_tensors, load_tokenizer, strip_prefix
 
 REWARD, IMAGE = "<|Reward|>", "<|image_pad|>"
 PIXELS = 256 * 28 * 28
@@ -43,12 +43,12 @@ class HPSv3(ModelReward):
     max_prompt_tokens: int = 1024
 
     def load(self) -> nn.Module:
-        path = fetched(self.pretrained, self.file, self.revision)
-        state = tensors_of(path)
+        path = fetch(self.pretrained, self.file, self.revision)
+        state = load_tensors(path)
         network = _qwen2_vl(state)
         if EMBEDDINGS not in network:
             raise RewardError(f"{path} is no HPSv3: it has no {EMBEDDINGS}.")
-        config = config_of("Qwen2VLConfig", self.processor or self.pretrained, self._processor_revision)
+        config = load_config("Qwen2VLConfig", self.processor or self.pretrained, self._processor_revision)
         config.text_config.vocab_size = len(network[EMBEDDINGS])  # cut to the tokenizer and the token of the reward
 
         def qwen2_vl() -> nn.Module:
@@ -56,17 +56,17 @@ class HPSv3(ModelReward):
 
             return Qwen2VLModel(config)
 
-        vlm = built(qwen2_vl, network, self.weights_dtype, str(path))
-        return nn.ModuleDict({"vlm": vlm, "head": mlp_of(under(state, "rm_head."), str(path), nn.ReLU)})
+        vlm = build(qwen2_vl, network, self.weights_dtype, str(path))
+        return nn.ModuleDict({"vlm": vlm, "head": build_mlp(strip_prefix(state, "rm_head."), str(path), nn.ReLU)})
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del metadata
-        seen = self._patches([as_bytes(picture) for picture in pictures], return_tensors="pt")
-        merged = seen["image_grid_thw"].prod(dim=1) // self._patches.merge_size**2
-        rows = [self._ids(prompt, int(number)) for prompt, number in zip(prompts, merged, strict=True)]
+        seen = self._image_processor([as_bytes(picture) for picture in pictures], return_tensors="pt")
+        merged = seen["image_grid_thw"].prod(dim=1) // self._image_processor.merge_size**2
+        rows = [self._token_ids(prompt, int(number)) for prompt, number in zip(prompts, merged, strict=True)]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        asked = (ids == self._reward_id).int().argmax(dim=1)
+        asked = (ids == self._reward_token_id).int().argmax(dim=1)
         vlm = self.model["vlm"]
         inputs = {
             "input_ids": ids,
@@ -79,7 +79,7 @@ class HPSv3(ModelReward):
         return self.model["head"](hidden[torch.arange(len(ids)), asked].float())[:, 0]
 
     @cached_property
-    def _patches(self) -> Any:
+    def _image_processor(self) -> Any:
         # The model's whole processor would need torchvision, for videos.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -93,12 +93,12 @@ class HPSv3(ModelReward):
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = tokenizer_of(self.processor or self.pretrained, self._processor_revision)
+        tokenizer = load_tokenizer(self.processor or self.pretrained, self._processor_revision)
         tokenizer.add_tokens([REWARD], special_tokens=True)
         return tokenizer
 
     @cached_property
-    def _reward_id(self) -> int:
+    def _reward_token_id(self) -> int:
         number, rows = self.tokenizer.convert_tokens_to_ids(REWARD), self.model["vlm"].config.text_config.vocab_size
         if number >= rows:
             raise RewardError(
@@ -114,9 +114,9 @@ class HPSv3(ModelReward):
             raise RewardError(f"the question of {self.name} needs {{text_prompt}} and one {REWARD}.")
         return text
 
-    def _ids(self, prompt: str, image_tokens: int) -> Tensor:
+    def _token_ids(self, prompt: str, image_tokens: int) -> Tensor:
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        self.say_if_cut(len(ids), self.max_prompt_tokens)
+        self.warn_if_truncated(len(ids), self.max_prompt_tokens)
         if len(ids) > self.max_prompt_tokens:
             prompt = self.tokenizer.decode(ids[: self.max_prompt_tokens])
         prompt = prompt.replace("<|", "< |")  # a prompt must not speak the model's control words
@@ -135,14 +135,14 @@ def published_question() -> str:
     source = next((f for folder in folders if (f := folder / "dataset" / "data_collator_qwen.py").is_file()), None)
     if source is None:
         raise RewardError("HPSv3's question is in its package: pip install --no-deps hpsv3, or give `question`.")
-    texts = _constants(source.read_text())
+    texts = _string_constants(source.read_text())
     try:
         return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
     except KeyError as error:
         raise RewardError(f"{source} does not hold {error}: give `question` as a file.") from error
 
 
-def _constants(source: str) -> dict[str, str]:
+def _string_constants(source: str) -> dict[str, str]:
     """Names to the texts that a module assigns to them."""
     return {
         target.id: node.value.value

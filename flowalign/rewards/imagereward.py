@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.embedding import ModelReward
-from flowalign.rewards.pixels import Pixels
-from flowalign.rewards.weights import built, fetched, mlp_of, tensors_of, under
+from flowalign.rewards.pixels import ImageTransform
+from flowalign.rewards.weights import build, build_mlp, fetch, load_tensors, strip_prefix
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw rewards over its authors' data."""
@@ -45,24 +45,25 @@ class ImageReward(ModelReward):
     file: str = "ImageReward.pt"
 
     def load(self) -> nn.Module:
-        path = fetched(self.pretrained, self.file, self.revision)
-        state = tensors_of(path)
+        path = fetch(self.pretrained, self.file, self.revision)
+        state = load_tensors(path)
         source, dtype = str(path), self.weights_dtype
-        vision, text = under(state, "blip.visual_encoder."), under(state, "blip.text_encoder.")
+        vision, text = strip_prefix(state, "blip.visual_encoder."), strip_prefix(state, "blip.text_encoder.")
         text.pop("embeddings.position_ids", None)  # a constant
         try:
-            see = built(lambda: _vision(vision), _renamed(vision), dtype, source)
-            read = built(lambda: _text(text), text, dtype, source)
+            vision_model = build(lambda: _vision_model(vision), _to_transformers(vision), dtype, source)
+            text_model = build(lambda: _text_model(text), text, dtype, source)
         except KeyError as error:
             raise RewardError(f"{path} is no ImageReward: {error} is missing or has no place.") from error
-        return nn.ModuleDict({"see": see, "read": read, "head": mlp_of(under(state, "mlp.layers."), source)})
+        head = build_mlp(strip_prefix(state, "mlp.layers."), source)
+        return nn.ModuleDict({"vision": vision_model, "text": text_model, "head": head})
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del metadata
-        side = self.model["see"].config.image_size
-        pixels = Pixels((side, side), "shortest", (side, side))(pictures).to(self.weights_dtype)
-        seen = self.model["see"](pixel_values=pixels).last_hidden_state
-        read = self.model["read"](
+        side = self.model["vision"].config.image_size
+        pixels = ImageTransform((side, side), "shortest", (side, side))(pictures).to(self.weights_dtype)
+        seen = self.model["vision"](pixel_values=pixels).last_hidden_state
+        read = self.model["text"](
             **self.tokens(prompts, LENGTH),
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
@@ -70,7 +71,7 @@ class ImageReward(ModelReward):
         return (self.model["head"](read.float())[:, 0] - MEAN) / STD
 
 
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The vision transformer of BLIP's authors as transformers' BlipVisionModel; KeyError names what has no place."""
     found = {}
     for key, value in state.items():
@@ -86,11 +87,11 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+def _num_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def _vision(state: Mapping[str, Tensor]) -> nn.Module:
+def _vision_model(state: Mapping[str, Tensor]) -> nn.Module:
     from transformers import BlipVisionConfig, BlipVisionModel
 
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -99,7 +100,7 @@ def _vision(state: Mapping[str, Tensor]) -> nn.Module:
         BlipVisionConfig(
             hidden_size=width,
             intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
-            num_hidden_layers=_layers(state, "blocks."),
+            num_hidden_layers=_num_layers(state, "blocks."),
             num_attention_heads=width // HEAD_WIDTH,
             image_size=side,
             patch_size=patch,
@@ -108,7 +109,7 @@ def _vision(state: Mapping[str, Tensor]) -> nn.Module:
     )
 
 
-def _text(state: Mapping[str, Tensor]) -> nn.Module:
+def _text_model(state: Mapping[str, Tensor]) -> nn.Module:
     from transformers import BlipTextConfig, BlipTextModel
 
     words, width = state["embeddings.word_embeddings.weight"].shape
@@ -118,7 +119,7 @@ def _text(state: Mapping[str, Tensor]) -> nn.Module:
             hidden_size=width,
             encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
             intermediate_size=state["encoder.layer.0.intermediate.dense.weight"].shape[0],
-            num_hidden_layers=_layers(state, "encoder.layer."),
+            num_hidden_layers=_num_layers(state, "encoder.layer."),
             num_attention_heads=width // HEAD_WIDTH,
             max_position_embeddings=state["embeddings.position_embeddings.weight"].shape[0],
             is_decoder=True,  # that is, with cross-attention; its own attention stays bidirectional

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import RewardError, checked
-from flowalign.rewards.board import RefusedError
+from flowalign.rewards.base import RewardError, as_videos
 from flowalign.rewards.chat import Chat, Question, text_of
-from flowalign.rewards.png import eight_bits
+from flowalign.rewards.dispatch import RefusedError
+from flowalign.rewards.png import to_uint8
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
@@ -36,9 +36,11 @@ class Judge(ABC):
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """See `Reward`. NaN where the judge could not be asked, or said nothing that counts."""
-        videos, finite = checked(media, prompts, metadata)
-        rows, videos = finite.nonzero().flatten().tolist(), eight_bits(videos)
-        questions = [Question(self.chat.stills(videos[i]), filled(self.template, prompts[i]), (i,)) for i in rows]
+        videos, finite = as_videos(media, prompts, metadata)
+        rows, videos = finite.nonzero().flatten().tolist(), to_uint8(videos)
+        questions = [
+            Question(self.chat.sample_frames(videos[i]), fill_template(self.template, prompts[i]), (i,)) for i in rows
+        ]
         scores = torch.full((len(videos),), torch.nan)
         for i, score in zip(rows, self.chat.ask(questions, self.read, **self.fields), strict=True):
             scores[i] = torch.nan if score is None else score
@@ -76,7 +78,9 @@ class YesNo(Judge):
         at; least: below this probability of all these words the judge was saying something else, and the score is NaN.
         """
         super().__init__(chat, template, check)
-        self.yes, self.no = ({_bare(word) for word in words} for words in (yes_words or ["yes"], no_words or ["no"]))
+        self.yes, self.no = (
+            {_normalised(word) for word in words} for words in (yes_words or ["yes"], no_words or ["no"])
+        )
         self.least = least
         if self.yes & self.no:
             raise ValueError(f"{sorted(self.yes & self.no)} cannot mean yes and no.")
@@ -85,8 +89,8 @@ class YesNo(Judge):
     def read(self, choice: dict[str, Any]) -> float:
         yes, no = 0.0, 0.0
         for token, probability in _first_token(choice):
-            yes += probability * (_bare(token) in self.yes)
-            no += probability * (_bare(token) in self.no)
+            yes += probability * (_normalised(token) in self.yes)
+            no += probability * (_normalised(token) in self.no)
         return yes / (yes + no) if yes + no >= self.least else math.nan
 
 
@@ -121,7 +125,7 @@ class Rubric(Judge):
 
     def _mark(self, text: str, name: str) -> float:
         """The one mark of this name, NaN if there is none; in JSON, where the text has some, else after a colon."""
-        found = [node[name] for node in _objects(text) if name in node]
+        found = [node[name] for node in _json_objects(text) if name in node]
         if not found:
             line = rf"(?<![\w-]){re.escape(name)}[\s*_\"']*[:=][\s*_\"']*({NUMBER})(?:\s*/\s*({NUMBER}))?(?![\w.]*\d)"
             pairs = re.findall(line, text, re.IGNORECASE)
@@ -133,7 +137,7 @@ class Rubric(Judge):
         return type(mark) in (int, float) and self.low <= mark <= self.high
 
 
-def filled(template: str, prompt: str) -> str:
+def fill_template(template: str, prompt: str) -> str:
     """The template with the prompt in it; nothing else in braces means anything."""
     return template.replace("{prompt}", prompt)
 
@@ -158,12 +162,12 @@ def _first_token(choice: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield token, math.exp(logprob)
 
 
-def _bare(word: str) -> str:
+def _normalised(word: str) -> str:
     """A token without case, the spaces of its tokenizer, and punctuation."""
     return word.strip(" \t\n▁ĠĊ.,:;!?\"'*`").casefold()
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
+def _json_objects(text: str) -> Iterator[dict[str, Any]]:
     """The JSON objects in a text."""
     decoder, at = json.JSONDecoder(), 0
     while (at := text.find("{", at)) >= 0:

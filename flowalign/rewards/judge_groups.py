@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import RewardError, checked
+from flowalign.rewards.base import RewardError, as_videos
 from flowalign.rewards.chat import Chat, Question, text_of
 from flowalign.rewards.groupwise import win_rate
-from flowalign.rewards.judge import filled, plain_squares
-from flowalign.rewards.png import eight_bits
+from flowalign.rewards.judge import fill_template, plain_squares
+from flowalign.rewards.png import to_uint8
 
 
 class GroupJudge(ABC):
@@ -34,10 +34,10 @@ class GroupJudge(ABC):
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor) -> Tensor:
         """`groups` (B,): samples with the same id are compared. NaN where nothing was learnt of a sample."""
-        videos, finite = checked(media, prompts, metadata)
-        rows, videos = finite.nonzero().flatten().cpu(), eight_bits(videos)
+        videos, finite = as_videos(media, prompts, metadata)
+        rows, videos = finite.nonzero().flatten().cpu(), to_uint8(videos)
         scores = torch.full((len(videos),), torch.nan)
-        stills = [self.chat.stills(videos[i]) for i in rows]
+        stills = [self.chat.sample_frames(videos[i]) for i in rows]
         scores[rows] = self.compare(stills, [prompts[i] for i in rows], groups.cpu()[rows])
         return scores
 
@@ -88,7 +88,8 @@ class Pairwise(GroupJudge):
         pairs = self._pairs(groups.tolist())
         orders = [*pairs, *((j, i) for i, j in pairs)]
         questions = [
-            Question(torch.cat([stills[i], stills[j]]), filled(self.template, prompts[i]), (i, j)) for i, j in orders
+            Question(torch.cat([stills[i], stills[j]]), fill_template(self.template, prompts[i]), (i, j))
+            for i, j in orders
         ]
         shown_first = torch.full((len(stills), len(stills)), torch.nan)  # what a row wins when it is shown first
         for (i, j), verdict in zip(orders, self.chat.ask(questions, self.verdict), strict=True):
@@ -126,7 +127,7 @@ class Ranking(GroupJudge):
         members = [(groups == group).nonzero().flatten().tolist() for group in groups.unique()]
         displays: list[list[int]] = [order for rows in members if len(rows) > 1 for order in (rows, rows[::-1])]
         questions = [
-            Question(torch.cat([stills[i] for i in rows]), filled(self.template, prompts[rows[0]]), tuple(rows))
+            Question(torch.cat([stills[i] for i in rows]), fill_template(self.template, prompts[rows[0]]), tuple(rows))
             for rows in displays
         ]
         scores = torch.full((len(displays), len(stills)), torch.nan)

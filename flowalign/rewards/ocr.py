@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.rewards.base import FrameReward
-from flowalign.rewards.drawings import check_order, noise, written
+from flowalign.rewards.drawings import check_order, noise, render_text
 from flowalign.rewards.pixels import as_bytes
 from flowalign.rewards.readers import READERS, Reader
 
@@ -50,11 +50,11 @@ class OCR(FrameReward):
     def read(self, picture: Tensor) -> str:
         """What stands in a picture (3, H, W), without blanks, in small letters."""
         pieces = self.reader(as_bytes(picture))
-        return plain("".join(text for text, confidence in pieces if confidence >= self.min_confidence))
+        return normalise("".join(text for text, confidence in pieces if confidence >= self.min_confidence))
 
     def self_check(self) -> None:
         """RewardError if the engine is missing, or does not prefer a written word to another one and to noise."""
-        pictures = torch.stack([written("GARDEN"), written("CARBON"), noise()])
+        pictures = torch.stack([render_text("GARDEN"), render_text("CARBON"), noise()])
         scores = self.score(pictures, ["a sign"] * 3, [{"text": "GARDEN"}] * 3).tolist()
         check_order(f"OCR by {self.engine}", scores, "GARDEN, CARBON and noise by how much of GARDEN they show")
 
@@ -68,15 +68,15 @@ def wanted_text(prompt: str, entry: dict[str, Any]) -> str:
     """The text that a picture of this prompt should show, plain."""
     quoted = QUOTED.search(prompt)
     text = entry.get("text", next(filter(None, quoted.groups())) if quoted else "")
-    if not isinstance(text, str) or not plain(text):
+    if not isinstance(text, str) or not normalise(text):
         raise ValueError(
             "the OCR reward looks for a text: put it into double quotes in the prompt, or give the line a `text` "
             f"(prompt: {prompt!r})."
         )
-    return plain(text)
+    return normalise(text)
 
 
-def plain(text: str) -> str:
+def normalise(text: str) -> str:
     """Without blanks, in small letters."""
     return "".join(text.split()).lower()
 

@@ -32,25 +32,25 @@ PARTS = {
 }
 
 
-def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a CLIPModel; KeyError names a tensor that has no place there."""
-    return {name: tensor for key, value in state.items() for name, tensor in _places(key, value)}
+    return {name: tensor for key, value in state.items() for name, tensor in _renamed(key, value)}
 
 
-def _places(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _renamed(key: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     if key in PROJECTIONS:
         yield PROJECTIONS[key], value.T.contiguous()
         return
     for theirs, ours in BLOCKS.items():
         if key.startswith(f"{theirs}."):
             number, _, part = key.removeprefix(f"{theirs}.").partition(".")
-            yield from _of_block(f"{ours}.{number}", part, value)
+            yield from _renamed_in_block(f"{ours}.{number}", part, value)
             return
     stem, kind = (key, "") if key in ENDS else key.rsplit(".", 1)
     yield ENDS[stem] + (f".{kind}" if kind else ""), value
 
 
-def _of_block(block: str, part: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _renamed_in_block(block: str, part: str, value: Tensor) -> Iterator[tuple[str, Tensor]]:
     if part.startswith("attn.in_proj_"):  # queries, keys and values in one
         kind = part.removeprefix("attn.in_proj_")
         for letter, third in zip("qkv", value.chunk(3), strict=True):

@@ -20,25 +20,25 @@ FILTERS = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers of the filters that vision models use."""
 
 
-def rounded(pictures: Tensor) -> Tensor:
+def quantise(pictures: Tensor) -> Tensor:
     """Values in [0, 1] as a picture file would hold them: multiples of 1/255."""
     return (pictures.clamp(0, 1) * 255 + 0.5).floor() / 255  # halves upwards, as PIL rounds
 
 
-def resized(pictures: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+def resize(pictures: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """(N, 3, H, W) to (N, 3, height, width) as PIL does it: antialiased, rows first, rounded to 8 bits after each axis.
 
     The official processors work on such files; a model that saw none but those is judged on nothing else.
     """
-    pictures = rounded(pictures)
+    pictures = quantise(pictures)
     for size in ((pictures.shape[-2], width), (height, width)):
         if pictures.shape[-2:] != size:
-            pictures = rounded(interpolate(pictures, size, mode=mode, antialias=True, align_corners=False))
+            pictures = quantise(interpolate(pictures, size, mode=mode, antialias=True, align_corners=False))
     return pictures
 
 
 @dataclass(frozen=True)
-class Pixels:
+class ImageTransform:
     """A picture processor: resize, perhaps crop the middle, normalise.
 
     fit: "stretch" to size = (height, width); "shortest" or "longest" make that side size[0] and keep proportions, the
@@ -53,7 +53,7 @@ class Pixels:
     mode: str = "bicubic"
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], source: str) -> Pixels:
+    def from_config(cls, settings: Mapping[str, Any], source: str) -> ImageTransform:
         """The processor that a preprocessor_config.json describes; `source` is its name for the error."""
         try:
             size = settings["size"]
@@ -75,15 +75,15 @@ class Pixels:
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] → (N, 3, h, w) float32, normalised."""
-        pictures = resized(pictures, *self._target(pictures.shape[-2], pictures.shape[-1]), mode=self.mode)
+        pictures = resize(pictures, *self._target_size(pictures.shape[-2], pictures.shape[-1]), mode=self.mode)
         if self.fit == "longest":
-            pictures = _bordered(pictures, self.size[0])
+            pictures = _pad_to_square(pictures, self.size[0])
         if self.crop is not None:
-            pictures = _middle(pictures, *self.crop)
+            pictures = _center_crop(pictures, *self.crop)
         mean, std = (pictures.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (pictures - mean) / std
 
-    def _target(self, height: int, width: int) -> tuple[int, int]:
+    def _target_size(self, height: int, width: int) -> tuple[int, int]:
         if self.fit == "stretch":
             return self.size
         side = self.size[0]
@@ -99,12 +99,12 @@ def _triple(values: Any) -> Triple:
     return first, second, third
 
 
-def _bordered(pictures: Tensor, side: int) -> Tensor:
+def _pad_to_square(pictures: Tensor, side: int) -> Tensor:
     height, width = side - pictures.shape[-2], side - pictures.shape[-1]
     return pad(pictures, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
-def _middle(pictures: Tensor, height: int, width: int) -> Tensor:
+def _center_crop(pictures: Tensor, height: int, width: int) -> Tensor:
     top, left = (pictures.shape[-2] - height) // 2, (pictures.shape[-1] - width) // 2
     return pictures[..., top : top + height, left : left + width]
 

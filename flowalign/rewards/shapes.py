@@ -16,7 +16,7 @@ from flowalign.shapes.verify import verify
 from flowalign.shapes.world import Spec, specs
 
 
-class _OfScene(FrameReward):
+class _SceneReward(FrameReward):
     """Looks at one picture at a time, with the scene that was asked for."""
 
     @abstractmethod
@@ -44,7 +44,7 @@ class _OfScene(FrameReward):
         return torch.tensor([self.judge(i, s) for i, s in zip(images, scenes, strict=True)], dtype=torch.float32)
 
 
-class Shapes(_OfScene):
+class Shapes(_SceneReward):
     """The training reward: the strict verdict and the partial agreement, weighted."""
 
     def __init__(self, strict_weight: float = 0.5) -> None:
@@ -57,14 +57,14 @@ class Shapes(_OfScene):
         return self.strict_weight * strict + (1 - self.strict_weight) * partial
 
 
-class Strict(_OfScene):
+class Strict(_SceneReward):
     """1 where the picture shows exactly what was asked, else 0: the figure to report."""
 
     def judge(self, image: np.ndarray, spec: Spec) -> float:
         return verify(image, spec)[0]
 
 
-class Quality(_OfScene):
+class Quality(_SceneReward):
     """The gold measure, never to be optimised: how much the picture looks like a real one of its kind."""
 
     def judge(self, image: np.ndarray, spec: Spec) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from flowalign.rewards.embedding import TextImage
-from flowalign.rewards.weights import model_of
+from flowalign.rewards.weights import load_model
 
 
 @dataclass(eq=False)
@@ -17,12 +17,12 @@ class Siglip2(TextImage):
     pretrained: str = "google/siglip2-so400m-patch14-384"
 
     def load(self) -> nn.Module:
-        return model_of("SiglipModel", self.pretrained, self.revision, self.weights_dtype)
+        return load_model("SiglipModel", self.pretrained, self.revision, self.weights_dtype)
 
-    def of_pictures(self, pixels: Tensor) -> Tensor:
+    def embed_images(self, pixels: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=pixels).pooler_output
 
-    def of_prompts(self, prompts: list[str]) -> Tensor:
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
         # Trained on lower case, which not every published tokenizer of it makes, and without a mask of the padding.
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokens([prompt.lower() for prompt in prompts], limit)

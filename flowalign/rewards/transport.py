@@ -14,16 +14,16 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.board import Board, BusyError, Errand, ForbiddenError, HopelessError, RefusedError
+from flowalign.rewards.dispatch import BusyError, Dispatcher, ForbiddenError, InvalidRequestError, RefusedError, Request
 
 log = logging.getLogger("flowalign")
 T = TypeVar("T")
 OnFailure = Literal["drop", "stop"]
-HOPELESS = {400, 413, 415, 422}  # the request's own fault
+INVALID = {400, 413, 415, 422}  # the request's own fault
 BUSY = {429, 503}
 FORBIDDEN = {401, 403}
-LONGEST_ANSWER = 64 << 20  # bytes
-QUIET = 10.0
+MAX_ANSWER_BYTES = 64 << 20  # bytes
+WARN_AFTER = 10.0
 """Seconds after which a wait for servers is told."""
 
 
@@ -53,7 +53,7 @@ class Patience:
         if self.retries < 0 or self.backoff < 0:
             raise ValueError(f"retries and backoff are at least 0 (got {self.retries}, {self.backoff}).")
 
-    def rest(self, failures: int) -> float:
+    def delay(self, failures: int) -> float:
         """Exponential, with jitter from a generator of its own: it decides when something is asked, and no more."""
         return min(self.longest, self.backoff * 2 ** min(failures, 30)) * _jitter.uniform(0.5, 1)
 
@@ -69,8 +69,8 @@ class Replica:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is no address of a server: it has the form http://host:port.")
         self.url, self.patience, self.token_env = url.rstrip("/"), patience, token_env
-        self.failures, self.failed_last, self.rests_until = 0, 0.0, 0.0
-        self._secure, self._direct = parts.scheme == "https", _is_here(parts.hostname)
+        self.failures, self.failed_last, self.backoff_until = 0, 0.0, 0.0
+        self._secure, self._direct = parts.scheme == "https", _is_loopback(parts.hostname)
         self._client: Any = None
         self._lock = threading.Lock()
 
@@ -79,18 +79,18 @@ class Replica:
         httpx, seconds = _httpx(), max(min(seconds, self.patience.read), 0.01)
         limits, until = httpx.Timeout(seconds, connect=min(self.patience.connect, seconds)), time.monotonic() + seconds
         try:
-            with self._opened().stream(method, self.url + path, content=body, timeout=limits) as response:
+            with self._get_client().stream(method, self.url + path, content=body, timeout=limits) as response:
                 found = bytearray()
                 for part in response.iter_bytes():
                     found += part
-                    if len(found) > LONGEST_ANSWER:
-                        raise RefusedError(f"{self.url} answered more than {LONGEST_ANSWER} bytes")
+                    if len(found) > MAX_ANSWER_BYTES:
+                        raise RefusedError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes")
                     if time.monotonic() > until:
                         raise RefusedError(f"{self.url} had not ended its answer in time")
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise RefusedError(f"{self.url}: {type(error).__name__} {error}".rstrip()) from error
         if response.status_code != 200:
-            raise self._refusal(response.status_code, bytes(found), response.headers.get("retry-after", ""))
+            raise self._error_for(response.status_code, bytes(found), response.headers.get("retry-after", ""))
         return bytes(found)
 
     def close(self) -> None:
@@ -99,15 +99,15 @@ class Replica:
                 self._client.close()
             self._client = None
 
-    def _refusal(self, status: int, body: bytes, retry_after: str) -> RefusedError:
+    def _error_for(self, status: int, body: bytes, retry_after: str) -> RefusedError:
         said = f"{self.url} answered {status}: {' '.join(body[:400].decode(errors='replace').split())}"
         if status in BUSY:
             return BusyError(said, float(retry_after) if retry_after.isdigit() else self.patience.backoff)
         if status in FORBIDDEN:
             return ForbiddenError(f"{said} (the token is that of the environment variable {self.token_env})")
-        return HopelessError(said) if status in HOPELESS else RefusedError(said)
+        return InvalidRequestError(said) if status in INVALID else RefusedError(said)
 
-    def _opened(self) -> Any:
+    def _get_client(self) -> Any:
         """Made when first needed, in the process that uses it. A proxy is not asked the way to this machine."""
         with self._lock:
             if self._client is None:
@@ -135,24 +135,24 @@ class Replicas:
         self.replicas = [Replica(url, patience, token_env) for url in urls]
         self.patience, self.in_flight = patience, in_flight
 
-    def ask(self, errands: Sequence[Errand]) -> None:
-        """Gives each errand its result, or the reason why there is none, in `patience.total` seconds at most."""
-        if not errands:
+    def ask(self, requests: Sequence[Request]) -> None:
+        """Gives each request its result, or the reason why there is none, in `patience.total` seconds at most."""
+        if not requests:
             return
         for replica in self.replicas:
             replica.failures = min(replica.failures, self.patience.retries)  # every call gives it another chance
-        board = Board(errands, self.replicas, self.patience.retries, time.monotonic() + self.patience.total)
+        dispatcher = Dispatcher(requests, self.replicas, self.patience.retries, time.monotonic() + self.patience.total)
         for replica in self.replicas:
-            for _ in range(min(self.in_flight, len(errands))):
+            for _ in range(min(self.in_flight, len(requests))):
                 # A daemon: whoever hangs in a socket is left behind, and his answer is not read any more.
-                threading.Thread(target=self._carry, args=(replica, board), daemon=True).start()
+                threading.Thread(target=self._send_loop, args=(replica, dispatcher), daemon=True).start()
         try:
-            board.wait()
+            dispatcher.wait()
         finally:
-            board.close()
+            dispatcher.close()
 
-    def ready(self, look: Callable[[Replica], T]) -> dict[str, T]:
-        """What `look` finds at the replicas that answer, by address, as soon as one does.
+    def wait_until_ready(self, probe: Callable[[Replica], T]) -> dict[str, T]:
+        """What `probe` finds at the replicas that answer, by address, as soon as one does.
 
         A refusal means that a replica is not ready yet; RewardError if that is so for all until `patience.start`, or if
         one does not know us, which waiting would not change.
@@ -162,7 +162,7 @@ class Replicas:
             found: dict[str, T] = {}
             for replica in self.replicas:
                 try:
-                    found[replica.url] = look(replica)
+                    found[replica.url] = probe(replica)
                 except ForbiddenError as error:
                     raise RewardError(str(error)) from error
                 except RefusedError as error:
@@ -172,7 +172,9 @@ class Replicas:
             waited = time.monotonic() - began
             if waited > self.patience.start:
                 raise RewardError(f"no server was ready within {self.patience.start:g} s: {trouble}")
-            if waited >= QUIET and not told:  # what never gets ready, as a wrong path, should not take that long to see
+            if (
+                waited >= WARN_AFTER and not told
+            ):  # what never gets ready, as a wrong path, should not take that long to see
                 log.warning("waiting up to %g s for a reward server: %s", self.patience.start, trouble)
                 told = True
             time.sleep(0.5)
@@ -181,35 +183,35 @@ class Replicas:
         for replica in self.replicas:
             replica.close()
 
-    def _carry(self, replica: Replica, board: Board) -> None:
-        while errand := board.take(replica):
+    def _send_loop(self, replica: Replica, dispatcher: Dispatcher) -> None:
+        while request := dispatcher.take(replica):
             try:
-                answer = replica.request("POST", errand.path, errand.body(), board.until - time.monotonic())
-                board.settle(errand, replica, _read(errand, answer))
+                answer = replica.request("POST", request.path, request.body(), dispatcher.until - time.monotonic())
+                dispatcher.complete(request, replica, _read(request, answer))
             except BusyError as busy:
                 rest = min(busy.seconds, self.patience.longest) * _jitter.uniform(0.5, 1)
-                board.postpone(errand, replica, str(busy), rest)
-            except HopelessError as hopeless:
-                board.dismiss(errand, str(hopeless))
+                dispatcher.postpone(request, replica, str(busy), rest)
+            except InvalidRequestError as invalid:
+                dispatcher.reject(request, str(invalid))
             except RefusedError as refused:
-                board.fail(errand, replica, str(refused), self.patience.rest(replica.failures))
+                dispatcher.fail(request, replica, str(refused), self.patience.delay(replica.failures))
             except Exception as error:
-                board.broken(error)
+                dispatcher.abort(error)
 
 
-def _read(errand: Errand, answer: bytes) -> Any:
+def _read(request: Request, answer: bytes) -> Any:
     """Nothing that another program may write can stop the run."""
     try:
-        return errand.read(answer)
+        return request.read(answer)
     except RefusedError:
         raise
     except Exception as error:
         raise RefusedError(f"an answer cannot be read ({type(error).__name__}: {error})") from error
 
 
-def report(name: str, errands: Sequence[Errand], lost: int, samples: int, on_failure: OnFailure) -> None:
+def report_failures(name: str, requests: Sequence[Request], lost: int, samples: int, on_failure: OnFailure) -> None:
     """Says how many samples could not be scored and why, as a warning, or as the `RewardError` that stops the run."""
-    reasons = list(dict.fromkeys(errand.reason for errand in errands if errand.reason))
+    reasons = list(dict.fromkeys(request.reason for request in requests if request.reason))
     if not reasons:
         return
     more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
@@ -227,7 +229,7 @@ def _httpx() -> Any:
     return httpx
 
 
-def _is_here(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

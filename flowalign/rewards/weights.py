@@ -20,9 +20,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def fetched(pretrained: str, file: str, revision: str | None = None) -> Path:
+def fetch(pretrained: str, file: str, revision: str | None = None) -> Path:
     """A file of a local folder, or of a hub repository by way of the local cache (HF_HOME, HF_HUB_OFFLINE)."""
-    with _explained(pretrained) as (where, local):
+    with _resolved(pretrained) as (where, local):
         if not local:
             from huggingface_hub import hf_hub_download
 
@@ -32,12 +32,12 @@ def fetched(pretrained: str, file: str, revision: str | None = None) -> Path:
     return Path(where) / file
 
 
-def settings_of(pretrained: str, file: str, revision: str | None = None) -> dict[str, Any]:
+def load_json(pretrained: str, file: str, revision: str | None = None) -> dict[str, Any]:
     """The contents of a JSON file there."""
-    return json.loads(fetched(pretrained, file, revision).read_text())
+    return json.loads(fetch(pretrained, file, revision).read_text())
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     """Names to tensors on the CPU, of a .safetensors file or a pickle, of which nothing but tensors is read."""
     try:
         if path.suffix == ".safetensors":
@@ -55,31 +55,31 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def tokenizer_of(pretrained: str, revision: str | None = None) -> Any:
+def load_tokenizer(pretrained: str, revision: str | None = None) -> Any:
     """The tokenizer of a repository or folder."""
-    with _explained(pretrained) as (where, _):
+    with _resolved(pretrained) as (where, _):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(where, revision=revision)
 
 
-def config_of(kind: str, pretrained: str, revision: str | None = None) -> Any:
+def load_config(kind: str, pretrained: str, revision: str | None = None) -> Any:
     """The configuration of a repository or folder, of this class of transformers."""
-    with _explained(pretrained) as (where, _):
+    with _resolved(pretrained) as (where, _):
         import transformers
 
         return getattr(transformers, kind).from_pretrained(where, revision=revision)
 
 
-def processor_of(pretrained: str, revision: str | None = None) -> Any:
+def load_processor(pretrained: str, revision: str | None = None) -> Any:
     """What prepares pictures and words together for the model of a repository or folder."""
-    with _explained(pretrained) as (where, _):
+    with _resolved(pretrained) as (where, _):
         import transformers
 
         return transformers.AutoProcessor.from_pretrained(where, revision=revision)
 
 
-def once(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def cached(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """lru_cache that makes a thing once, also where several rewards, each in a thread of its own, ask at a time."""
 
     def decorate(make: Callable[P, T]) -> Callable[P, T]:
@@ -95,9 +95,9 @@ def once(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return decorate
 
 
-def model_of(kind: str, pretrained: str, revision: str | None, dtype: torch.dtype) -> Any:
+def load_model(kind: str, pretrained: str, revision: str | None, dtype: torch.dtype) -> Any:
     """A model of this class of transformers, frozen. RewardError if a weight of it is missing there."""
-    with _explained(pretrained) as (where, _):
+    with _resolved(pretrained) as (where, _):
         import transformers
 
         network = getattr(transformers, kind)
@@ -105,10 +105,10 @@ def model_of(kind: str, pretrained: str, revision: str | None, dtype: torch.dtyp
     # transformers fills what is missing with random numbers and goes on.
     if absent := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
         raise RewardError(f"{pretrained} is no {kind}: it lacks {len(absent)} weights, such as {absent[0]}.")
-    return frozen(model)
+    return freeze(model)
 
 
-def built(make: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> Any:
+def build(make: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> Any:
     """What `make` returns with these weights, all of them, frozen; nothing is initialised first."""
     from transformers.initialization import no_init_weights
 
@@ -119,10 +119,10 @@ def built(make: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: tor
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
     except RuntimeError as error:
         raise RewardError(f"the weights of {source} do not fit: {' '.join(str(error).split())[:300]}") from error
-    return frozen(model)
+    return freeze(model)
 
 
-def mlp_of(state: Mapping[str, Tensor], source: str, between: type[nn.Module] = nn.Identity) -> nn.Sequential:
+def build_mlp(state: Mapping[str, Tensor], source: str, between: type[nn.Module] = nn.Identity) -> nn.Sequential:
     """The linear layers of weights called N.weight and N.bias, in the order of N, with `between` after all but the
     last; published reward heads number their dropouts too, which do nothing here."""
     numbers = sorted({int(name.split(".")[0]) for name in state if name.split(".")[0].isdigit()})
@@ -134,21 +134,21 @@ def mlp_of(state: Mapping[str, Tensor], source: str, between: type[nn.Module] = 
         layer = nn.Linear(weight.shape[1], weight.shape[0])
         layer.load_state_dict({"weight": weight, "bias": state[f"{number}.bias"].float()})
         layers += [layer, between()]
-    return frozen(nn.Sequential(*layers[:-1]))
+    return freeze(nn.Sequential(*layers[:-1]))
 
 
-def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """What begins with the prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def frozen(model: nn.Module) -> Any:
+def freeze(model: nn.Module) -> Any:
     """The model in evaluation, without gradients."""
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
-def _explained(pretrained: str) -> Iterator[tuple[str, bool]]:
+def _resolved(pretrained: str) -> Iterator[tuple[str, bool]]:
     """The folder or hub id, and whether it is a folder.
 
     Without the library's bar over the weights and its table of those it did not need; its errors in our words.

@@ -63,7 +63,7 @@ class InWorkers:
         for worker in self._workers:
             self._idle.put(worker)
         self._pool = ThreadPoolExecutor(workers, "workers")
-        self._ended = weakref.finalize(self, _end, self._workers)
+        self._finalizer = weakref.finalize(self, _end_all, self._workers)
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], **compared: Tensor) -> Tensor:
         """See `Reward`; media travel as float32."""
@@ -72,7 +72,7 @@ class InWorkers:
         pixels, also = media.detach().float().cpu(), {name: t.cpu().numpy() for name, t in compared.items()}
         chunks = [("score", (pixels[r].numpy(), prompts[r], metadata[r], also)) for r in rows]
         try:
-            return torch.cat([torch.as_tensor(part) for part in self._pool.map(self._asked, chunks)])
+            return torch.cat([torch.as_tensor(part) for part in self._pool.map(self._score_chunk, chunks)])
         except (KeyboardInterrupt, SystemExit):
             self.close()  # the interpreter waits for its threads, and these for the processes
             raise
@@ -89,10 +89,10 @@ class InWorkers:
 
     def close(self) -> None:
         """Ends the processes."""
-        self._ended()
+        self._finalizer()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _asked(self, request: tuple[str, tuple[Any, ...]]) -> Any:
+    def _score_chunk(self, request: tuple[str, tuple[Any, ...]]) -> Any:
         number = len(request[1][1])
         for outlook in ("they are scored again", "they have no score"):
             worker = self._idle.get()
@@ -162,15 +162,15 @@ class Worker:
         self.process.join(0 if forever else 1)  # of a dead one, its own last words
         self.process.kill()
         self.process.join()
-        return _meaning(self.process.exitcode)
+        return _describe_exit(self.process.exitcode)
 
 
-def _end(workers: list[Worker]) -> None:
+def _end_all(workers: list[Worker]) -> None:
     for worker in workers:
         worker.end(forever=True)
 
 
-def _meaning(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code == -signal.SIGKILL:
         return "killed, often for want of memory"
     return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
@@ -182,7 +182,7 @@ def _meaning(code: int | None) -> str:
 def _serve(pipe: Connection, packed: bytes, threads: int) -> None:
     """Answers until the other end is closed, or its process is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     reward: Any = None
     while True:
@@ -191,27 +191,27 @@ def _serve(pipe: Connection, packed: bytes, threads: int) -> None:
         except (EOFError, OSError):
             return
         try:
-            reward = _made(packed) if reward is None else reward
-            answer = False, _answer(reward, what, arguments)
+            reward = _load(packed) if reward is None else reward
+            answer = False, _call(reward, what, arguments)
         except Exception as error:
-            answer = True, _portable(error)
+            answer = True, _picklable(error)
         pipe.send(answer)
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)  # also out of a reward that never returns
 
 
-def _made(packed: bytes) -> Any:
+def _load(packed: bytes) -> Any:
     reward = pickle.loads(packed)
     return reward() if isinstance(reward, partial) and isinstance(reward.func, type) else reward
 
 
 @torch.no_grad()
-def _answer(reward: Any, what: str, arguments: tuple[Any, ...]) -> Any:
+def _call(reward: Any, what: str, arguments: tuple[Any, ...]) -> Any:
     if what == "self_check":
         return getattr(reward, "self_check", lambda: None)()
     media, prompts, metadata, compared = arguments
@@ -220,7 +220,7 @@ def _answer(reward: Any, what: str, arguments: tuple[Any, ...]) -> Any:
     return torch.as_tensor(scores, dtype=torch.float32).numpy()
 
 
-def _portable(error: Exception) -> Exception:
+def _picklable(error: Exception) -> Exception:
     """As it is if it can travel, with the trace of this process as a note where it gives no reason of its own."""
     if not isinstance(error, RewardError):
         error.add_note("".join(traceback.format_exception(error)))

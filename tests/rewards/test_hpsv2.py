@@ -114,7 +114,7 @@ def test_the_converted_network_is_the_one_of_its_authors(folder: Path):
         tokens = clip_tokenizer()(prompt)["input_ids"]
         row[: len(tokens)] = torch.tensor(tokens)
     theirs = OpenClip(weights())
-    seen, read = theirs.pictures(reward.pixels(PICTURES)), theirs.texts(ids)
+    seen, read = theirs.pictures(reward.transform(PICTURES)), theirs.texts(ids)
     assert called(reward).allclose((normalize(seen) * normalize(read)).sum(dim=1), atol=1e-5)
 
 

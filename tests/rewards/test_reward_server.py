@@ -23,7 +23,7 @@ from PIL import Image
 
 from bench.marked import marked
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.png import eight_bits, encode
+from flowalign.rewards.png import encode, to_uint8
 from flowalign.rewards.remote import Remote
 from flowalign.rewards.transport import Patience
 from flowalign.rewards.wire import Query, Sample
@@ -89,7 +89,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def body(media: torch.Tensor, video: bool = False, **changes: Any) -> dict[str, Any]:
-    samples = [Sample(encode(frames if frames.ndim == 4 else frames[None]), "", {}) for frames in eight_bits(media)]
+    samples = [Sample(encode(frames if frames.ndim == 4 else frames[None]), "", {}) for frames in to_uint8(media)]
     return json.loads(Query("request", "reward", video, samples, 30).dump()) | changes
 
 
@@ -198,7 +198,7 @@ def test_too_many_bytes_are_refused_and_said_so(server: Server):
 
 
 def test_a_full_server_says_when_to_come_back_and_answers_all_in_the_end(server: Server):
-    slow = json.loads(Query("r", "reward", False, [Sample(encode(eight_bits(MEDIA[:1])), "", {"sleep": 1})], 30).dump())
+    slow = json.loads(Query("r", "reward", False, [Sample(encode(to_uint8(MEDIA[:1])), "", {"sleep": 1})], 30).dump())
     answers: list[httpx.Response] = []
     threads = [
         threading.Thread(target=lambda: answers.append(server.post(json.dumps(slow).encode()))) for _ in range(6)

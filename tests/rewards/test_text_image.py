@@ -63,7 +63,7 @@ def test_siglip_is_the_cosine_that_the_official_model_gives(folders: dict[str, s
     )
     reward = Siglip2(folders["siglip2"])
     with torch.no_grad():
-        out = model(input_ids=words["input_ids"], pixel_values=reward.pixels(PICTURES))
+        out = model(input_ids=words["input_ids"], pixel_values=reward.transform(PICTURES))
     assert called(reward).allclose((out.image_embeds * out.text_embeds).sum(dim=1), atol=1e-5)
     assert called(reward, prompts=[prompt.upper() for prompt in PROMPTS]).equal(called(reward))
 

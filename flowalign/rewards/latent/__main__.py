@@ -25,11 +25,11 @@ from flowalign.conditioner import Conditioner
 from flowalign.models.base import FlowModel
 from flowalign.process import quieten
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.latent.data import Maker
+from flowalign.rewards.latent.data import LatentMaker
 from flowalign.rewards.latent.files import load, save
 from flowalign.rewards.latent.losses import pairs
 from flowalign.rewards.latent.network import Build, Network
-from flowalign.rewards.latent.training import Known, Training, accuracies
+from flowalign.rewards.latent.training import LabelledSet, Training, accuracies
 from flowalign.rewards.latent.trunk import Trunk
 from flowalign.run import CONF, instantiate, size_of
 
@@ -45,20 +45,20 @@ def train(cfg: DictConfig, folder: Path) -> None:
         denoiser.to(device)
     fit, build = instantiate(cfg.fit), instantiate(cfg.build)
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16-mixed"):
-        known = {part: labelled(cfg, part, model, folder / "latents", device) for part in ("train", "val")}
-        network = new(model, build, known["train"], device)
+        known = {part: labelled_set(cfg, part, model, folder / "latents", device) for part in ("train", "val")}
+        network = new_network(model, build, known["train"], device)
         training = Training(network, known["train"], fit, folder / "training.ckpt", device)
         training.run()
         save(network, folder / "reward", {})
         judged = load(model, str(folder / "reward")).to(device)  # what was written, rounding included
         found = accuracies(judged, known["val"], cfg.sigmas, cfg.sampling.batch_size, device)
-    save(network, folder / "reward", facts(cfg, found, known["val"]))
+    save(network, folder / "reward", make_facts(cfg, found, known["val"]))
     log.info("pairs of unseen prompts ordered rightly, by noise level:")
     for sigma, share in found.items():
         log.info("  %4s  %.1f %%", sigma, 100 * share)
 
 
-def labelled(cfg: DictConfig, part: str, model: FlowModel, folder: Path, device: torch.device) -> Known:
+def labelled_set(cfg: DictConfig, part: str, model: FlowModel, folder: Path, device: torch.device) -> LabelledSet:
     """Latents of one set of prompts; their folder is named after everything that they depend on."""
     size, media, sampling = size_of(cfg, "train"), instantiate(cfg[part]), instantiate(cfg.sampling)
     model.check_size(*size.area)
@@ -69,15 +69,15 @@ def labelled(cfg: DictConfig, part: str, model: FlowModel, folder: Path, device:
     # Classes in turn, unless all are wanted anyway.
     chosen = range(len(prompts)) if media.prompts >= len(prompts) else dict.fromkeys(prompts.fixed(media.prompts))
     some = [prompts.prompts[i] for i in chosen]
-    depends = {key: plain(cfg[key]) for key in ("model", "reward", "sampling", part)} | {
-        "prompts": plain(cfg.data[part]), "size": size.area,
+    depends = {key: to_container(cfg[key]) for key in ("model", "reward", "sampling", part)} | {
+        "prompts": to_container(cfg.data[part]), "size": size.area,
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
-    maker = Maker(model, scorer, conditioner, sampling, size, device)
-    return Known(maker(some, media, folder / f"{part}_{digest}"), some, conditioner, size)
+    maker = LatentMaker(model, scorer, conditioner, sampling, size, device)
+    return LabelledSet(maker(some, media, folder / f"{part}_{digest}"), some, conditioner, size)
 
 
-def new(model: FlowModel, build: Build, known: Known, device: torch.device) -> Network:
+def new_network(model: FlowModel, build: Build, known: LabelledSet, device: torch.device) -> Network:
     """An untrained network, as wide as the model's tokens."""
     trunk, row = Trunk(model, build.blocks).to(device), torch.zeros(1, dtype=torch.long)
     if build.trained and next(trunk.parameters()).dtype != torch.float32:
@@ -87,18 +87,18 @@ def new(model: FlowModel, build: Build, known: Known, device: torch.device) -> N
         )
     noise = torch.zeros(known.examples.x0.shape[1:])[None]
     with torch.no_grad():
-        tokens = trunk(*known.at(row, torch.ones(1, device=device), noise, torch.zeros(1)))
+        tokens = trunk(*known.noisy_batch(row, torch.ones(1, device=device), noise, torch.zeros(1)))
     return Network(trunk, build, tokens.shape[-1])
 
 
-def facts(cfg: DictConfig, accuracy: dict[str, float], val: Known) -> dict[str, Any]:
+def make_facts(cfg: DictConfig, accuracy: dict[str, float], val: LabelledSet) -> dict[str, Any]:
     """How it was made and how good it is; everything that this program was asked to do."""
     number = len(pairs(val.examples.prompt, val.examples.label))
-    made = {key: plain(cfg[key]) for key in ("reward", "train", "val", "sampling", "fit", "seed")}
+    made = {key: to_container(cfg[key]) for key in ("reward", "train", "val", "sampling", "fit", "seed")}
     return {"accuracy": accuracy, "pairs": number, "made": made}
 
 
-def plain(node: Any) -> Any:
+def to_container(node: Any) -> Any:
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 

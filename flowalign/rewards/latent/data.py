@@ -62,7 +62,7 @@ class Examples:
     """(N,) float32, higher is better."""
 
 
-class Maker:
+class LatentMaker:
     """Latents of a policy and their labels."""
 
     def __init__(
@@ -83,14 +83,16 @@ class Maker:
         for start in range(0, len(some), media.prompts_per_file):
             path = folder / f"{start:06d}.safetensors"
             if not path.is_file():
-                tensors = self.made(some[start : start + media.prompts_per_file], media, start * media.per_prompt)
+                tensors = self.generate_labelled(
+                    some[start : start + media.prompts_per_file], media, start * media.per_prompt
+                )
                 with replacing(path) as file:
                     file.write(save(tensors))
                 log.info("%s: latents of prompt %d of %d", folder.name, start + media.prompts_per_file, len(some))
             parts.append(load_file(path))
-        return joined(parts, media)
+        return merge(parts, media)
 
-    def made(self, prompts: Sequence[Prompt], media: Media, first: int) -> dict[str, Tensor]:
+    def generate_labelled(self, prompts: Sequence[Prompt], media: Media, first: int) -> dict[str, Tensor]:
         """x0 (n, …), sample-major, and label (1 + strangers, n): for the own prompt, and for the next ones."""
         n = len(prompts) * media.per_prompt
         latents, labels = [], []
@@ -110,7 +112,7 @@ class Maker:
         return self.scorer.combined(rewards).float().cpu()
 
 
-def joined(parts: Sequence[dict[str, Tensor]], media: Media) -> Examples:
+def merge(parts: Sequence[dict[str, Tensor]], media: Media) -> Examples:
     """The examples of all files; those that could not be scored are left out."""
     latent, prompt, first = [], [], 0
     for part in parts:

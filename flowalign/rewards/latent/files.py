@@ -27,7 +27,9 @@ TRAIN = "train one with python -m flowalign.rewards.latent"
 def save(network: Network, folder: Path, facts: dict[str, Any]) -> None:
     """Weights in bfloat16, and what they belong to; `facts` go beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in network.own().items()}
+    tensors = {
+        name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in network.trained_parameters().items()
+    }
     save_file(tensors, folder / WEIGHTS)
     whole = {
         "model": type(network.trunk.view).__name__,
@@ -40,7 +42,7 @@ def save(network: Network, folder: Path, facts: dict[str, Any]) -> None:
     (folder / FACTS).write_text(json.dumps(whole, indent=2) + "\n")
 
 
-def located(weights: str) -> Path:
+def find_folder(weights: str) -> Path:
     """The folder of a latent reward, given as such or by its name inside this package; else a RewardError."""
     for folder in (Path(weights), ASSETS / weights):
         if (folder / FACTS).is_file() and (folder / WEIGHTS).is_file():
@@ -54,7 +56,7 @@ def located(weights: str) -> Path:
 
 def load(model: FlowModel, weights: str) -> Network:
     """The network on top of a model's own weights, without gradients; a RewardError if it was trained on others."""
-    folder = located(weights)
+    folder = find_folder(weights)
     try:
         facts, tensors = json.loads((folder / FACTS).read_text()), load_file(folder / WEIGHTS)
         build, link, base = Build(**facts["build"]), Link(**facts["link"]), facts["base"]

@@ -68,7 +68,7 @@ class Network(nn.Module):
         """What the logits mean, (B,)."""
         return self.link(self(x, sigma, cond))
 
-    def own(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 

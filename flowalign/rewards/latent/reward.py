@@ -11,7 +11,7 @@ from torch import Tensor
 from flowalign.flow import interpolate
 from flowalign.keyed import INITIAL, keyed_randn
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.latent.files import load, located
+from flowalign.rewards.latent.files import find_folder, load
 from flowalign.rewards.latent.network import Network
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Latent:
             raise ValueError(
                 f"sigmas are the noise levels at which latents are judged, in [0, 1] (got {list(sigmas)})."
             )
-        located(weights)
+        find_folder(weights)
         self.weights, self.sigmas = weights, tuple(sigmas)
         self._network: Network | None = None
 
@@ -54,10 +54,10 @@ class Latent:
         finite = x0.isfinite().flatten(1).all(dim=1)
         scores = x0.new_full((len(x0),), torch.nan, dtype=torch.float32)
         if finite.any():
-            scores[finite] = self._mean(x0[finite].float(), cond.index(finite))
+            scores[finite] = self._mean_over_sigmas(x0[finite].float(), cond.index(finite))
         return scores
 
-    def _mean(self, x0: Tensor, cond: Conditioning) -> Tensor:
+    def _mean_over_sigmas(self, x0: Tensor, cond: Conditioning) -> Tensor:
         noises = keyed_randn(0, 0, range(len(self.sigmas)), INITIAL, x0.shape[1:], x0.device)
         levels = [x0.new_full((len(x0),), sigma) for sigma in self.sigmas]
         noisy = [interpolate(x0, eps.expand_as(x0), sigma) for eps, sigma in zip(noises, levels, strict=True)]

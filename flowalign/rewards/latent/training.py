@@ -51,7 +51,7 @@ class Fit:
 
 
 @dataclass
-class Known:
+class LabelledSet:
     """Examples with the prompts that they are of."""
 
     examples: Examples
@@ -59,7 +59,9 @@ class Known:
     conditioner: Conditioner
     size: Size
 
-    def at(self, rows: Tensor, sigma: Tensor, eps: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
+    def noisy_batch(
+        self, rows: Tensor, sigma: Tensor, eps: Tensor, dropped: Tensor
+    ) -> tuple[Tensor, Tensor, Conditioning]:
         """What the network takes: the latents of rows (B,) with noise eps at sigma (B,), without text where `dropped`
         (B,) says so."""
         e = self.examples
@@ -73,8 +75,8 @@ class Known:
 class Training:
     """A step is a function of (seed, step), so that an interrupted training goes on as it would have."""
 
-    def __init__(self, network: Network, known: Known, fit: Fit, path: Path, device: torch.device) -> None:
-        self.network, self.known, self.fit, self.path, self.device = network.to(device), known, fit, path, device
+    def __init__(self, network: Network, known: LabelledSet, fit: Fit, path: Path, device: torch.device) -> None:
+        self.network, self.data, self.fit, self.path, self.device = network.to(device), known, fit, path, device
         self.label, network.link = targets(fit.loss, known.examples.label)
         self.pairs = pairs(known.examples.prompt, known.examples.label)
         if not len(self.pairs):
@@ -82,14 +84,14 @@ class Training:
                 "no two latents of a prompt differ in their label, so nothing can be learnt: make more of each "
                 "(train.per_prompt), or choose another reward."
             )
-        self._leave_unreached()
-        own = network.own()
+        self._freeze_unused()
+        own = network.trained_parameters()
         blocks = [p for name, p in own.items() if name.startswith("trunk.")]
         head = [p for name, p in own.items() if not name.startswith("trunk.")]
         groups = [{"params": head, "lr": fit.lr}, {"params": blocks, "lr": fit.lr_blocks}]
         self.optimiser = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=fit.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimiser, lambda step: fit.schedule(step, fit.steps))
-        self.start = self._resumed()
+        self.start = self._resume()
 
     def run(self) -> None:
         """All steps that are left."""
@@ -100,7 +102,7 @@ class Training:
                 raise FloatingPointError(f"the loss is not finite at step {step}: lower fit.lr and fit.lr_blocks.")
             self.optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(self.network.own().values(), 1.0)
+            nn.utils.clip_grad_norm_(self.network.trained_parameters().values(), 1.0)
             self.optimiser.step()
             self.scheduler.step()
             losses.append(loss.item())
@@ -119,19 +121,19 @@ class Training:
         among = self.pairs if alike == 2 else torch.arange(len(self.label))[:, None]
         rows = among[torch.from_numpy(rng.integers(len(among), size=fit.batch))]
         sigma = shifted(torch.rand(fit.batch, generator=generator), fit.shift)
-        eps = torch.randn(fit.batch, *self.known.examples.x0.shape[1:], generator=generator)
+        eps = torch.randn(fit.batch, *self.data.examples.x0.shape[1:], generator=generator)
         dropped = torch.rand(fit.batch, generator=generator) < fit.caption_dropout
         spread = [t.repeat_interleave(alike, dim=0) for t in (sigma.to(self.device), eps, dropped)]
-        logit = self.network(*self.known.at(rows.flatten(), *spread))
+        logit = self.network(*self.data.noisy_batch(rows.flatten(), *spread))
         if alike == 2:
             better, worse = logit.unflatten(0, (-1, 2)).unbind(1)
             return preference(better, worse).mean()
         return pointwise(fit.loss, logit, self.label[rows[:, 0]].to(logit)).mean()
 
-    def _leave_unreached(self) -> None:
+    def _freeze_unused(self) -> None:
         """What the last kept block does for blocks that are not there is neither trained nor written."""
         self.loss(0).backward()
-        for parameter in self.network.own().values():
+        for parameter in self.network.trained_parameters().values():
             parameter.requires_grad_(parameter.grad is not None)
         self.network.zero_grad(set_to_none=True)
 
@@ -139,24 +141,24 @@ class Training:
         state = {
             "fit": asdict(self.fit),
             "step": step,
-            "own": {name: p.detach() for name, p in self.network.own().items()},
+            "own": {name: p.detach() for name, p in self.network.trained_parameters().items()},
             "optimiser": self.optimiser.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
         with replacing(self.path) as file:
             torch.save(state, file)
 
-    def _resumed(self) -> int:
+    def _resume(self) -> int:
         if not self.path.is_file():
             return 0
         state = torch.load(self.path, weights_only=True, map_location=self.device)
-        if state["fit"] != asdict(self.fit) or state["own"].keys() != self.network.own().keys():
+        if state["fit"] != asdict(self.fit) or state["own"].keys() != self.network.trained_parameters().keys():
             raise ConfigError(
                 f"{self.path} was begun with other settings of fit or build: set them back, or choose another folder "
                 "with hydra.run.dir=…"
             )
         with torch.no_grad():
-            for name, parameter in self.network.own().items():
+            for name, parameter in self.network.trained_parameters().items():
                 parameter.copy_(state["own"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -166,7 +168,7 @@ class Training:
 
 @torch.no_grad()
 def accuracies(
-    network: Network, known: Known, sigmas: Sequence[float], batch: int, device: torch.device
+    network: Network, known: LabelledSet, sigmas: Sequence[float], batch: int, device: torch.device
 ) -> dict[str, float]:
     """By noise level, the share of pairs of one prompt that are ordered rightly. All latents get the same noise."""
     e = known.examples
@@ -177,6 +179,6 @@ def accuracies(
         parts = []
         for rows in torch.arange(len(e.label)).split(batch):
             level, kept = torch.full((len(rows),), sigma, device=device), torch.zeros(len(rows))
-            parts.append(network(*known.at(rows, level, eps.expand(len(rows), *eps.shape), kept)).cpu())
+            parts.append(network(*known.noisy_batch(rows, level, eps.expand(len(rows), *eps.shape), kept)).cpu())
         found[f"{sigma:g}"] = round(accuracy(torch.cat(parts), of), 4)
     return found

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from flowalign.types import Conditioning
 
 
-class _Halted(Exception):  # noqa: N818 - nothing is wrong
+class _Stopped(Exception):  # noqa: N818 - nothing is wrong
     """Carries the tokens out of a forward pass that goes no further."""
 
     def __init__(self, tokens: Tensor) -> None:
@@ -20,14 +20,14 @@ class _Halted(Exception):  # noqa: N818 - nothing is wrong
         self.tokens = tokens
 
 
-class _Halt(nn.Module):
+class _Stop(nn.Module):
     """Stands where the first block that is left out was. Every family hands the tokens of the media in first."""
 
     def forward(self, *args: Tensor, **named: Any) -> NoReturn:
-        raise _Halted(args[0] if args else named["hidden_states"])
+        raise _Stopped(args[0] if args else named["hidden_states"])
 
 
-class _Instead:
+class _PipelineProxy:
     """A pipeline with other denoisers."""
 
     def __init__(self, pipe: Any, denoisers: dict[str, nn.Module]) -> None:
@@ -60,10 +60,10 @@ class Trunk(nn.Module):
                 f"(got {blocks})."
             )
         # A list keeps its length, from which some networks count, and what is left out is not even copied.
-        self.network: nn.Module = copy.deepcopy(whole, {id(block): _Halt() for block in every[blocks:]})
+        self.network: nn.Module = copy.deepcopy(whole, {id(block): _Stop() for block in every[blocks:]})
         self.kept = blocks
         self.view = copy.copy(model)
-        self.view.pipe = _Instead(model.pipe, dict.fromkeys(denoisers, self.network))
+        self.view.pipe = _PipelineProxy(model.pipe, dict.fromkeys(denoisers, self.network))
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -77,8 +77,8 @@ class Trunk(nn.Module):
         """
         try:
             self.view.unguided(x, sigma, cond)
-        except _Halted as halted:
-            return halted.tokens
+        except _Stopped as stopped:
+            return stopped.tokens
         raise RuntimeError(f"{type(self.view).__name__} did not come to the end of the kept blocks.")
 
 

@@ -1,4 +1,4 @@
-"""The pictures and videos that a prompt's line names: paths beside the prompt file."""
+"""Images and videos named in a line of a prompt file, as paths relative to that file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from flowalign.prompts import Prompt
 
 
-def seen_pictures(prompt: Prompt) -> list[Path]:
-    """Files of the pictures that a prompt comes with: its `image`, or its `images`."""
+def image_paths(prompt: Prompt) -> list[Path]:
+    """Paths of a prompt's input images, from its `image` or `images`. ValueError if none is given or one is missing."""
     named = prompt.metadata.get("images", prompt.metadata.get("image", []))
     if (paths := _paths(prompt, named)) is None:
         raise ValueError(
@@ -31,10 +31,10 @@ def seen_pictures(prompt: Prompt) -> list[Path]:
     return paths
 
 
-def pictures_of(prompt: Prompt, size: tuple[int, int] | None = None) -> list[Tensor]:
-    """The pictures that a prompt comes with, (3, H, W) float32 in [0, 1]; scaled to cover a size and cut to it."""
+def load_images(prompt: Prompt, size: tuple[int, int] | None = None) -> list[Tensor]:
+    """A prompt's input images, (3, H, W) float32 in [0, 1]; with a `size`, scaled to cover it and center-cropped."""
     pictures = []
-    for path in seen_pictures(prompt):
+    for path in image_paths(prompt):
         try:
             with Image.open(path) as image:
                 picture = image.convert("RGB")
@@ -44,38 +44,38 @@ def pictures_of(prompt: Prompt, size: tuple[int, int] | None = None) -> list[Ten
     return pictures
 
 
-def given_videos(prompt: Prompt) -> list[Path]:
-    """Files, or folders of frames, that can be learnt from: its `video`, or its `videos`."""
+def video_paths(prompt: Prompt) -> list[Path]:
+    """Paths of a prompt's training videos (files or folders of frames), from its `video` or `videos`."""
     named = prompt.metadata.get("videos", prompt.metadata.get("video", []))
     if (paths := _paths(prompt, named)) is None:
         raise ValueError(
             f"{prompt.source}: no video to learn from: give every line a `video` (a file or a folder of frames beside "
-            f"the prompt file{instead(prompt, 'image')}) or `videos` (a list of them)"
+            f"the prompt file{other_kind_hint(prompt, 'image')}) or `videos` (a list of them)"
         )
     return paths
 
 
 def check_videos(prompt: Prompt) -> None:
-    """Raises ValueError unless the line names videos that are there and of a kind that can be read."""
-    for path in given_videos(prompt):
-        with _told(prompt):
+    """Raise ValueError unless the line names videos that exist and have a readable type."""
+    for path in video_paths(prompt):
+        with _naming_line(prompt):
             footage(path)
 
 
-def video_of(prompt: Prompt, number: int, reading: Callable[[Path], Tensor]) -> Tensor:
-    """What `reading` makes of the video of a prompt, or of the one of its videos that a number says."""
-    videos = given_videos(prompt)
-    with _told(prompt):
+def load_video(prompt: Prompt, number: int, reading: Callable[[Path], Tensor]) -> Tensor:
+    """Apply `reading` to the prompt's video; with several, to the one at `number` modulo their count."""
+    videos = video_paths(prompt)
+    with _naming_line(prompt):
         return reading(videos[number % len(videos)])
 
 
-def instead(prompt: Prompt, key: str) -> str:
-    """For a sentence about what is missing: what the line names is of the other kind."""
+def other_kind_hint(prompt: Prompt, key: str) -> str:
+    """Addition to an error about missing media if the line names media of the other kind, under `key`."""
     return f", not {'an' if key == 'image' else 'a'} `{key}`" if key in prompt.metadata else ""
 
 
 def _paths(prompt: Prompt, named: Any) -> list[Path] | None:
-    """Of a name or a list of names; None of anything else, and of nothing."""
+    """Paths of a name or a non-empty list of names; None for anything else."""
     named = [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
         return None
@@ -83,8 +83,8 @@ def _paths(prompt: Prompt, named: Any) -> list[Path] | None:
 
 
 @contextmanager
-def _told(prompt: Prompt) -> Iterator[None]:
-    """A ValueError inside says of which line it is."""
+def _naming_line(prompt: Prompt) -> Iterator[None]:
+    """Prefix a ValueError raised inside with the prompt's file and line."""
     try:
         yield
     except ValueError as error:
