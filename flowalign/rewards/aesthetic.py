@@ -1,4 +1,4 @@
-"""How beautiful people find a picture, whatever the prompt: LAION's improved aesthetic predictor."""
+"""Aesthetic rating of an image, regardless of its prompt: LAION's improved aesthetic predictor."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flowalign.rewards.weights import build_mlp, fetch, load_model, load_tensors
 
 @dataclass(eq=False)
 class Aesthetic(ModelReward):
-    """A rating from 1 to 10: linear layers on the normalised picture embedding of CLIP ViT-L/14.
+    """Rating from 1 to 10 by linear layers on the normalised image embedding of CLIP ViT-L/14.
 
-    head, head_file: repository or folder of the linear layers, and their file (layers.N.weight, layers.N.bias).
+    head, head_file: hub id or folder of the linear layers, and their file (layers.N.weight, layers.N.bias).
     """
 
     pretrained: str = "openai/clip-vit-large-patch14"
@@ -38,7 +38,7 @@ class Aesthetic(ModelReward):
         return self.model["head"](embeds)[:, 0]
 
     def self_check(self) -> None:
-        """RewardError unless plain drawings and noise get different ratings between 1 and 10, as all pictures do."""
+        """Raise RewardError unless drawings and noise get different ratings in the range of the scale, 1 to 10."""
         pictures = torch.cat([drawings(), noise()[None]])
         scores = self(pictures, [""] * len(pictures), [{}] * len(pictures))
         if not ((scores >= 1) & (scores <= 10)).all() or scores.std() < 1e-3:

@@ -1,4 +1,4 @@
-"""Questions with pictures to a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, any)."""
+"""Client for a vision-language model behind an OpenAI-compatible chat endpoint (vLLM, SGLang, …)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """Pictures (F, 3, H, W) uint8, in the order in which they are shown, and the text below them."""
+    """Images (F, 3, H, W) uint8, in the order shown, followed by the text."""
 
     pictures: Tensor
     text: str
     samples: tuple[int, ...]
-    """Which samples it is about."""
+    """Indices of the samples that it is about."""
 
 
 class Chat:
-    """A model and its replicas. One question is one request; a failed one is None, after retries, or stops the run."""
+    """A model served by one or more replicas. Each question is one request.
+
+    A question without an answer after all retries yields None, or with on_failure="stop" a RewardError.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,8 @@ class Chat:
         token_env: str = "FLOWALIGN_JUDGE_TOKEN",
         patience: Patience | None = None,
     ) -> None:
-        """urls: with their path, usually /v1; frames: of a video, evenly spaced; extra: more fields of the request."""
+        """urls: base URLs including the path, usually /v1; frames: evenly spaced frames shown of a video; extra: more
+        fields of the request."""
         if max_tokens < 1 or frames < 1:
             raise ValueError(f"max_tokens and frames must be at least 1 (got {max_tokens}, {frames}).")
         self.replicas = Replicas(urls, patience or Patience(), token_env, in_flight)
@@ -55,7 +59,10 @@ class Chat:
         self.fields = {"model": model, "max_tokens": max_tokens, "temperature": temperature} | dict(extra or {})
 
     def ask(self, questions: Sequence[Question], read: Callable[[dict[str, Any]], T], **fields: Any) -> list[T | None]:
-        """`read`: of the first choice of an answer, may raise `RefusedError`; `fields`: more of the request."""
+        """Answers to the questions, None for failed ones.
+
+        read: parses the first choice of an answer and may raise `RefusedError`; fields: more fields of the request.
+        """
         requests = [self._request(question, read, fields) for question in questions]
         self.replicas.ask(requests)
         lost = {i for e, q in zip(requests, questions, strict=True) if e.reason for i in q.samples}
@@ -64,12 +71,12 @@ class Chat:
         return [None if request.reason else request.result for request in requests]
 
     def sample_frames(self, video: Tensor) -> Tensor:
-        """(F, 3, H, W) → as many evenly spaced frames as are shown."""
+        """(F, 3, H, W) → at most `self.frames` evenly spaced frames."""
         keep = min(self.frames, len(video))
         return video[torch.linspace(0, len(video) - 1, keep).round().long()]
 
     def check(self) -> None:
-        """Waits for a replica; raises RewardError if none is ready in time, or if one does not serve the model."""
+        """Wait for a replica. Raises RewardError if none is ready in time, or if one does not serve the model."""
         for url, names in self.replicas.wait_until_ready(_served_models).items():
             if self.model not in names:
                 raise RewardError(f"{url} does not serve {self.model}, but {', '.join(names) or 'nothing'}.")
@@ -99,7 +106,7 @@ def _served_models(replica: Replica) -> list[str]:
 
 
 def _choice(answer: bytes) -> dict[str, Any]:
-    """The first choice."""
+    """The first choice of an answer."""
     try:
         choices = get_field(parse_json(answer), "choices", list)
     except WireError as error:
@@ -110,7 +117,7 @@ def _choice(answer: bytes) -> dict[str, Any]:
 
 
 def text_of(choice: dict[str, Any]) -> str:
-    """What the judge said, without what it thought aloud before."""
+    """Text of the answer without its reasoning, which ends with </think>."""
     message = choice.get("message")
     said = message.get("content") if isinstance(message, dict) else None
     if not isinstance(said, str):

@@ -1,4 +1,4 @@
-"""How alike a picture and a given one are, by DINOv2 (arXiv:2304.07193) or DINOv3: for editing and consistency."""
+"""Similarity to a reference image by DINOv2 (arXiv:2304.07193) or DINOv3, for editing and consistency."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from flowalign.rewards.weights import load_model
 
 @dataclass(eq=False)
 class DinoSimilarity(ModelReward):
-    """Cosine in [-1, 1] of the class tokens of the picture and of the one that the prompt's line names under `key`.
+    """Cosine similarity in [-1, 1] of the class tokens of an image and of its reference image.
 
-    folder: where the named files are, by default the working directory; a list of names stands for its first.
+    key: entry of the prompt's line that names the reference, or a list of which the first is used; folder: where the
+    named files are, by default the working directory.
     """
 
     pretrained: str = "facebook/dinov2-base"
@@ -38,7 +39,7 @@ class DinoSimilarity(ModelReward):
         return (self.embed(pictures) * given).sum(dim=-1)
 
     def embed(self, pictures: Tensor) -> Tensor:
-        """(b, 3, H, W) → (b, D) of length 1."""
+        """(b, 3, H, W) → unit vectors (b, D)."""
         hidden = self.model(pixel_values=self.transform(pictures).to(self.weights_dtype)).last_hidden_state
         return normalize(hidden[:, 0].float(), dim=-1)
 
@@ -48,7 +49,7 @@ class DinoSimilarity(ModelReward):
         if not isinstance(named, str):
             raise ValueError(f"{self.name} compares with a given picture: every line needs a file under {self.key!r}.")
         path = Path(self.folder or ".").expanduser() / named
-        if path not in self._references:  # a group shares it, and so does every epoch
+        if path not in self._references:  # shared by a group and by all epochs
             try:
                 with Image.open(path) as image:
                     picture = image_to_tensor(image)
@@ -59,9 +60,9 @@ class DinoSimilarity(ModelReward):
 
     @torch.no_grad()
     def self_check(self) -> None:
-        """RewardError unless a darker drawing is nearer to the drawing than its own pieces in another order are.
+        """Raise RewardError unless a darkened drawing is more similar to the drawing than its shuffled tiles are.
 
-        Random networks find the opposite: they see which colours there are, and not how they make a shape.
+        Random networks find the opposite: they see which colours are present but not the shapes they form.
         """
         plain = drawings().to(self.model_device)
         first, darker, pieces = (self.embed(pictures) for pictures in (plain, 0.8 * plain, shuffle_tiles(plain)))
@@ -74,8 +75,8 @@ class DinoSimilarity(ModelReward):
 
 
 def shuffle_tiles(pictures: Tensor, pieces: int = 8) -> Tensor:
-    """(N, 3, H, W) cut into pieces × pieces tiles, which are dealt again."""
+    """Cut (N, 3, H, W) into pieces × pieces tiles and permute these."""
     rows = pictures.unflatten(-1, (pieces, -1)).unflatten(-3, (pieces, -1))  # N, 3, rows, h, columns, w
     tiles = rows.permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
-    dealt = tiles[torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))]
-    return dealt.unflatten(0, (pieces, pieces)).permute(2, 3, 0, 4, 1, 5).flatten(-2).flatten(-3, -2)
+    permuted = tiles[torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))]
+    return permuted.unflatten(0, (pieces, pieces)).permute(2, 3, 0, 4, 1, 5).flatten(-2).flatten(-3, -2)

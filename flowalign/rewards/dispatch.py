@@ -1,4 +1,4 @@
-"""Requests that wait for an answer, shared by the threads that carry them to replicas."""
+"""Dispatch of requests to replicas of a service, shared by the threads that send them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 
 class RefusedError(Exception):
-    """An answer that does not count. The request goes to another replica, or is made again."""
+    """A failed attempt or an unusable answer. The request goes to another replica or is retried."""
 
 
 class BusyError(RefusedError):
-    """The replica has no room now; that is no failure. `seconds`: when to come back."""
+    """The replica is at capacity, which does not count as a failure. `seconds`: when to try again."""
 
     def __init__(self, reason: str, seconds: float) -> None:
         super().__init__(reason)
@@ -22,60 +22,61 @@ class BusyError(RefusedError):
 
 
 class ForbiddenError(RefusedError):
-    """The replica does not know us."""
+    """The replica rejects our credentials."""
 
 
 class InvalidRequestError(RefusedError):
-    """What is wrong is the request: no replica would answer it, and so none else is asked."""
+    """The request itself is at fault: no replica would answer it, so it is not retried."""
 
 
 @dataclass(eq=False)
 class Request:
-    """One request: its body, made by the thread that sends it, and what reads the answer or raises `RefusedError`."""
+    """A request: `body` is called on the thread that sends it, `read` parses the answer or raises `RefusedError`."""
 
     path: str
     body: Callable[[], bytes]
     read: Callable[[bytes], Any]
     result: Any = None
     reason: str = ""
-    """Why there is no result; empty while there may be one."""
+    """Why there is no result; empty while one is still possible."""
     last_error: str = ""
-    """What went wrong last."""
+    """Of the last attempt."""
     tries: int = 0
     started: float = 0.0
     failed_at: set[str] = field(default_factory=set)
+    """URLs of the replicas at which it failed."""
 
 
 class ReplicaState(Protocol):
-    """What the dispatcher knows of a replica."""
+    """What the dispatcher tracks of a replica."""
 
     url: str
     failures: int
-    """In a row; what was under way together counts once."""
+    """Consecutive failures; those of concurrent requests count once."""
     failed_last: float
     backoff_until: float
-    """Both by the monotonic clock."""
+    """Both in seconds of the monotonic clock."""
 
 
 class Dispatcher:
-    """Gives requests out until each has a result or a reason, all replicas are given up, or the time is over.
+    """Hands out requests until each has a result or a reason, all replicas have been given up, or time is up.
 
-    A failed request is for the replicas that it has not failed at. The one that failed takes it again only when there is
-    little hope in any of those.
+    A failed request goes to replicas at which it has not failed yet. One at which it has failed takes it again only if
+    none of the others is likely to.
     """
 
     def __init__(
-        self, requests: Sequence[Request], replicas: Sequence[ReplicaState], retries: int, until: float
+        self, requests: Sequence[Request], replicas: Sequence[ReplicaState], retries: int, deadline: float
     ) -> None:
         self.queue, self.pending = list(requests), set(requests)
-        self.replicas, self.retries, self.until = replicas, retries, until
+        self.replicas, self.retries, self.deadline = replicas, retries, deadline
         self.idle_threads = dict.fromkeys((replica.url for replica in replicas), 0)
-        """Threads of each replica that have nothing to do."""
+        """Number of idle threads, by URL of the replica."""
         self.error: Exception | None = None
         self.changed = threading.Condition()
 
     def take(self, replica: ReplicaState) -> Request | None:
-        """The next request for a replica, once there is one and the replica is awake; None when all is over."""
+        """Wait for the next request for a replica that is not backing off. None when there is nothing left to do."""
         with self.changed:
             self.idle_threads[replica.url] += 1
             try:
@@ -98,21 +99,21 @@ class Dispatcher:
                 request.result = result
                 self._finish(request)
 
-    def postpone(self, request: Request, replica: ReplicaState, reason: str, rest: float) -> None:
-        """A replica without room: later, or elsewhere. `rest`: seconds for which it is left alone."""
+    def postpone(self, request: Request, replica: ReplicaState, reason: str, delay: float) -> None:
+        """Requeue a request that a busy replica refused. delay: seconds for which the replica is left alone."""
         with self.changed:
             request.last_error = reason
-            self._back_off(replica, rest)
+            self._back_off(replica, delay)
             self._requeue(request)
 
-    def fail(self, request: Request, replica: ReplicaState, reason: str, rest: float) -> None:
-        """What `postpone` does, but counted."""
+    def fail(self, request: Request, replica: ReplicaState, reason: str, delay: float) -> None:
+        """Like `postpone`, but count a failure of both request and replica, and give up after too many."""
         with self.changed:
             if request.started > replica.failed_last:
                 replica.failures, replica.failed_last = replica.failures + 1, time.monotonic()
             request.tries, request.last_error = request.tries + 1, reason
             request.failed_at.add(replica.url)
-            self._back_off(replica, rest)
+            self._back_off(replica, delay)
             if request.tries > self.retries:
                 self._give_up([request], reason)
             else:
@@ -125,48 +126,47 @@ class Dispatcher:
             self._give_up([request], reason)
 
     def abort(self, error: Exception) -> None:
-        """A mistake of our own: everything stops and `wait` raises it."""
+        """Stop everything after an error in this program; `wait` raises it."""
         with self.changed:
             self.error = self.error or error
             self.changed.notify_all()
 
     def wait(self) -> None:
-        """Returns when every request has a result or a reason, at the latest when the time is over."""
+        """Wait until every request has a result or a reason, at most until the deadline."""
         with self.changed:
             while self._active():
-                self.changed.wait(self.until - time.monotonic())
+                self.changed.wait(self.deadline - time.monotonic())
             for request in list(self.pending):
-                self._give_up(
-                    [request], f"no answer in time{request.last_error and '; before that ' + request.last_error}"
-                )
+                before = f"; before that {request.last_error}" if request.last_error else ""
+                self._give_up([request], f"no answer in time{before}")
             if self.error is not None:
                 raise self.error
 
     def close(self) -> None:
-        """Lets the threads go."""
+        """End all threads that wait in `take`."""
         with self.changed:
-            self.until = 0.0
+            self.deadline = 0.0
             self.changed.notify_all()
 
     def _active(self) -> bool:
-        return bool(self.pending) and self.error is None and time.monotonic() < self.until
+        return bool(self.pending) and self.error is None and time.monotonic() < self.deadline
 
     def _given_up(self, replica: ReplicaState) -> bool:
         return replica.failures > self.retries
 
     def _next(self, replica: ReplicaState, now: float) -> Request | None:
-        hopes = {r.url for r in self.replicas if self._is_available(r, now)}
-        return next((e for e in self.queue if replica.url not in e.failed_at or hopes <= e.failed_at), None)
+        available = {r.url for r in self.replicas if self._is_available(r, now)}
+        return next((r for r in self.queue if replica.url not in r.failed_at or available <= r.failed_at), None)
 
     def _is_available(self, replica: ReplicaState, now: float) -> bool:
-        """Whether an request that failed elsewhere waits for it: it is free, or busy and without trouble so far."""
+        """Whether the replica will likely take a request that failed elsewhere: it is idle, or without failures."""
         free = replica.backoff_until <= now and self.idle_threads[replica.url] > 0
         return not self._given_up(replica) and (free or replica.failures == 0)
 
     def _seconds_to_next_change(self, now: float) -> float:
-        """Seconds until something may be different without anybody saying so."""
-        awaking = [r.backoff_until for r in self.replicas if r.backoff_until > now]
-        return max(min([self.until, *awaking]) - now, 0) + 1e-3
+        """Seconds until the deadline or the end of a back-off, neither of which notifies `changed`."""
+        back_offs = [r.backoff_until for r in self.replicas if r.backoff_until > now]
+        return max(min([self.deadline, *back_offs]) - now, 0) + 1e-3
 
     def _back_off(self, replica: ReplicaState, seconds: float) -> None:
         replica.backoff_until = max(replica.backoff_until, time.monotonic() + seconds)

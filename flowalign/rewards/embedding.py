@@ -1,4 +1,4 @@
-"""What rewards made of a network have in common, and those that compare a picture with its prompt."""
+"""Base classes of rewards that load a network, and of those that compare an image with its prompt."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(eq=False)
 class ModelReward(FrameReward):
-    """A reward by a network, which is loaded when it is first used.
+    """Base class for rewards computed by a network, which is loaded on first use.
 
-    pretrained: a hub id or a folder; processor: another one for tokenizer and picture sizes; device: null is where the
-    pictures are; dtype: of the weights; batch_size: pictures a forward.
+    pretrained: hub id or folder; processor: hub id or folder of tokenizer and image processor, if different; device:
+    null for the device of the images; dtype: of the weights; batch_size: images per forward pass.
     """
 
     pretrained: str
@@ -45,11 +45,11 @@ class ModelReward(FrameReward):
 
     @abstractmethod
     def load(self) -> nn.Module:
-        """The network, frozen, on the CPU."""
+        """Load the network, frozen, on the CPU."""
 
     @abstractmethod
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """One batch: pictures (b, 3, H, W) in [0, 1] on the network's device → (b,)."""
+        """Score one batch of images (b, 3, H, W) in [0, 1] on the network's device → (b,)."""
 
     @cached_property
     def model(self) -> Any:
@@ -64,7 +64,7 @@ class ModelReward(FrameReward):
         pictures = pictures.to(self.device or pictures.device)
         self.model.to(pictures.device)
         found = []
-        # Rollouts may run under autocast, which would change the scores with the precision of the policy.
+        # Rollouts may run under autocast; scores must not depend on the precision of the policy.
         with torch.autocast(pictures.device.type, enabled=False):
             for start in range(0, len(pictures), self.batch_size):
                 part = slice(start, start + self.batch_size)
@@ -72,12 +72,12 @@ class ModelReward(FrameReward):
         return torch.cat(found)
 
     def self_check(self) -> None:
-        """RewardError if weights cannot be loaded, or do not prefer a drawing of the caption (see `check_matching`)."""
+        """Raise RewardError if the weights cannot be loaded or fail `check_matching`."""
         check_matching(self, self.name, self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
     def model_device(self) -> torch.device:
-        """Of the network, which follows the pictures."""
+        """Device of the network, which is moved to that of the images."""
         return next(self.model.parameters()).device
 
     @property
@@ -97,12 +97,12 @@ class ModelReward(FrameReward):
 
     @property
     def _processor_revision(self) -> str | None:
-        return self.revision if self.processor is None else None  # a revision of one repository names none of another
+        return self.revision if self.processor is None else None  # a revision is valid in one repository only
 
     def tokens(self, prompts: list[str], limit: int) -> dict[str, Tensor]:
-        """(b, limit) each, padded to the same length always, so that no score depends on its neighbours.
+        """Tokenize into (b, limit) each, always padded to `limit`, so that no score depends on the rest of its batch.
 
-        Says once if a prompt is longer and therefore cut.
+        Longer prompts are truncated, with one warning.
         """
         longest = max(len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"])
         self.warn_if_truncated(longest, limit)
@@ -114,7 +114,7 @@ class ModelReward(FrameReward):
         }
 
     def warn_if_truncated(self, length: int, limit: int) -> None:
-        """A warning, once, if a text of so many tokens is too long."""
+        """Warn, once, if a text of `length` tokens exceeds the limit."""
         if length > limit and "_warned" not in self.__dict__:
             self._warned = True
             log.warning("%s reads %d tokens of a prompt; longer ones (here %d) are cut.", self.name, limit, length)
@@ -122,24 +122,24 @@ class ModelReward(FrameReward):
 
 @dataclass(eq=False)
 class TextImage(ModelReward):
-    """Cosine between the embeddings of picture and prompt, in [-1, 1], by a model with CLIP's parts."""
+    """Cosine similarity in [-1, 1] of the image and text embeddings of a CLIP-like model."""
 
     def load(self) -> nn.Module:
         return load_model("CLIPModel", self.pretrained, self.revision, self.weights_dtype)
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del metadata
-        different = list(dict.fromkeys(prompts))  # a group shares its prompt
-        rows = torch.tensor([different.index(prompt) for prompt in prompts], device=pictures.device)
-        of_text = normalize(self.embed_prompts(different).float(), dim=-1)[rows]
-        embed_images = normalize(self.embed_images(self.transform(pictures).to(self.weights_dtype)).float(), dim=-1)
-        return (of_text * embed_images).sum(dim=-1)
+        unique = list(dict.fromkeys(prompts))  # a group shares its prompt
+        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=pictures.device)
+        text = normalize(self.embed_prompts(unique).float(), dim=-1)[rows]
+        image = normalize(self.embed_images(self.transform(pictures).to(self.weights_dtype)).float(), dim=-1)
+        return (text * image).sum(dim=-1)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """(b, 3, h, w) → (b, D)."""
+        """Embed preprocessed images (b, 3, h, w) → (b, D)."""
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
     def embed_prompts(self, prompts: list[str]) -> Tensor:
-        """→ (b, D)."""
+        """Embed prompts → (b, D)."""
         tokens = self.tokens(prompts, self.model.config.text_config.max_position_embeddings)
         return self.model.text_projection(self.model.text_model(**tokens).pooler_output)

@@ -1,4 +1,4 @@
-"""Who says what is where: networks of a fixed list of classes (Mask2Former, DETR), and ones that look for any words."""
+"""Object detectors for GenEval: closed-set (Mask2Former, DETR) and open-vocabulary (OWLv2, Grounding DINO)."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from flowalign.rewards.geneval_rules import Thing
 from flowalign.rewards.pixels import ImageTransform, Triple, as_bytes
 from flowalign.rewards.weights import cached, load_json, load_model, load_processor
 
-_MIN_SCORE = 0.05  # of confidence: what no rule would ever keep is not carried along
-_STRIDE = 32  # sides are multiples of it, so that no network has to pad
+_MIN_SCORE = 0.05  # less confident detections are dropped at once; no rule would keep them
+_STRIDE = 32  # height and width are multiples of it, so that no network has to pad
 COCO = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "hair dryer": "hair drier"}
-"""GenEval's words for classes of COCO that have others there."""
+"""COCO classes that have another name in GenEval."""
 
 
 class Detector(Protocol):
-    """Finds things in pictures. Whatever has these two members will do."""
+    """Protocol of detectors; any object with these two members will do."""
 
     @property
     def vocabulary(self) -> Collection[str] | None:
-        """The classes that it knows; None = any words."""
+        """The classes that it knows; None for an open vocabulary."""
         ...
 
     def detect(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Sequence[Sequence[Thing] | None]:
-        """pictures (N, 3, H, W) in [0, 1], and the classes that matter in each → the things of each.
+        """Detect objects in images (N, 3, H, W) in [0, 1], given the classes that matter in each.
 
-        None for a picture that could not be looked at: it scores NaN. More classes than asked for do no harm.
+        None for an image that could not be processed: it scores NaN. Objects of other classes are ignored.
         """
         ...
 
 
 @cached(maxsize=4)
 def _network(kind: str, pretrained: str, revision: str | None) -> Any:
-    """One network, however many rewards look with it."""
+    """The network, shared by all rewards that use it."""
     return load_model(kind, pretrained, revision, torch.float32)
 
 
 class _ClosedSetDetector:
-    """A network that was trained on a fixed list of classes; opened when it is first needed."""
+    """Base class for detectors with a fixed list of classes; the network is loaded on first use."""
 
     MODEL: str
 
     def __init__(self, pretrained: str, revision: str | None, side: int, batch_size: int) -> None:
-        """pretrained: hub id or folder; side: of what the network sees, the shorter one, in pixels."""
+        """pretrained: hub id or folder; side: shorter side of the network's input in pixels."""
         if side < _STRIDE or batch_size < 1:
             raise ValueError(f"side must be at least {_STRIDE} and batch_size at least 1 (got {side}, {batch_size}).")
         self.pretrained, self.revision, self.side, self.batch_size = pretrained, revision, side, batch_size
@@ -60,7 +60,7 @@ class _ClosedSetDetector:
 
     @cached_property
     def labels(self) -> list[str]:
-        """By number, in GenEval's words."""
+        """Class names by index, as GenEval calls them."""
         known: dict[int, str] = self.model.config.id2label
         words = [known[i].lower() for i in sorted(known)]
         return [COCO.get(word, word) for word in words]
@@ -83,7 +83,7 @@ class _ClosedSetDetector:
         raise NotImplementedError
 
     def _preprocess(self, pictures: Tensor) -> Tensor:
-        """As the network was trained to see them: the shorter side scaled to `side`, the colours normalised."""
+        """Resize the shorter side to `side` and normalise, as in training of the network."""
         factor = self.side / min(pictures.shape[-2:])
         height, width = (max(round(edge * factor / _STRIDE), 1) * _STRIDE for edge in pictures.shape[-2:])
         return ImageTransform(
@@ -92,7 +92,7 @@ class _ClosedSetDetector:
 
     @cached_property
     def _normalisation(self) -> tuple[Triple, Triple]:
-        """Mean and deviation of what the network was trained on."""
+        """Mean and standard deviation of the network's training data."""
         found = load_json(self.pretrained, "preprocessor_config.json", self.revision)
         try:
             (a, b, c), (d, e, f) = found["image_mean"], found["image_std"]
@@ -104,7 +104,7 @@ class _ClosedSetDetector:
 
 
 class Segmenter(_ClosedSetDetector):
-    """Mask2Former (arXiv:2112.01527), trained for instances of COCO: the benchmark's kind of detector, with masks."""
+    """Mask2Former (arXiv:2112.01527) for COCO instance segmentation, the kind of detector that the benchmark uses."""
 
     MODEL = "Mask2FormerForUniversalSegmentation"
 
@@ -116,7 +116,7 @@ class Segmenter(_ClosedSetDetector):
         batch_size: int = 8,
         most: int = 100,
     ) -> None:
-        """most: things of a picture."""
+        """most: maximum number of objects per image."""
         super().__init__(pretrained, revision, side, batch_size)
         self.most = most
 
@@ -127,9 +127,9 @@ class Segmenter(_ClosedSetDetector):
             yield self._things(logits, share, pictures.shape[-2:], wanted)
 
     def _things(self, logits: Tensor, share: Tensor, size: Sequence[int], wanted: Sequence[str]) -> list[Thing]:
-        """logits (Q, h, w) of masks, share (Q, classes): a query may be of several classes, as in the original.
+        """Objects from mask logits (Q, h, w) and class probabilities (Q, classes).
 
-        Masks are as large as pictures, hence of wanted classes only.
+        A query may yield several classes, as in the original. Full-size masks are made for wanted classes only.
         """
         best, which = share.flatten().topk(min(self.most, share.numel()))
         best, which = best[best > _MIN_SCORE], which[best > _MIN_SCORE]
@@ -152,7 +152,7 @@ def _bounding_box(mask: Tensor) -> tuple[float, float, float, float]:
 
 
 class BoxDetector(_ClosedSetDetector):
-    """DETR (arXiv:2005.12872), trained on COCO: boxes, no masks."""
+    """DETR (arXiv:2005.12872) trained on COCO: boxes without masks."""
 
     MODEL = "DetrForObjectDetection"
 
@@ -169,7 +169,7 @@ class BoxDetector(_ClosedSetDetector):
         output = self.model(pixel_values=self._preprocess(pictures))
         scores, labels = output.logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # the last one is "nothing"
         height, width = pictures.shape[-2:]
-        middle, half = output.pred_boxes[..., :2], output.pred_boxes[..., 2:] / 2  # in units of the picture
+        middle, half = output.pred_boxes[..., :2], output.pred_boxes[..., 2:] / 2  # relative to the image size
         boxes = torch.cat([middle - half, middle + half], dim=-1) * middle.new_tensor([width, height] * 2)
         for box, score, label, wanted in zip(boxes, scores, labels, names, strict=True):
             things = _things(box, score, label, self.labels)
@@ -177,10 +177,10 @@ class BoxDetector(_ClosedSetDetector):
 
 
 class WordDetector:
-    """OWLv2 (arXiv:2306.09683) or Grounding DINO (arXiv:2303.05499): boxes of whatever words name.
+    """Open-vocabulary boxes by OWLv2 (arXiv:2306.09683) or Grounding DINO (arXiv:2303.05499).
 
-    Each class is looked for on its own, so that one word's boxes never go by another's name; a picture is therefore
-    looked at once for each of its classes.
+    Each class is searched for separately, so that its boxes cannot get the name of another class. This takes one
+    forward pass per image and class.
     """
 
     MODEL = "AutoModelForZeroShotObjectDetection"
@@ -193,7 +193,7 @@ class WordDetector:
         sentence: str | None = None,
         batch_size: int = 4,
     ) -> None:
-        """sentence: around the class, with {name}; None is the family's own: "a photo of a {name}", or "{name}."."""
+        """sentence: text template with {name}; None for the family's own: "a photo of a {name}" or "{name}."."""
         if sentence is not None and "{name}" not in sentence:
             raise ValueError(f"sentence needs {{name}} where the class goes (got {sentence!r}).")
         if batch_size < 1:
@@ -246,6 +246,6 @@ class WordDetector:
 
 
 def _things(boxes: Tensor, scores: Tensor, labels: Tensor, names: list[str]) -> Iterator[Thing]:
-    """boxes (n, 4) in pixels, scores (n,), labels (n,) as numbers of `names`."""
+    """Objects from boxes (n, 4) in pixels, scores (n,) and labels (n,), indices into `names`."""
     for (left, top, right, bottom), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
         yield Thing(names[label], (left, top, right, bottom), score)

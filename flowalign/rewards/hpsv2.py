@@ -1,4 +1,4 @@
-"""Which picture of a prompt people prefer, by HPSv2 and v2.1 (arXiv:2306.09341)."""
+"""Human preference for images of a prompt, by HPSv2 and v2.1 (arXiv:2306.09341)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from flowalign.rewards.weights import build, fetch, load_config, load_tensors
 
 @dataclass(eq=False)
 class HPSv2(TextImage):
-    """Cosine of picture and prompt, about 0.2 to 0.35, by a CLIP ViT-H/14 whose weights are in open_clip's layout.
+    """Cosine similarity of image and prompt, about 0.2 to 0.35, by a CLIP ViT-H/14 with weights in open_clip's layout.
 
-    file: the checkpoint, HPS_v2.1_compressed.pt or HPS_v2_compressed.pt; processor: a repository or folder with
-    config.json and tokenizer of that CLIP.
+    file: the checkpoint, HPS_v2.1_compressed.pt or HPS_v2_compressed.pt; processor: hub id or folder with config.json
+    and tokenizer of that CLIP.
     """
 
     pretrained: str = "xswu/HPSv2"
@@ -43,6 +43,6 @@ class HPSv2(TextImage):
 
     @cached_property
     def transform(self) -> ImageTransform:
-        # Its authors keep the whole picture: the longer side fits, the rest is black.
+        # As in the authors' code, the whole image is kept and padded with black to a square.
         side = self.model.config.vision_config.image_size
         return ImageTransform((side, side), "longest")

@@ -1,4 +1,4 @@
-"""Which picture of a prompt people prefer, by HPSv3 (arXiv:2508.03789): Qwen2-VL 7B that is asked for a rating."""
+"""Human preference for images of a prompt, by HPSv3 (arXiv:2508.03789): a Qwen2-VL 7B fine-tuned to rate images."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from flowalign.rewards.weights import build, build_mlp, fetch, load_config, load
 
 REWARD, IMAGE = "<|Reward|>", "<|image_pad|>"
 PIXELS = 256 * 28 * 28
-"""Of a picture, whatever its size was."""
+"""Every image is resized to about this many pixels."""
 EMBEDDINGS = "language_model.embed_tokens.weight"
 
 
 @dataclass(eq=False)
 class HPSv3(ModelReward):
-    """The mean of the rating's distribution, about -5 to 15, read at a token of its own.
+    """Mean of the predicted rating distribution, about -5 to 15, read at a special token.
 
     pretrained, file: the checkpoint; processor: configuration and tokenizer of the Qwen2-VL that it was trained from;
     question: a text file with {text_prompt} and <|Reward|>, by default the question that HPSv3 was trained with, read
-    from its package; max_prompt_tokens: longer prompts are cut.
+    from its package; max_prompt_tokens: longer prompts are truncated.
     """
 
     pretrained: str = "MizzenAI/HPSv3"
@@ -49,7 +49,9 @@ class HPSv3(ModelReward):
         if EMBEDDINGS not in network:
             raise RewardError(f"{path} is no HPSv3: it has no {EMBEDDINGS}.")
         config = load_config("Qwen2VLConfig", self.processor or self.pretrained, self._processor_revision)
-        config.text_config.vocab_size = len(network[EMBEDDINGS])  # cut to the tokenizer and the token of the reward
+        config.text_config.vocab_size = len(
+            network[EMBEDDINGS]
+        )  # the checkpoint keeps only the rows of the tokenizer and the reward token
 
         def qwen2_vl() -> nn.Module:
             from transformers import Qwen2VLModel
@@ -66,7 +68,7 @@ class HPSv3(ModelReward):
         rows = [self._token_ids(prompt, int(number)) for prompt, number in zip(prompts, merged, strict=True)]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        asked = (ids == self._reward_token_id).int().argmax(dim=1)
+        reward_position = (ids == self._reward_token_id).int().argmax(dim=1)
         vlm = self.model["vlm"]
         inputs = {
             "input_ids": ids,
@@ -76,11 +78,11 @@ class HPSv3(ModelReward):
             "image_grid_thw": seen["image_grid_thw"],
         }
         hidden = vlm(**{name: value.to(pictures.device) for name, value in inputs.items()}).last_hidden_state
-        return self.model["head"](hidden[torch.arange(len(ids)), asked].float())[:, 0]
+        return self.model["head"](hidden[torch.arange(len(ids)), reward_position].float())[:, 0]
 
     @cached_property
     def _image_processor(self) -> Any:
-        # The model's whole processor would need torchvision, for videos.
+        # The full processor of the model needs torchvision, for videos.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         vision = self.model["vlm"].config.vision_config
@@ -119,9 +121,9 @@ class HPSv3(ModelReward):
         self.warn_if_truncated(len(ids), self.max_prompt_tokens)
         if len(ids) > self.max_prompt_tokens:
             prompt = self.tokenizer.decode(ids[: self.max_prompt_tokens])
-        prompt = prompt.replace("<|", "< |")  # a prompt must not speak the model's control words
-        asked = self._question.replace("{text_prompt}", prompt)
-        content = [{"type": "image"}, {"type": "text", "text": asked}]
+        prompt = prompt.replace("<|", "< |")  # no control tokens in prompts
+        question = self._question.replace("{text_prompt}", prompt)
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         ).replace(IMAGE, IMAGE * image_tokens)
@@ -129,7 +131,7 @@ class HPSv3(ModelReward):
 
 
 def published_question() -> str:
-    """What HPSv3 was trained with, from the source of its package, which is read and not run: it imports much."""
+    """The question that HPSv3 was trained with, parsed from the source of its package, whose imports are heavy."""
     package = find_spec("hpsv3")
     folders = [Path(folder) for folder in (package.submodule_search_locations or [])] if package else []
     source = next((f for folder in folders if (f := folder / "dataset" / "data_collator_qwen.py").is_file()), None)
@@ -143,7 +145,7 @@ def published_question() -> str:
 
 
 def _string_constants(source: str) -> dict[str, str]:
-    """Names to the texts that a module assigns to them."""
+    """String constants assigned at the top level of a module, by name."""
     return {
         target.id: node.value.value
         for node in ast.parse(source).body
@@ -154,7 +156,7 @@ def _string_constants(source: str) -> dict[str, str]:
 
 
 def _qwen2_vl(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of Qwen2VLModel, of a checkpoint by an older or a newer transformers."""
+    """State dict of Qwen2VLModel from a checkpoint of an older or a newer transformers."""
     newer = {f"model.{part}.": f"{part}." for part in ("visual", "language_model")}
     older = {"visual.": "visual.", "model.": "language_model."}
     prefixes = newer if any(key.startswith(tuple(newer)) for key in state) else older

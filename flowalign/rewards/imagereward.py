@@ -1,4 +1,4 @@
-"""Which picture of a prompt people prefer, by ImageReward (arXiv:2304.05977): BLIP with a head of linear layers."""
+"""Human preference for images of a prompt, by ImageReward (arXiv:2304.05977): BLIP with an MLP head."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flowalign.rewards.pixels import ImageTransform
 from flowalign.rewards.weights import build, build_mlp, fetch, load_tensors, strip_prefix
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw rewards over its authors' data."""
+"""Statistics of the raw rewards on the authors' data."""
 HEAD_WIDTH = 64
-"""Width of an attention head, in ViT and BERT of every size: all of their shape that the weights do not show."""
+"""Width of an attention head in ViT and BERT of every size; the one dimension that the weights do not reveal."""
 LENGTH = 35
-"""Tokens of a prompt."""
+"""Maximum number of tokens of a prompt."""
 VISION = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
@@ -38,7 +38,7 @@ BLOCK = {
 
 @dataclass(eq=False)
 class ImageReward(ModelReward):
-    """A standardised score, about -2 to 2. processor: a repository or folder with the tokenizer of uncased BERT."""
+    """Standardised score, about -2 to 2. processor: hub id or folder with the tokenizer of uncased BERT."""
 
     pretrained: str = "zai-org/ImageReward"
     processor: str | None = "google-bert/bert-base-uncased"
@@ -49,7 +49,7 @@ class ImageReward(ModelReward):
         state = load_tensors(path)
         source, dtype = str(path), self.weights_dtype
         vision, text = strip_prefix(state, "blip.visual_encoder."), strip_prefix(state, "blip.text_encoder.")
-        text.pop("embeddings.position_ids", None)  # a constant
+        text.pop("embeddings.position_ids", None)  # a constant buffer, not a weight
         try:
             vision_model = build(lambda: _vision_model(vision), _to_transformers(vision), dtype, source)
             text_model = build(lambda: _text_model(text), text, dtype, source)
@@ -62,17 +62,17 @@ class ImageReward(ModelReward):
         del metadata
         side = self.model["vision"].config.image_size
         pixels = ImageTransform((side, side), "shortest", (side, side))(pictures).to(self.weights_dtype)
-        seen = self.model["vision"](pixel_values=pixels).last_hidden_state
-        read = self.model["text"](
+        image_states = self.model["vision"](pixel_values=pixels).last_hidden_state
+        pooled = self.model["text"](
             **self.tokens(prompts, LENGTH),
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+            encoder_hidden_states=image_states,
+            encoder_attention_mask=torch.ones(image_states.shape[:2], dtype=torch.long, device=image_states.device),
         ).last_hidden_state[:, 0]
-        return (self.model["head"](read.float())[:, 0] - MEAN) / STD
+        return (self.model["head"](pooled.float())[:, 0] - MEAN) / STD
 
 
 def _to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vision transformer of BLIP's authors as transformers' BlipVisionModel; KeyError names what has no place."""
+    """Convert the authors' vision weights to keys of BlipVisionModel. KeyError names a key without a counterpart."""
     found = {}
     for key, value in state.items():
         if key.startswith("blocks."):
@@ -104,7 +104,7 @@ def _vision_model(state: Mapping[str, Tensor]) -> nn.Module:
             num_attention_heads=width // HEAD_WIDTH,
             image_size=side,
             patch_size=patch,
-            layer_norm_eps=1e-6,  # of their vision transformer; transformers' default is another
+            layer_norm_eps=1e-6,  # as in the authors' vision transformer; transformers' default differs
         )
     )
 
@@ -122,7 +122,7 @@ def _text_model(state: Mapping[str, Tensor]) -> nn.Module:
             num_hidden_layers=_num_layers(state, "encoder.layer."),
             num_attention_heads=width // HEAD_WIDTH,
             max_position_embeddings=state["embeddings.position_embeddings.weight"].shape[0],
-            is_decoder=True,  # that is, with cross-attention; its own attention stays bidirectional
+            is_decoder=True,  # enables cross-attention; self-attention stays bidirectional
         ),
         add_pooling_layer=False,
     )

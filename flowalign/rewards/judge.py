@@ -1,4 +1,4 @@
-"""Scores of single samples by a vision-language model: the probability of a yes, or marks on a declared scale."""
+"""Pointwise scores by a vision-language model: the probability of a yes, or marks on a given scale."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 
 class Judge(ABC):
-    """Asks one question a sample. `{prompt}` in the template stands for the sample's prompt."""
+    """Base class for judges that are asked one question per sample; `{prompt}` in the template becomes its prompt."""
 
     fields: Mapping[str, Any] = {}
-    """What the request needs besides."""
+    """Additional fields of the request."""
 
     def __init__(self, chat: Chat, template: str, check: bool = True) -> None:
-        """check: `self_check` shows the judge a red and a blue square, and expects it to know which is the red one."""
+        """check: whether `self_check` tests that the judge can tell a red square from a blue one."""
         self.chat, self.template, self.check = chat, template, check
 
     @abstractmethod
     def read(self, choice: dict[str, Any]) -> float:
-        """The score in [0, 1] that an answer means; NaN if it means none. Raises RefusedError for what is no answer."""
+        """Read a score in [0, 1] from an answer, NaN if it has none. Raises RefusedError for a malformed answer."""
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """See `Reward`. NaN where the judge could not be asked, or said nothing that counts."""
+        """See `Reward`. NaN if the judge could not be reached or its answer has no valid score."""
         videos, finite = as_videos(media, prompts, metadata)
         rows, videos = finite.nonzero().flatten().tolist(), to_uint8(videos)
         questions = [
@@ -47,7 +47,7 @@ class Judge(ABC):
         return scores
 
     def self_check(self) -> None:
-        """Raises RewardError where the judge cannot be reached, or mistakes blue for red."""
+        """Raise RewardError if the judge cannot be reached or does not score red above blue when asked for red."""
         self.chat.check()
         if self.check:
             red, blue = self(plain_squares(), ["a plain red square"] * 2, [{}, {}]).tolist()
@@ -62,7 +62,7 @@ class Judge(ABC):
 
 
 class YesNo(Judge):
-    """P(yes) / (P(yes) + P(no)) of the first token of the answer (VQAScore, arXiv:2404.01291, both words counted)."""
+    """P(yes) / (P(yes) + P(no)) for the first token of the answer (VQAScore, arXiv:2404.01291, normalised by both)."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class YesNo(Judge):
         least: float = 0.1,
         check: bool = True,
     ) -> None:
-        """yes_words, no_words: in any case, with or without a space before them; top_logprobs: tokens that are looked
-        at; least: below this probability of all these words the judge was saying something else, and the score is NaN.
+        """yes_words, no_words: case and surrounding spaces are ignored; top_logprobs: number of tokens considered;
+        least: if the total probability of these words is lower, the judge did not answer and the score is NaN.
         """
         super().__init__(chat, template, check)
         self.yes, self.no = (
@@ -95,9 +95,9 @@ class YesNo(Judge):
 
 
 class Rubric(Judge):
-    """Marks that the judge writes, as JSON or as `name: mark`: their weighted mean, from 0 for `low` to 1 for `high`.
+    """Weighted mean of marks that the judge writes as JSON or as `name: mark`, scaled from [low, high] to [0, 1].
 
-    NaN if a criterion has no mark, has two different ones, or one outside the scale.
+    NaN if a criterion has no mark, two different ones, or one outside the scale.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Rubric(Judge):
         criteria: Mapping[str, float] | None = None,
         check: bool = True,
     ) -> None:
-        """criteria: what the judge calls its marks, with their weights; one called `score` unless given."""
+        """criteria: names of the marks with their weights; by default a single one called `score`."""
         super().__init__(chat, template, check)
         self.low, self.high, self.criteria = low, high, dict(criteria or {"score": 1.0})
         if not high > low:
@@ -124,7 +124,7 @@ class Rubric(Judge):
         return (mean - self.low) / (self.high - self.low)
 
     def _mark(self, text: str, name: str) -> float:
-        """The one mark of this name, NaN if there is none; in JSON, where the text has some, else after a colon."""
+        """The mark with this name, from JSON objects if any has it, else after a colon; NaN if missing or ambiguous."""
         found = [node[name] for node in _json_objects(text) if name in node]
         if not found:
             line = rf"(?<![\w-]){re.escape(name)}[\s*_\"']*[:=][\s*_\"']*({NUMBER})(?:\s*/\s*({NUMBER}))?(?![\w.]*\d)"
@@ -138,19 +138,19 @@ class Rubric(Judge):
 
 
 def fill_template(template: str, prompt: str) -> str:
-    """The template with the prompt in it; nothing else in braces means anything."""
+    """Insert the prompt into the template. Unlike str.format, this leaves other braces alone."""
     return template.replace("{prompt}", prompt)
 
 
 def plain_squares() -> Tensor:
-    """A red and a blue one, (2, 3, 224, 224)."""
+    """A red and a blue square, (2, 3, 224, 224)."""
     squares = torch.zeros(2, 3, 224, 224)
     squares[0, 0], squares[1, 2] = 1, 1
     return squares
 
 
 def _first_token(choice: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The likeliest first tokens and their probabilities."""
+    """The most likely first tokens with their probabilities."""
     try:
         listed = choice["logprobs"]["content"][0]["top_logprobs"]
         found = [(entry["token"], entry["logprob"]) for entry in listed]
@@ -163,12 +163,12 @@ def _first_token(choice: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _normalised(word: str) -> str:
-    """A token without case, the spaces of its tokenizer, and punctuation."""
+    """Strip case, punctuation, and the markers that tokenizers use for spaces."""
     return word.strip(" \t\n▁ĠĊ.,:;!?\"'*`").casefold()
 
 
 def _json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text."""
+    """All JSON objects in a text."""
     decoder, at = json.JSONDecoder(), 0
     while (at := text.find("{", at)) >= 0:
         try:

@@ -1,4 +1,4 @@
-"""A reward that another process computes: `flowalign reward-server`, or anything that speaks rewards/wire.py."""
+"""Client for a reward server: `flowalign reward-server`, or any server of the protocol in rewards/wire.py."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from flowalign.rewards.wire import Query, Sample, WireError, get_field, json_cop
 
 
 class Remote:
-    """Scores of a reward server, (B,) on the CPU; NaN where the server says null, and where there was no answer.
+    """Scores of a reward server, (B,) on the CPU; NaN if the server answers null or not at all.
 
-    A call ends in `patience.total` seconds. No answer is ever taken for a score of 0, nor for that of another sample.
+    A call takes at most `patience.total` seconds. A missing answer never becomes a score of 0, nor is an answer ever
+    assigned to another sample.
     """
 
     def __init__(
@@ -36,9 +37,9 @@ class Remote:
         token_env: str = "FLOWALIGN_REWARD_TOKEN",
         patience: Patience | None = None,
     ) -> None:
-        """urls: replicas, of which any may answer; part: which of the served rewards; batch_size: samples in a request;
-        in_flight: requests at a replica at a time, so that it need not wait for the next one; groupwise: the served
-        reward compares the members of a group; on_failure: `drop` the samples (NaN), or `stop` by a RewardError.
+        """urls: equivalent replicas; part: which of the served rewards; batch_size: samples per request; in_flight:
+        concurrent requests per replica, so that it need not wait for the next one; groupwise: whether the served reward
+        compares the members of a group; on_failure: `drop` the samples (NaN) or `stop` with a RewardError.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 (got {batch_size}).")
@@ -52,7 +53,7 @@ class Remote:
     def __call__(
         self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor | None = None
     ) -> Tensor:
-        """See `Reward`; `groups` (B,) where the served reward is groupwise. RewardError only with on_failure=stop."""
+        """See `Reward`; `groups` (B,) for groupwise rewards. Raises RewardError only with on_failure=stop."""
         videos, finite = as_videos(media, prompts, metadata)
         scores, videos = torch.full((len(videos),), torch.nan), to_uint8(videos)
         batches = self._batches(finite.nonzero().flatten().tolist(), None if groups is None else groups.tolist())
@@ -70,12 +71,14 @@ class Remote:
         return scores
 
     def self_check(self) -> None:
-        """Waits for a server to be ready. Raises RewardError if none is in time, or if they serve different things."""
-        well = self.replicas.wait_until_ready(_health)
-        for url, health in well.items():
+        """Wait for a server. Raises RewardError if none is ready in time, or if servers differ in what they serve."""
+        healthy = self.replicas.wait_until_ready(_health)
+        for url, health in healthy.items():
             self._check_part(url, health)
-        if len(served := {health["served"] for health in well.values()}) > 1:
-            raise RewardError(f"the reward servers {', '.join(well)} do not serve the same reward in the same version.")
+        if len(served := {health["served"] for health in healthy.values()}) > 1:
+            raise RewardError(
+                f"the reward servers {', '.join(healthy)} do not serve the same reward in the same version."
+            )
         self._served = served.pop()
 
     def close(self) -> None:
@@ -84,7 +87,7 @@ class Remote:
     # ------------------------------------------------------------ requests
 
     def _batches(self, rows: list[int], groups: list[int] | None) -> list[list[int]]:
-        """Rows of each request: so many, or whole groups."""
+        """Rows of each request: `batch_size` of them, or a whole group."""
         if not self.groupwise:
             return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         if groups is None:
@@ -95,7 +98,7 @@ class Remote:
         return list(members.values())
 
     def _request(self, videos: Tensor, about: Sequence[tuple[str, dict[str, Any], int | None]], video: bool) -> Request:
-        """Pictures become PNG, and get their ids, on the thread that sends the request."""
+        """Build a request. PNG encoding and hashing are left to the thread that sends it."""
         request_id, ids, deadline = uuid4().hex, [], time.monotonic() + self.patience.total
 
         def body() -> bytes:
@@ -129,7 +132,7 @@ class Remote:
 
 
 def _health(replica: Replica) -> dict[str, Any]:
-    """What a server that is ready says of itself."""
+    """The health report of a server that is ready."""
     answer = replica.request("GET", "/health", None, 2 * replica.patience.connect)
     try:
         health = parse_json(answer)

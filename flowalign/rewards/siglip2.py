@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt, by SigLIP 2 (arXiv:2502.14786) or SigLIP of a fixed resolution."""
+"""Image-text similarity by SigLIP 2 (arXiv:2502.14786) or SigLIP with a fixed resolution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowalign.rewards.weights import load_model
 
 @dataclass(eq=False)
 class Siglip2(TextImage):
-    """Cosine of picture and prompt in [-1, 1]; the sigmoid of the model would be flat for most pairs."""
+    """Cosine similarity of image and prompt in [-1, 1]; the model's sigmoid would saturate for most pairs."""
 
     pretrained: str = "google/siglip2-so400m-patch14-384"
 
@@ -23,7 +23,7 @@ class Siglip2(TextImage):
         return self.model.vision_model(pixel_values=pixels).pooler_output
 
     def embed_prompts(self, prompts: list[str]) -> Tensor:
-        # Trained on lower case, which not every published tokenizer of it makes, and without a mask of the padding.
+        # Trained on lower case, which not every published tokenizer applies, and without a padding mask.
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokens([prompt.lower() for prompt in prompts], limit)
         return self.model.text_model(input_ids=tokens["input_ids"]).pooler_output

@@ -1,7 +1,7 @@
-"""The messages between a run and a reward server: JSON, with pictures as PNG in base64. Nothing is ever unpickled.
+"""Protocol between a run and a reward server: JSON, with images as PNG in base64. Nothing is ever unpickled.
 
-A sample's id is its place in the request and a digest of its very content. The server computes it again from what
-arrived and the client accepts no other, so that a score cannot belong to another picture, prompt or request.
+A sample's id consists of its index in the request and a digest of its content. The server recomputes it from what it
+received and the client accepts no other, so that a score cannot belong to another image, prompt or request.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 PROTOCOL = 1
-LARGEST = 3.4028234663852886e38  # of float32: beyond it a score would become infinite
+LARGEST = 3.4028234663852886e38  # maximum of float32, beyond which a score would become infinite
 
 
 class WireError(ValueError):
-    """A message that does not count, and why."""
+    """An invalid message, and why."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture (one frame) or video, with what was asked for."""
+    """One image (a single frame) or video with its prompt."""
 
     frames: Sequence[bytes]
     """PNG files."""
@@ -33,7 +33,7 @@ class Sample:
     group: int | None = None
 
     def identity(self, place: int) -> str:
-        """What the sample is called in a request where it stands at `place`."""
+        """Id of the sample at index `place` of a request."""
         digest = hashlib.sha256(_dump_json([self.prompt, self.metadata, self.group]))
         for frame in self.frames:
             digest.update(hashlib.sha256(frame).digest())
@@ -42,15 +42,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Query:
-    """What one request asks."""
+    """A request for scores."""
 
     request: str
     part: str
-    """Which of the rewards that are served."""
+    """Name of the served reward."""
     video: bool
     samples: Sequence[Sample]
     patience: float
-    """Seconds after which nobody waits for the answer any more."""
+    """Seconds after which the client stops waiting for the answer."""
 
     def ids(self) -> list[str]:
         return [sample.identity(place) for place, sample in enumerate(self.samples)]
@@ -71,7 +71,7 @@ class Query:
 
     @staticmethod
     def load(body: bytes, samples: int) -> Query:
-        """Raises WireError for anything that `dump` would not write, and for more than so many samples."""
+        """Parse what `dump` writes. Raises WireError for anything else and for more than `samples` samples."""
         node = parse_json(body)
         if (protocol := get_field(node, "protocol", int)) != PROTOCOL:
             raise WireError(f"protocol {protocol} is not spoken here; this is protocol {PROTOCOL}")
@@ -89,7 +89,7 @@ class Query:
 
 
 def answer(query: Query, scores: Sequence[float], served: str) -> bytes:
-    """The answer to a query; NaN goes as null. `served`: what exactly computed the scores."""
+    """Encode the answer to a query, with NaN as null. served: version of the reward that computed the scores."""
     listed = [
         {"id": name, "score": score if math.isfinite(score) else None}
         for name, score in zip(query.ids(), scores, strict=True)
@@ -98,10 +98,10 @@ def answer(query: Query, scores: Sequence[float], served: str) -> bytes:
 
 
 def read_scores(body: bytes, request: str, ids: Sequence[str]) -> tuple[list[float], str]:
-    """The scores in the order of the ids, NaN for null, and what computed them.
+    """Parse the scores in the order of the ids, NaN for null, and the version of the reward that computed them.
 
-    Raises WireError for an answer to another request, for ids that are missing, unknown or there twice, and for what is
-    no finite number.
+    Raises WireError for an answer to another request, for missing, unknown or duplicate ids, and for scores that are
+    not finite numbers.
     """
     node = parse_json(body)
     if get_field(node, "request", str) != request:
@@ -120,7 +120,7 @@ def read_scores(body: bytes, request: str, ids: Sequence[str]) -> tuple[list[flo
 
 
 def parse_json(body: bytes) -> Any:
-    """Strict JSON, which has no NaN and no infinity."""
+    """Parse strict JSON, without NaN and infinity."""
     try:
         return json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -128,7 +128,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def get_field(node: Any, key: str, kind: type) -> Any:
-    """The entry of an object, of exactly this type."""
+    """An entry of a JSON object. Raises WireError unless it is present and of exactly this type."""
     if not isinstance(node, dict) or key not in node:
         raise WireError(f"no `{key}` where one is needed")
     if type(node[key]) is not kind:
@@ -137,14 +137,14 @@ def get_field(node: Any, key: str, kind: type) -> Any:
 
 
 def finite_number(value: Any, name: str) -> float:
-    """A number that float32 can hold."""
+    """A number as a float. Raises WireError unless it is within the range of float32."""
     if type(value) not in (int, float) or not abs(value) <= LARGEST:
         raise WireError(f"{name} must be a finite number, and not {str(value)[:40]!r}")
     return float(value)
 
 
 def json_copy(metadata: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """Metadata as the other side will read them; raises ValueError, with the prompt, for what JSON cannot say."""
+    """Metadata as the server will read them. Raises ValueError, naming the prompt, if they are not valid JSON."""
     try:
         return json.loads(_dump_json(metadata))
     except (TypeError, ValueError) as error:

@@ -76,7 +76,7 @@ def test_what_cannot_move_is_refused():
 def test_self_check_of_motion(monkeypatch: pytest.MonkeyPatch):
     Motion().self_check()
     with monkeypatch.context() as changed:
-        changed.setattr(Motion, "_length", lambda self, first, second: 1.0)
+        changed.setattr(Motion, "_mean_flow", lambda self, first, second: 1.0)
         with pytest.raises(RewardError, match="to a fast, a slow and a still square"):
             Motion().self_check()
     monkeypatch.setattr("flowalign.rewards.motion.find_spec", lambda name: None)

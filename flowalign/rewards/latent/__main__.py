@@ -1,8 +1,8 @@
-"""Trains a latent reward: `python -m flowalign.rewards.latent reward=shapes model=tiny_sd3`; conf/latent_reward.yaml.
+"""Train a latent reward: `python -m flowalign.rewards.latent reward=shapes model=tiny_sd3`; conf/latent_reward.yaml.
 
-Latents are made by the model and labelled by any reward; then the network is trained on them and judged on prompts
-that it has not seen. What a former call left in the run folder is continued. The result is the folder `reward` in it,
-for `reward=latent reward.objective.weights=FOLDER`.
+The model generates latents and any reward labels them; then the network is trained on them and evaluated on unseen
+prompts. An interrupted run in the same run folder is resumed. The result is its subfolder `reward`, for
+`reward=latent reward.objective.weights=FOLDER`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ log = logging.getLogger("flowalign.latent")
 
 
 def train(cfg: DictConfig, folder: Path) -> None:
-    """Latents, training, judgement; each leaves its result in the folder and is skipped where it is there."""
+    """Generate latents, train and evaluate. Results of earlier runs in the folder are reused."""
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch.manual_seed(cfg.seed)  # of the head's first weights
+    torch.manual_seed(cfg.seed)  # for the initialisation of the head
     model = instantiate(cfg.model).to(device)
     for denoiser in model.denoisers().values():
         denoiser.to(device)
@@ -50,8 +50,8 @@ def train(cfg: DictConfig, folder: Path) -> None:
         training = Training(network, known["train"], fit, folder / "training.ckpt", device)
         training.run()
         save(network, folder / "reward", {})
-        judged = load(model, str(folder / "reward")).to(device)  # what was written, rounding included
-        found = accuracies(judged, known["val"], cfg.sigmas, cfg.sampling.batch_size, device)
+        saved = load(model, str(folder / "reward")).to(device)  # evaluate the saved weights, which are rounded
+        found = accuracies(saved, known["val"], cfg.sigmas, cfg.sampling.batch_size, device)
     save(network, folder / "reward", make_facts(cfg, found, known["val"]))
     log.info("pairs of unseen prompts ordered rightly, by noise level:")
     for sigma, share in found.items():
@@ -59,14 +59,14 @@ def train(cfg: DictConfig, folder: Path) -> None:
 
 
 def labelled_set(cfg: DictConfig, part: str, model: FlowModel, folder: Path, device: torch.device) -> LabelledSet:
-    """Latents of one set of prompts; their folder is named after everything that they depend on."""
+    """Labelled latents of one set of prompts, in a folder named by a hash of everything that they depend on."""
     size, media, sampling = size_of(cfg, "train"), instantiate(cfg[part]), instantiate(cfg.sampling)
     model.check_size(*size.area)
     scorer, prompts = instantiate(cfg.reward), instantiate(cfg.data[part])
     scorer.check()
     scorer.bind(model)
     conditioner = Conditioner(model, sampling.guidance > model.guidance_off, instantiate(cfg.encoding))
-    # Classes in turn, unless all are wanted anyway.
+    # A fixed subset that alternates between classes, unless all prompts are used.
     chosen = range(len(prompts)) if media.prompts >= len(prompts) else dict.fromkeys(prompts.fixed(media.prompts))
     some = [prompts.prompts[i] for i in chosen]
     depends = {key: to_container(cfg[key]) for key in ("model", "reward", "sampling", part)} | {
@@ -78,7 +78,7 @@ def labelled_set(cfg: DictConfig, part: str, model: FlowModel, folder: Path, dev
 
 
 def new_network(model: FlowModel, build: Build, known: LabelledSet, device: torch.device) -> Network:
-    """An untrained network, as wide as the model's tokens."""
+    """An untrained network for tokens of the model's width."""
     trunk, row = Trunk(model, build.blocks).to(device), torch.zeros(1, dtype=torch.long)
     if build.trained and next(trunk.parameters()).dtype != torch.float32:
         raise ConfigError(
@@ -92,7 +92,7 @@ def new_network(model: FlowModel, build: Build, known: LabelledSet, device: torc
 
 
 def make_facts(cfg: DictConfig, accuracy: dict[str, float], val: LabelledSet) -> dict[str, Any]:
-    """How it was made and how good it is; everything that this program was asked to do."""
+    """Accuracy of the reward and the settings that it was made with."""
     number = len(pairs(val.examples.prompt, val.examples.label))
     made = {key: to_container(cfg[key]) for key in ("reward", "train", "val", "sampling", "fit", "seed")}
     return {"accuracy": accuracy, "pairs": number, "made": made}
@@ -114,7 +114,7 @@ def _main(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """A mistake ends with one sentence and exit code 2."""
+    """Command-line entry point. A user error ends with one sentence and exit code 2."""
     quieten()
     sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "latent_reward")
     _main()

@@ -1,4 +1,4 @@
-"""Trains a latent reward on labelled latents, noised to any level, and says how often it orders unseen ones rightly."""
+"""Training of a latent reward on labelled latents at all noise levels, and its accuracy on unseen ones."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ log = logging.getLogger("flowalign.latent")
 
 @dataclass(frozen=True)
 class Fit:
-    """How it is trained. `batch` counts examples, for bradley_terry pairs of them."""
+    """Training settings. `batch` counts examples, or pairs of them for bradley_terry."""
 
     steps: int
     batch: int
     loss: Loss = "bce"
     lr: float = 1e-5
-    """Of the head."""
+    """Learning rate of the head; `lr_blocks` is that of the blocks."""
     lr_blocks: float = 1e-6
     weight_decay: float = 0.01
     schedule: Schedule = Schedule()
     shift: float = 5.0
-    """Noise levels are uniform, then moved towards the noise by so much."""
+    """Noise levels are sampled uniformly, then shifted towards pure noise by this factor."""
     caption_dropout: float = 0.1
     save_every: int = 200
     seed: int = 0
@@ -52,7 +52,7 @@ class Fit:
 
 @dataclass
 class LabelledSet:
-    """Examples with the prompts that they are of."""
+    """Examples with their prompts."""
 
     examples: Examples
     prompts: Sequence[Prompt]
@@ -62,8 +62,10 @@ class LabelledSet:
     def noisy_batch(
         self, rows: Tensor, sigma: Tensor, eps: Tensor, dropped: Tensor
     ) -> tuple[Tensor, Tensor, Conditioning]:
-        """What the network takes: the latents of rows (B,) with noise eps at sigma (B,), without text where `dropped`
-        (B,) says so."""
+        """Inputs of the network: latents of rows (B,) with noise eps at sigma (B,), and their conditioning.
+
+        Prompts are replaced by the empty one where `dropped` (B,) is true.
+        """
         e = self.examples
         asked = [self.prompts[i] for i in e.prompt[rows].tolist()]
         asked = [replace(p, text="") if drop else p for p, drop in zip(asked, dropped.tolist(), strict=True)]
@@ -73,7 +75,7 @@ class LabelledSet:
 
 
 class Training:
-    """A step is a function of (seed, step), so that an interrupted training goes on as it would have."""
+    """Training loop. Each step is a function of (seed, step), so that a resumed run equals an uninterrupted one."""
 
     def __init__(self, network: Network, known: LabelledSet, fit: Fit, path: Path, device: torch.device) -> None:
         self.network, self.data, self.fit, self.path, self.device = network.to(device), known, fit, path, device
@@ -94,7 +96,7 @@ class Training:
         self.start = self._resume()
 
     def run(self) -> None:
-        """All steps that are left."""
+        """Run the remaining steps."""
         losses: list[float] = []
         for step in range(self.start, self.fit.steps):
             loss = self.loss(step)
@@ -116,22 +118,22 @@ class Training:
         """Mean loss of one batch, a function of (seed, step)."""
         fit, rng = self.fit, np.random.default_rng([self.fit.seed, step])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        # Both of a pair get the same noise at the same level.
-        alike = 2 if fit.loss == "bradley_terry" else 1
-        among = self.pairs if alike == 2 else torch.arange(len(self.label))[:, None]
-        rows = among[torch.from_numpy(rng.integers(len(among), size=fit.batch))]
+        # Both examples of a pair get the same noise and noise level.
+        per_row = 2 if fit.loss == "bradley_terry" else 1
+        candidates = self.pairs if per_row == 2 else torch.arange(len(self.label))[:, None]
+        rows = candidates[torch.from_numpy(rng.integers(len(candidates), size=fit.batch))]
         sigma = shifted(torch.rand(fit.batch, generator=generator), fit.shift)
         eps = torch.randn(fit.batch, *self.data.examples.x0.shape[1:], generator=generator)
         dropped = torch.rand(fit.batch, generator=generator) < fit.caption_dropout
-        spread = [t.repeat_interleave(alike, dim=0) for t in (sigma.to(self.device), eps, dropped)]
-        logit = self.network(*self.data.noisy_batch(rows.flatten(), *spread))
-        if alike == 2:
+        repeated = [t.repeat_interleave(per_row, dim=0) for t in (sigma.to(self.device), eps, dropped)]
+        logit = self.network(*self.data.noisy_batch(rows.flatten(), *repeated))
+        if per_row == 2:
             better, worse = logit.unflatten(0, (-1, 2)).unbind(1)
             return preference(better, worse).mean()
         return pointwise(fit.loss, logit, self.label[rows[:, 0]].to(logit)).mean()
 
     def _freeze_unused(self) -> None:
-        """What the last kept block does for blocks that are not there is neither trained nor written."""
+        """Freeze parameters without a gradient: outputs of the last block that only removed blocks would use."""
         self.loss(0).backward()
         for parameter in self.network.trained_parameters().values():
             parameter.requires_grad_(parameter.grad is not None)
@@ -170,7 +172,7 @@ class Training:
 def accuracies(
     network: Network, known: LabelledSet, sigmas: Sequence[float], batch: int, device: torch.device
 ) -> dict[str, float]:
-    """By noise level, the share of pairs of one prompt that are ordered rightly. All latents get the same noise."""
+    """Fraction of correctly ordered pairs of the same prompt, by noise level. All latents get the same noise."""
     e = known.examples
     of = pairs(e.prompt, e.label)
     eps = torch.randn(e.x0.shape[1:], generator=torch.Generator().manual_seed(0))
