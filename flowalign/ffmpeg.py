@@ -10,5 +10,5 @@ def ffmpeg(what: str) -> Any:
     try:
         import imageio_ffmpeg
     except ImportError:
-        raise ValueError(f"{what} needs the video extra (pip install 'flowalign[video]'), a .gif nothing.") from None
+        raise ValueError(f"{what} needs the video extra (pip install 'flowalign[video]'), a .gif needs none.") from None
     return imageio_ffmpeg

@@ -118,7 +118,7 @@ def footage(path: Path) -> Footage:
     if path.suffix.lower() in ANIMATIONS:
         return Animation(path)
     known = ", ".join((*ANIMATIONS, *FILMS))
-    raise ValueError(f"{path} is no video: it must end in {known}, or be a folder of frames")
+    raise ValueError(f"{path} is not a video: it must end in {known}, or be a folder of frames")
 
 
 def read_video(path: Path, frames: int, size: tuple[int, int]) -> Tensor:

@@ -22,12 +22,12 @@ def image_paths(prompt: Prompt) -> list[Path]:
     named = prompt.metadata.get("images", prompt.metadata.get("image", []))
     if (paths := _paths(prompt, named)) is None:
         raise ValueError(
-            f"{prompt.source}: this model sees pictures beside a prompt: give every line an `image` (a path beside the "
+            f"{prompt.source}: this model takes input images: give every line an `image` (a path beside the "
             f"prompt file) or `images` (a list of them), not {named!r}"
         )
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"{prompt.source}: there is no picture {path}")
+            raise ValueError(f"{prompt.source}: there is no image {path}")
     return paths
 
 
@@ -39,7 +39,7 @@ def load_images(prompt: Prompt, size: tuple[int, int] | None = None) -> list[Ten
             with Image.open(path) as image:
                 picture = image.convert("RGB")
         except OSError as error:
-            raise ValueError(f"{prompt.source}: the picture {path} cannot be read") from error
+            raise ValueError(f"{prompt.source}: the image {path} cannot be read") from error
         pictures.append(tensor_of(picture, size))
     return pictures
 

@@ -112,7 +112,7 @@ def test_a_torn_frame_of_a_folder_is_told_too(tmp_path: Path):
 
 def test_other_kinds_and_absent_files_are_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(ValueError, match=r"a.txt is no video: it must end in .gif, .*, or be a folder of frames"):
+    with pytest.raises(ValueError, match=r"a.txt is not a video: it must end in .gif, .*, or be a folder of frames"):
         read_video(tmp_path / "a.txt", 5, (16, 16))
     with pytest.raises(ValueError, match=r"there is no video .*b.gif"):
         read_video(tmp_path / "b.gif", 5, (16, 16))
@@ -161,7 +161,7 @@ def test_videos_lie_beside_the_prompts_and_the_number_says_which(tmp_path: Path)
     ({"video": 3}, True, "prompts.jsonl:2: no video"),
     ({"videos": []}, True, "prompts.jsonl:2: no video"),
     ({"video": "b.gif"}, True, "prompts.jsonl:2: there is no video .*b.gif"),
-    ({"video": "prompts.jsonl"}, True, "prompts.jsonl:2: .*prompts.jsonl is no video: it must end in"),
+    ({"video": "prompts.jsonl"}, True, "prompts.jsonl:2: .*prompts.jsonl is not a video: it must end in"),
 ])  # fmt: skip
 def test_a_line_of_the_other_kind_is_refused_at_once(tmp_path: Path, line: Any, video: bool, sentence: str):
     written(tmp_path, "a.gif")

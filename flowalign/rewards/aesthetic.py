@@ -44,6 +44,6 @@ class Aesthetic(ModelReward):
         if not ((scores >= 1) & (scores <= 10)).all() or scores.std() < 1e-3:
             low, high = scores.min().item(), scores.max().item()
             raise RewardError(
-                f"{self.name} rates five different pictures {low:.3g} to {high:.3g}; different ratings between 1 and "
+                f"{self.name} rates five different images {low:.3g} to {high:.3g}; different ratings between 1 and "
                 "10 were expected: head or network are not the published ones."
             )

@@ -65,7 +65,7 @@ class Chat:
         """
         requests = [self._request(question, read, fields) for question in questions]
         self.replicas.ask(requests)
-        lost = {i for e, q in zip(requests, questions, strict=True) if e.reason for i in q.samples}
+        lost = {i for r, q in zip(requests, questions, strict=True) if r.reason for i in q.samples}
         asked = {i for question in questions for i in question.samples}
         report_failures(f"the judge {self.model}", requests, len(lost), len(asked), self.on_failure)
         return [None if request.reason else request.result for request in requests]
@@ -102,7 +102,7 @@ def _served_models(replica: Replica) -> list[str]:
     try:
         return [get_field(entry, "id", str) for entry in get_field(parse_json(answer), "data", list)]
     except WireError as error:
-        raise RewardError(f"{replica.url} is no chat endpoint: {error}") from error
+        raise RewardError(f"{replica.url} is not a chat endpoint: {error}") from error
 
 
 def _choice(answer: bytes) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _choice(answer: bytes) -> dict[str, Any]:
     try:
         choices = get_field(parse_json(answer), "choices", list)
     except WireError as error:
-        raise RefusedError(f"the judge's answer is not that of a chat endpoint: {error}") from error
+        raise RefusedError(f"invalid answer of the judge's chat endpoint: {error}") from error
     if not choices or not isinstance(choices[0], dict):
         raise RefusedError("the judge answered without a choice")
     return choices[0]
@@ -119,7 +119,7 @@ def _choice(answer: bytes) -> dict[str, Any]:
 def text_of(choice: dict[str, Any]) -> str:
     """Text of the answer without its reasoning, which ends with </think>."""
     message = choice.get("message")
-    said = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(said, str):
+    text = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(text, str):
         raise RefusedError("the judge answered without a text")
-    return said.rpartition("</think>")[2].strip()
+    return text.rpartition("</think>")[2].strip()

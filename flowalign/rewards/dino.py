@@ -47,14 +47,16 @@ class DinoSimilarity(ModelReward):
         named = entry.get(self.key)
         named = named[0] if isinstance(named, list) and named else named
         if not isinstance(named, str):
-            raise ValueError(f"{self.name} compares with a given picture: every line needs a file under {self.key!r}.")
+            raise ValueError(
+                f"{self.name} compares with a reference image: every line needs a file under {self.key!r}."
+            )
         path = Path(self.folder or ".").expanduser() / named
         if path not in self._references:  # shared by a group and by all epochs
             try:
                 with Image.open(path) as image:
                     picture = image_to_tensor(image)
             except OSError as error:
-                raise ValueError(f"{self.name}: the picture {path} cannot be read (set `folder`?).") from error
+                raise ValueError(f"{self.name}: the image {path} cannot be read (set `folder`?).") from error
             self._references[path] = self.embed(picture[None].to(self.model_device))[0].cpu()
         return self._references[path]
 

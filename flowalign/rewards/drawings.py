@@ -67,7 +67,7 @@ def check_matching(reward: Reward, name: str, device: torch.device | str = "cpu"
     captions = [caption for caption in SCENES for _ in pictures]
     scores = reward(pictures.repeat(len(SCENES), 1, 1, 1), captions, [{} for _ in captions]).view(len(SCENES), -1)
     if not scores.isfinite().all():
-        raise RewardError(f"{name} gives scores that are not finite to plain drawings.")
+        raise RewardError(f"{name} gives plain drawings scores that are not finite.")
     right = int((scores.argmax(dim=1).cpu() == torch.arange(len(SCENES))).sum())
     if right < len(SCENES) - 1:
         raise RewardError(

@@ -117,7 +117,9 @@ class ModelReward(FrameReward):
         """Warn, once, if a text of `length` tokens exceeds the limit."""
         if length > limit and "_warned" not in self.__dict__:
             self._warned = True
-            log.warning("%s reads %d tokens of a prompt; longer ones (here %d) are cut.", self.name, limit, length)
+            log.warning(
+                "%s reads %d tokens of a prompt; longer ones (here %d) are truncated.", self.name, limit, length
+            )
 
 
 @dataclass(eq=False)

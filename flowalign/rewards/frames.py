@@ -18,7 +18,7 @@ class Frames(RewardWrapper):
 
     def __init__(self, reward: Reward, num: int) -> None:
         if num < 1:
-            raise ValueError(f"num is the number of frames that are looked at, at least 1 (got {num}).")
+            raise ValueError(f"num is the number of frames to score, at least 1 (got {num}).")
         super().__init__(reward)
         self.num, self.groupwise = num, bool(getattr(reward, "groupwise", False))
 

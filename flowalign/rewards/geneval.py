@@ -56,7 +56,7 @@ class Geneval(FrameReward):
         for name in dict.fromkeys(name for task in tasks for name in task.names):
             self._check_known(name)
         found = self._detect(pictures, tasks)
-        return torch.tensor([self._score_one(*one) for one in zip(pictures, tasks, found, strict=True)])
+        return torch.tensor([self._score_one(*sample) for sample in zip(pictures, tasks, found, strict=True)])
 
     def self_check(self) -> None:
         """Raise RewardError if objects are found in an empty image or plain colours are misnamed."""
@@ -68,7 +68,7 @@ class Geneval(FrameReward):
         except Exception as error:  # libraries raise all sorts of exceptions
             raise RewardError(f"geneval: the detector does not run ({_one_line(error)}).") from error
         if found is None or self.rules.select(found, ""):
-            raise RewardError("geneval: the detector finds things on an empty picture, or cannot look at it.")
+            raise RewardError("geneval: the detector finds objects in an empty image, or fails on it.")
         thing = Thing("object", (64.0, 64.0, 192.0, 192.0), 1.0)
         for colour, value in _PATCHES.items():
             patch = empty[0].clone()
@@ -96,26 +96,26 @@ class Geneval(FrameReward):
             raise
         except Exception as error:  # out of memory, driver or library: one bad image must not end a long run
             if len(pictures) == 1:
-                log.warning("geneval: a picture could not be looked at and scores NaN: %s", _one_line(error))
+                log.warning("geneval: detection failed on an image, which scores NaN: %s", _one_line(error))
                 return [None]
             return [self._detect(p[None], [task])[0] for p, task in zip(pictures, tasks, strict=True)]
 
     def _score_one(self, picture: Tensor, task: Task, found: Sequence[Thing] | None) -> float:
         if found is None:
             return math.nan
-        seen, slack = self.rules.select(found, task.tag), self.rules.slack
+        objects, slack = self.rules.select(found, task.tag), self.rules.slack
 
         def colours(things: Sequence[Thing]) -> list[str | None]:
             return self.colours(picture, things)
 
         try:
             if self.measure == "partial":
-                return partial(task, seen, colours, slack)
-            return float(correct(task, seen, colours, slack, exact=self.measure == "exact"))
+                return partial(task, objects, colours, slack)
+            return float(correct(task, objects, colours, slack, exact=self.measure == "exact"))
         except RewardError:
             raise
         except Exception as error:
-            log.warning("geneval: colours could not be named, the picture scores NaN: %s", _one_line(error))
+            log.warning("geneval: naming colours failed on an image, which scores NaN: %s", _one_line(error))
             return math.nan
 
 

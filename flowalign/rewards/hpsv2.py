@@ -32,7 +32,9 @@ class HPSv2(TextImage):
         try:
             state = to_transformers(load_tensors(path))
         except KeyError as error:
-            raise RewardError(f"{path} is no CLIP in the layout of open_clip: {error} has no place.") from error
+            raise RewardError(
+                f"{path} is not a CLIP checkpoint in open_clip's layout: {error} is unexpected."
+            ) from error
 
         def clip() -> nn.Module:
             from transformers import CLIPModel

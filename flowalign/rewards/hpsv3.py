@@ -47,11 +47,10 @@ class HPSv3(ModelReward):
         state = load_tensors(path)
         network = _qwen2_vl(state)
         if EMBEDDINGS not in network:
-            raise RewardError(f"{path} is no HPSv3: it has no {EMBEDDINGS}.")
+            raise RewardError(f"{path} is not an HPSv3 checkpoint: it has no {EMBEDDINGS}.")
         config = load_config("Qwen2VLConfig", self.processor or self.pretrained, self._processor_revision)
-        config.text_config.vocab_size = len(
-            network[EMBEDDINGS]
-        )  # the checkpoint keeps only the rows of the tokenizer and the reward token
+        # The checkpoint keeps only the rows of the tokenizer and the reward token.
+        config.text_config.vocab_size = len(network[EMBEDDINGS])
 
         def qwen2_vl() -> nn.Module:
             from transformers import Qwen2VLModel
@@ -63,9 +62,9 @@ class HPSv3(ModelReward):
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del metadata
-        seen = self._image_processor([as_bytes(picture) for picture in pictures], return_tensors="pt")
-        merged = seen["image_grid_thw"].prod(dim=1) // self._image_processor.merge_size**2
-        rows = [self._token_ids(prompt, int(number)) for prompt, number in zip(prompts, merged, strict=True)]
+        image_inputs = self._image_processor([as_bytes(picture) for picture in pictures], return_tensors="pt")
+        image_tokens = image_inputs["image_grid_thw"].prod(dim=1) // self._image_processor.merge_size**2
+        rows = [self._token_ids(prompt, int(number)) for prompt, number in zip(prompts, image_tokens, strict=True)]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         reward_position = (ids == self._reward_token_id).int().argmax(dim=1)
@@ -74,8 +73,8 @@ class HPSv3(ModelReward):
             "input_ids": ids,
             "attention_mask": mask,
             "mm_token_type_ids": (ids == vlm.config.image_token_id).int(),
-            "pixel_values": seen["pixel_values"].to(self.weights_dtype),
-            "image_grid_thw": seen["image_grid_thw"],
+            "pixel_values": image_inputs["pixel_values"].to(self.weights_dtype),
+            "image_grid_thw": image_inputs["image_grid_thw"],
         }
         hidden = vlm(**{name: value.to(pictures.device) for name, value in inputs.items()}).last_hidden_state
         return self.model["head"](hidden[torch.arange(len(ids)), reward_position].float())[:, 0]

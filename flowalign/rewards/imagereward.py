@@ -54,7 +54,7 @@ class ImageReward(ModelReward):
             vision_model = build(lambda: _vision_model(vision), _to_transformers(vision), dtype, source)
             text_model = build(lambda: _text_model(text), text, dtype, source)
         except KeyError as error:
-            raise RewardError(f"{path} is no ImageReward: {error} is missing or has no place.") from error
+            raise RewardError(f"{path} is not an ImageReward checkpoint: {error} is missing or unexpected.") from error
         head = build_mlp(strip_prefix(state, "mlp.layers."), source)
         return nn.ModuleDict({"vision": vision_model, "text": text_model, "head": head})
 

@@ -158,7 +158,7 @@ def _first_token(choice: dict[str, Any]) -> Iterator[tuple[str, float]]:
         raise RefusedError("the judge answered without top_logprobs: its server must be able to give them") from None
     for token, logprob in found:
         if not isinstance(token, str) or type(logprob) not in (int, float) or not logprob <= 1e-3:
-            raise RefusedError(f"{logprob!r} is no log-probability of a token")
+            raise RefusedError(f"{logprob!r} is not the log-probability of a token")
         yield token, math.exp(logprob)
 
 

@@ -71,7 +71,7 @@ class ImageTransform:
                 FILTERS[settings.get("resample", 3)],
             )
         except (KeyError, TypeError) as error:
-            raise RewardError(f"the preprocessor_config.json of {source} is of no known form ({error}).") from error
+            raise RewardError(f"the preprocessor_config.json of {source} has an unknown format ({error}).") from error
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """Preprocess images (N, 3, H, W) in [0, 1] → (N, 3, h, w) float32."""

@@ -49,9 +49,9 @@ def decode(files: Sequence[bytes], pixels: int) -> Tensor:
     """
     pictures = [_open(file, i) for i, file in enumerate(files)]
     if len(sizes := {picture.size for picture in pictures}) > 1:
-        raise ValueError(f"the pictures of a request must be of one size; these are {sorted(sizes)}")
+        raise ValueError(f"the images of a request must have the same size; these are {sorted(sizes)}")
     if (asked := sum(picture.width * picture.height for picture in pictures)) > pixels:
-        raise ValueError(f"{asked} pixels are more than the {pixels} that are taken at once; send fewer samples")
+        raise ValueError(f"{asked} pixels exceed the limit of {pixels} per request; send fewer samples")
     try:
         values = np.stack([np.asarray(picture) for picture in pictures])
     except Exception as error:  # Pillow's decoders raise all sorts of exceptions
@@ -63,7 +63,7 @@ def _open(file: bytes, place: int) -> Image.Image:
     try:
         picture = Image.open(BytesIO(file), formats=("PNG",))
     except Exception as error:
-        raise ValueError(f"picture {place} is no PNG") from error
+        raise ValueError(f"image {place} is not a PNG") from error
     if picture.mode != "RGB":
-        raise ValueError(f"picture {place} is a PNG of mode {picture.mode}; RGB with 8 bits a value is needed")
+        raise ValueError(f"image {place} is a PNG of mode {picture.mode}; RGB with 8 bits per value is needed")
     return picture

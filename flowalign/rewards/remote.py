@@ -59,9 +59,11 @@ class Remote:
         batches = self._batches(finite.nonzero().flatten().tolist(), None if groups is None else groups.tolist())
         requests = []
         for rows in batches:
-            of = [None if groups is None else int(groups[i]) for i in rows]
-            about = [(prompts[i], json_copy(metadata[i], prompts[i]), group) for i, group in zip(rows, of, strict=True)]
-            requests.append(self._request(videos[rows], about, video=media.ndim == 5))
+            fields = [
+                (prompts[i], json_copy(metadata[i], prompts[i]), None if groups is None else int(groups[i]))
+                for i in rows
+            ]
+            requests.append(self._request(videos[rows], fields, video=media.ndim == 5))
         self.replicas.ask(requests)
         for request, rows in zip(requests, batches, strict=True):
             if not request.reason:
@@ -97,12 +99,17 @@ class Remote:
             members.setdefault(groups[row], []).append(row)
         return list(members.values())
 
-    def _request(self, videos: Tensor, about: Sequence[tuple[str, dict[str, Any], int | None]], video: bool) -> Request:
-        """Build a request. PNG encoding and hashing are left to the thread that sends it."""
+    def _request(
+        self, videos: Tensor, fields: Sequence[tuple[str, dict[str, Any], int | None]], video: bool
+    ) -> Request:
+        """Build a request; fields: prompt, metadata and group of each video.
+
+        PNG encoding and hashing are left to the thread that sends it.
+        """
         request_id, ids, deadline = uuid4().hex, [], time.monotonic() + self.patience.total
 
         def body() -> bytes:
-            samples = [Sample(encode(frames), *of) for frames, of in zip(videos, about, strict=True)]
+            samples = [Sample(encode(frames), *rest) for frames, rest in zip(videos, fields, strict=True)]
             patience = min(self.patience.read, max(deadline - time.monotonic(), 0))
             query = Query(request_id, self.part, video, samples, patience)
             ids[:] = query.ids()
@@ -114,7 +121,7 @@ class Remote:
         try:
             scores, served = read_scores(answer, request_id, ids)
         except WireError as error:
-            raise RefusedError(f"a reward server's answer does not count: {error}") from error
+            raise RefusedError(f"invalid answer of a reward server: {error}") from error
         with self._lock:
             self._served = self._served or served
             if served != self._served:
@@ -139,5 +146,5 @@ def _health(replica: Replica) -> dict[str, Any]:
         for key, kind in (("served", str), ("parts", dict)):
             get_field(health, key, kind)
     except WireError as error:
-        raise RewardError(f"{replica.url} is no reward server: {error}") from error
+        raise RewardError(f"{replica.url} is not a reward server: {error}") from error
     return health

@@ -27,9 +27,9 @@ class _SceneReward(FrameReward):
         """Raise RewardError unless a correct image of two objects scores above noise and above an empty image."""
         spec, noise = specs("position")[0], np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
         right = self.judge(picture(spec, seed=0), spec)
-        for name, wrong in (("noise", noise), ("an empty picture", np.full_like(noise, 0.95))):
+        for name, wrong in (("noise", noise), ("an empty image", np.full_like(noise, 0.95))):
             if not right > self.judge(wrong, spec):
-                raise RewardError(f"{name} scores no less than a picture of {spec.captions()[0]} ({right:.3f}).")
+                raise RewardError(f"{name} scores no less than an image of {spec.captions()[0]} ({right:.3f}).")
 
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts
@@ -38,7 +38,7 @@ class _SceneReward(FrameReward):
             scenes = [Spec.from_metadata(entry) for entry in metadata]
         except ValueError as error:  # custom prompts without the metadata of the scenes world
             raise RewardError(
-                f"{error}; prompts of your own want another reward, such as reward=jpeg or reward=pickscore: see "
+                f"{error}; prompts of your own need another reward, such as reward=jpeg or reward=pickscore: see "
                 "docs/rewards.md."
             ) from error
         return torch.tensor([self.judge(i, s) for i, s in zip(images, scenes, strict=True)], dtype=torch.float32)

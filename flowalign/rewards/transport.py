@@ -70,7 +70,7 @@ class Replica:
     def __init__(self, url: str, patience: Patience, token_env: str) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no address of a server: it has the form http://host:port.")
+            raise ValueError(f"{url!r} is not a server address of the form http://host:port.")
         self.url, self.patience, self.token_env = url.rstrip("/"), patience, token_env
         self.failures, self.failed_last, self.backoff_until = 0, 0.0, 0.0
         self._secure, self._direct = parts.scheme == "https", _is_loopback(parts.hostname)
@@ -90,7 +90,7 @@ class Replica:
                     if len(content) > MAX_ANSWER_BYTES:
                         raise RefusedError(f"{self.url} answered more than {MAX_ANSWER_BYTES} bytes")
                     if time.monotonic() > deadline:
-                        raise RefusedError(f"{self.url} had not ended its answer in time")
+                        raise RefusedError(f"{self.url} did not finish its answer in time")
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise RefusedError(f"{self.url}: {type(error).__name__} {error}".rstrip()) from error
         if response.status_code != 200:
@@ -104,12 +104,12 @@ class Replica:
             self._client = None
 
     def _error_for(self, status: int, body: bytes, retry_after: str) -> RefusedError:
-        said = f"{self.url} answered {status}: {' '.join(body[:400].decode(errors='replace').split())}"
+        message = f"{self.url} answered {status}: {' '.join(body[:400].decode(errors='replace').split())}"
         if status in BUSY:
-            return BusyError(said, float(retry_after) if retry_after.isdigit() else self.patience.backoff)
+            return BusyError(message, float(retry_after) if retry_after.isdigit() else self.patience.backoff)
         if status in FORBIDDEN:
-            return ForbiddenError(f"{said} (the token is that of the environment variable {self.token_env})")
-        return InvalidRequestError(said) if status in INVALID else RefusedError(said)
+            return ForbiddenError(f"{message} (the token is that of the environment variable {self.token_env})")
+        return InvalidRequestError(message) if status in INVALID else RefusedError(message)
 
     def _get_client(self) -> Any:
         """The client, created on first use, in the process that uses it. Loopback addresses bypass any proxy."""
@@ -219,17 +219,17 @@ def report_failures(name: str, requests: Sequence[Request], lost: int, samples: 
     if not reasons:
         return
     more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
-    said = f"{name}: {lost} of {samples} samples could not be scored: {reasons[0]}{more}"
+    message = f"{name}: {lost} of {samples} samples could not be scored: {reasons[0]}{more}"
     if on_failure == "stop":
-        raise RewardError(said)
-    log.warning("%s", said)
+        raise RewardError(message)
+    log.warning("%s", message)
 
 
 def _httpx() -> Any:
     try:
         import httpx
     except ImportError:
-        raise ValueError("rewards over HTTP need the extra of that name: pip install 'flowalign[remote]'.") from None
+        raise ValueError("rewards over HTTP need the remote extra: pip install 'flowalign[remote]'.") from None
     return httpx
 
 

@@ -104,7 +104,7 @@ def load_model(kind: str, pretrained: str, revision: str | None, dtype: torch.dt
         model, report = network.from_pretrained(where, revision=revision, dtype=dtype, output_loading_info=True)
     # transformers initialises missing weights at random and continues.
     if absent := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
-        raise RewardError(f"{pretrained} is no {kind}: it lacks {len(absent)} weights, such as {absent[0]}.")
+        raise RewardError(f"{pretrained} is not a {kind}: it lacks {len(absent)} weights, such as {absent[0]}.")
     return freeze(model)
 
 

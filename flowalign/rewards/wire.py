@@ -74,7 +74,7 @@ class Query:
         """Parse what `dump` writes. Raises WireError for anything else and for more than `samples` samples."""
         node = parse_json(body)
         if (protocol := get_field(node, "protocol", int)) != PROTOCOL:
-            raise WireError(f"protocol {protocol} is not spoken here; this is protocol {PROTOCOL}")
+            raise WireError(f"protocol {protocol} is not supported; this is protocol {PROTOCOL}")
         listed = get_field(node, "samples", list)
         if not 1 <= len(listed) <= samples:
             raise WireError(f"{len(listed)} samples in a request; 1 to {samples} are accepted")
@@ -83,7 +83,7 @@ class Query:
             raise WireError("the samples of a request must have equally many frames")
         video = get_field(node, "video", bool)
         if not video and len(read[0].frames) != 1:
-            raise WireError(f"a picture is one frame, and not {len(read[0].frames)}; videos say `video`: true")
+            raise WireError(f"an image is one frame, and not {len(read[0].frames)}; videos say `video`: true")
         request, part = get_field(node, "request", str), get_field(node, "part", str)
         return Query(request, part, video, read, finite_number(node.get("patience"), "patience"))
 
@@ -124,7 +124,7 @@ def parse_json(body: bytes) -> Any:
     try:
         return json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise WireError(f"no JSON ({error})") from error
+        raise WireError(f"not JSON ({error})") from error
 
 
 def get_field(node: Any, key: str, kind: type) -> Any:
@@ -170,7 +170,7 @@ def _sample(node: Any, place: int) -> Sample:
         raise WireError(f"sample {place} has no frames")
     if get_field(node, "id", str) != sample.identity(place):
         raise WireError(
-            f"sample {place} is not what its id says: it was changed on its way, or the id is made otherwise"
+            f"sample {place} does not match its id: it was changed in transit, or the id is computed differently"
         )
     return sample
 

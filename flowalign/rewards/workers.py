@@ -173,7 +173,7 @@ def _end_all(workers: list[Worker]) -> None:
 
 def _describe_exit(code: int | None) -> str:
     if code == -signal.SIGKILL:
-        return "killed, often for want of memory"
+        return "killed, often for lack of memory"
     return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 

@@ -130,7 +130,7 @@ async def _scores(worker: Worker, query: Query, media: Tensor) -> list[float]:
     try:
         return await asyncio.wrap_future(worker.submit(query, media))
     except ExpiredError:
-        raise RefusalError(504, "its turn came when nobody waited for it any more") from None
+        raise RefusalError(504, "the client stopped waiting before its turn came") from None
     except Exception as error:
         log.exception("the reward failed")
         raise RefusalError(500, f"{type(error).__name__}: {error}") from error
@@ -150,7 +150,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
     except TimeoutError:
         raise RefusalError(408, f"the request had not arrived after {limits.upload:g} s") from None
     except ClientDisconnect:
-        raise RefusalError(400, "the sender has left") from None
+        raise RefusalError(400, "the client disconnected") from None
     return bytes(body)
 
 

@@ -129,7 +129,7 @@ class Worker:
         if scores.shape != (len(samples),):
             raise ValueError(f"the reward gave scores of shape {tuple(scores.shape)} for {len(samples)} samples")
         if scores.isinf().any():
-            log.warning("%s gave an infinite score, which goes out as null", job.query.part)
+            log.warning("%s gave an infinite score, which is sent as null", job.query.part)
         return scores.tolist()
 
 

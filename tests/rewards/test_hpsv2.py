@@ -144,7 +144,7 @@ def test_self_check(folder: Path):
         ({"visual.proj": torch.zeros(WIDTH, 7)}, "do not fit: .*size mismatch for visual_projection.weight"),
         (
             {"visual.attn_pool.query": torch.zeros(1)},
-            "is no CLIP in the layout of open_clip: 'visual.attn_pool' has no",
+            "is not a CLIP checkpoint in open_clip's layout: 'visual.attn_pool' is unexpected",
         ),
     ],
 )

@@ -186,7 +186,7 @@ def _rig(reward: ImageReward) -> None:
     ("name", "sentence"),
     [
         (f"{EYES}.norm.weight", "do not fit: .*post_layernorm.weight"),
-        (f"{EYES}.patch_embed.proj.weight", "is no ImageReward: 'patch_embed.proj.weight' is missing"),
+        (f"{EYES}.patch_embed.proj.weight", "is not an ImageReward checkpoint: 'patch_embed.proj.weight' is missing"),
         ("mlp.layers.2.bias", "holds no head of linear layers"),
     ],
 )

@@ -71,5 +71,5 @@ def test_pictures_are_judged_as_files_would_be():
 
 
 def test_an_unknown_processor_is_refused():
-    with pytest.raises(RewardError, match=r"preprocessor_config.json of mine is of no known form \('image_mean'\)"):
+    with pytest.raises(RewardError, match=r"preprocessor_config.json of mine has an unknown format \('image_mean'\)"):
         ImageTransform.from_config({"size": 224}, "mine")

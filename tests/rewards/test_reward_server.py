@@ -152,8 +152,8 @@ def bomb() -> bytes:
 
 
 MALFORMED: list[tuple[Any, str]] = [
-    (b"\x80\x04\x95pickle", "no JSON"),
-    (b"[" * 100_000, "no JSON"),
+    (b"\x80\x04\x95pickle", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
     ([], "no `protocol`"),
     (body(MEDIA[:1], protocol=99), "protocol 99"),
     (body(MEDIA[:1], part="beauty"), "'beauty' is not served here, but members, reward"),
@@ -161,7 +161,7 @@ MALFORMED: list[tuple[Any, str]] = [
     (body(MEDIA[:1], samples=[]), "0 samples"),
     (body(MEDIA[:9]), "9 samples in a request; 1 to 8 are accepted"),
     (body(MEDIA[:1], video="yes"), "`video` must be a bool"),
-    (body(MEDIA[None, :2], video=True) | {"video": False}, "a picture is one frame"),
+    (body(MEDIA[None, :2], video=True) | {"video": False}, "an image is one frame"),
     (body(MEDIA[:1], patience="for ever"), "patience must be a finite number"),
     (bomb(), "1001000 pixels are more than the 1000000"),
 ]
@@ -178,11 +178,11 @@ def test_a_sample_that_changed_on_its_way_is_refused(server: Server):
     for change in ({"prompt": "another"}, {"metadata": {"a": 1}}, {"group": 1}):
         asked = body(MEDIA[:2])
         asked["samples"][1] |= change
-        assert "sample 1 is not what its id says" in server.post(json.dumps(asked).encode()).json()["error"]
+        assert "sample 1 does not match its id" in server.post(json.dumps(asked).encode()).json()["error"]
     asked = body(MEDIA[:2])
     first, second = asked["samples"]
     first["frames"], second["frames"] = second["frames"], first["frames"]
-    assert "sample 0 is not what its id says" in server.post(json.dumps(asked).encode()).json()["error"]
+    assert "sample 0 does not match its id" in server.post(json.dumps(asked).encode()).json()["error"]
 
 
 @pytest.mark.parametrize("file", [b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40], ids=["text", "broken"])

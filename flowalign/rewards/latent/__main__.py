@@ -45,16 +45,16 @@ def train(cfg: DictConfig, folder: Path) -> None:
         denoiser.to(device)
     fit, build = instantiate(cfg.fit), instantiate(cfg.build)
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16-mixed"):
-        known = {part: labelled_set(cfg, part, model, folder / "latents", device) for part in ("train", "val")}
-        network = new_network(model, build, known["train"], device)
-        training = Training(network, known["train"], fit, folder / "training.ckpt", device)
+        data = {part: labelled_set(cfg, part, model, folder / "latents", device) for part in ("train", "val")}
+        network = new_network(model, build, data["train"], device)
+        training = Training(network, data["train"], fit, folder / "training.ckpt", device)
         training.run()
         save(network, folder / "reward", {})
         saved = load(model, str(folder / "reward")).to(device)  # evaluate the saved weights, which are rounded
-        found = accuracies(saved, known["val"], cfg.sigmas, cfg.sampling.batch_size, device)
-    save(network, folder / "reward", make_facts(cfg, found, known["val"]))
-    log.info("pairs of unseen prompts ordered rightly, by noise level:")
-    for sigma, share in found.items():
+        accuracy = accuracies(saved, data["val"], cfg.sigmas, cfg.sampling.batch_size, device)
+    save(network, folder / "reward", make_facts(cfg, accuracy, data["val"]))
+    log.info("pairs of unseen prompts ordered correctly, by noise level:")
+    for sigma, share in accuracy.items():
         log.info("  %4s  %.1f %%", sigma, 100 * share)
 
 
@@ -67,17 +67,17 @@ def labelled_set(cfg: DictConfig, part: str, model: FlowModel, folder: Path, dev
     scorer.bind(model)
     conditioner = Conditioner(model, sampling.guidance > model.guidance_off, instantiate(cfg.encoding))
     # A fixed subset that alternates between classes, unless all prompts are used.
-    chosen = range(len(prompts)) if media.prompts >= len(prompts) else dict.fromkeys(prompts.fixed(media.prompts))
-    some = [prompts.prompts[i] for i in chosen]
-    depends = {key: to_container(cfg[key]) for key in ("model", "reward", "sampling", part)} | {
+    rows = range(len(prompts)) if media.prompts >= len(prompts) else dict.fromkeys(prompts.fixed(media.prompts))
+    subset = [prompts.prompts[i] for i in rows]
+    dependencies = {key: to_container(cfg[key]) for key in ("model", "reward", "sampling", part)} | {
         "prompts": to_container(cfg.data[part]), "size": size.area,
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(dependencies, sort_keys=True).encode()).hexdigest()[:8]
     maker = LatentMaker(model, scorer, conditioner, sampling, size, device)
-    return LabelledSet(maker(some, media, folder / f"{part}_{digest}"), some, conditioner, size)
+    return LabelledSet(maker(subset, media, folder / f"{part}_{digest}"), subset, conditioner, size)
 
 
-def new_network(model: FlowModel, build: Build, known: LabelledSet, device: torch.device) -> Network:
+def new_network(model: FlowModel, build: Build, data: LabelledSet, device: torch.device) -> Network:
     """An untrained network for tokens of the model's width."""
     trunk, row = Trunk(model, build.blocks).to(device), torch.zeros(1, dtype=torch.long)
     if build.trained and next(trunk.parameters()).dtype != torch.float32:
@@ -85,9 +85,9 @@ def new_network(model: FlowModel, build: Build, known: LabelledSet, device: torc
             "the blocks of a latent reward are trained in float32: set model.train_dtype=float32 (and "
             "precision=bf16-mixed for speed), or build.trained=0."
         )
-    noise = torch.zeros(known.examples.x0.shape[1:])[None]
+    noise = torch.zeros(data.examples.x0.shape[1:])[None]
     with torch.no_grad():
-        tokens = trunk(*known.noisy_batch(row, torch.ones(1, device=device), noise, torch.zeros(1)))
+        tokens = trunk(*data.noisy_batch(row, torch.ones(1, device=device), noise, torch.zeros(1)))
     return Network(trunk, build, tokens.shape[-1])
 
 

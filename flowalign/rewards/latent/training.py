@@ -67,9 +67,9 @@ class LabelledSet:
         Prompts are replaced by the empty one where `dropped` (B,) is true.
         """
         e = self.examples
-        asked = [self.prompts[i] for i in e.prompt[rows].tolist()]
-        asked = [replace(p, text="") if drop else p for p, drop in zip(asked, dropped.tolist(), strict=True)]
-        cond = self.conditioner(asked, sigma.device, self.size.area)
+        prompts = [self.prompts[i] for i in e.prompt[rows].tolist()]
+        prompts = [replace(p, text="") if drop else p for p, drop in zip(prompts, dropped.tolist(), strict=True)]
+        cond = self.conditioner(prompts, sigma.device, self.size.area)
         x0 = e.x0[e.latent[rows]].to(sigma.device, torch.float32)
         return interpolate(x0, eps.to(sigma.device), sigma), sigma, cond
 
@@ -77,10 +77,10 @@ class LabelledSet:
 class Training:
     """Training loop. Each step is a function of (seed, step), so that a resumed run equals an uninterrupted one."""
 
-    def __init__(self, network: Network, known: LabelledSet, fit: Fit, path: Path, device: torch.device) -> None:
-        self.network, self.data, self.fit, self.path, self.device = network.to(device), known, fit, path, device
-        self.label, network.link = targets(fit.loss, known.examples.label)
-        self.pairs = pairs(known.examples.prompt, known.examples.label)
+    def __init__(self, network: Network, data: LabelledSet, fit: Fit, path: Path, device: torch.device) -> None:
+        self.network, self.data, self.fit, self.path, self.device = network.to(device), data, fit, path, device
+        self.label, network.link = targets(fit.loss, data.examples.label)
+        self.pairs = pairs(data.examples.prompt, data.examples.label)
         if not len(self.pairs):
             raise ConfigError(
                 "no two latents of a prompt differ in their label, so nothing can be learnt: make more of each "
@@ -170,17 +170,17 @@ class Training:
 
 @torch.no_grad()
 def accuracies(
-    network: Network, known: LabelledSet, sigmas: Sequence[float], batch: int, device: torch.device
+    network: Network, data: LabelledSet, sigmas: Sequence[float], batch: int, device: torch.device
 ) -> dict[str, float]:
     """Fraction of correctly ordered pairs of the same prompt, by noise level. All latents get the same noise."""
-    e = known.examples
-    of = pairs(e.prompt, e.label)
+    e = data.examples
+    compared = pairs(e.prompt, e.label)
     eps = torch.randn(e.x0.shape[1:], generator=torch.Generator().manual_seed(0))
     found = {}
     for sigma in sigmas:
         parts = []
         for rows in torch.arange(len(e.label)).split(batch):
-            level, kept = torch.full((len(rows),), sigma, device=device), torch.zeros(len(rows))
-            parts.append(network(*known.noisy_batch(rows, level, eps.expand(len(rows), *eps.shape), kept)).cpu())
-        found[f"{sigma:g}"] = round(accuracy(torch.cat(parts), of), 4)
+            level, dropped = torch.full((len(rows),), sigma, device=device), torch.zeros(len(rows))
+            parts.append(network(*data.noisy_batch(rows, level, eps.expand(len(rows), *eps.shape), dropped)).cpu())
+        found[f"{sigma:g}"] = round(accuracy(torch.cat(parts), compared), 4)
     return found

@@ -80,7 +80,7 @@ class Trunk(nn.Module):
             self.view.unguided(x, sigma, cond)
         except _Stopped as stopped:
             return stopped.tokens
-        raise RuntimeError(f"{type(self.view).__name__} did not come to the end of the kept blocks.")
+        raise RuntimeError(f"{type(self.view).__name__} did not reach the end of the kept blocks.")
 
 
 def main_blocks(denoiser: nn.Module) -> list[nn.Module]:
