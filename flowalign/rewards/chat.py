@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.dispatch import RefusedError, Request
+from flowalign.rewards.frames import evenly_spaced
 from flowalign.rewards.png import encode
 from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report_failures
 from flowalign.rewards.wire import WireError, get_field, parse_json
@@ -71,9 +71,8 @@ class Chat:
         return [None if request.reason else request.result for request in requests]
 
     def sample_frames(self, video: Tensor) -> Tensor:
-        """(F, 3, H, W) → at most `self.frames` evenly spaced frames."""
-        keep = min(self.frames, len(video))
-        return video[torch.linspace(0, len(video) - 1, keep).round().long()]
+        """(F, 3, H, W) → at most `self.frames` evenly spaced frames, the middle one if it is a single one."""
+        return video[evenly_spaced(len(video), min(self.frames, len(video)))]
 
     def check(self) -> None:
         """Wait for a replica. Raises RewardError if none is ready in time, or if one does not serve the model."""
