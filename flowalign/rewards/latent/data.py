@@ -83,12 +83,11 @@ class LatentMaker:
         for start in range(0, len(some), media.prompts_per_file):
             path = folder / f"{start:06d}.safetensors"
             if not path.is_file():
-                tensors = self.generate_labelled(
-                    some[start : start + media.prompts_per_file], media, start * media.per_prompt
-                )
+                end = min(start + media.prompts_per_file, len(some))
+                tensors = self.generate_labelled(some[start:end], media, start * media.per_prompt)
                 with replacing(path) as file:
                     file.write(save(tensors))
-                log.info("%s: latents of prompt %d of %d", folder.name, start + media.prompts_per_file, len(some))
+                log.info("%s: latents of prompt %d of %d", folder.name, end, len(some))
             parts.append(load_file(path))
         return merge(parts, media)
 
