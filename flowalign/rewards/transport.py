@@ -22,7 +22,7 @@ OnFailure = Literal["drop", "stop"]
 INVALID = {400, 413, 415, 422}  # the request is at fault
 BUSY = {429, 503}
 FORBIDDEN = {401, 403}
-MAX_ANSWER_BYTES = 64 << 20  # bytes
+MAX_ANSWER_BYTES = 64 << 20
 WARN_AFTER = 10.0
 """Seconds of waiting for servers after which a warning is logged."""
 

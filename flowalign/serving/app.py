@@ -52,10 +52,7 @@ class RefusalError(Exception):
 
 
 def make_app(worker: Worker, served: Served, limits: Limits, token: str | None, grace: float) -> FastAPI:
-    """Create the application.
-
-    grace: seconds that remaining requests have to finish when the server is shut down.
-    """
+    """Create the application. grace: seconds for remaining requests to finish when the server shuts down."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
