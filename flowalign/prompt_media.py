@@ -33,15 +33,15 @@ def image_paths(prompt: Prompt) -> list[Path]:
 
 def load_images(prompt: Prompt, size: tuple[int, int] | None = None) -> list[Tensor]:
     """A prompt's input images, (3, H, W) float32 in [0, 1]; with a `size`, scaled to cover it and center-cropped."""
-    pictures = []
+    images = []
     for path in image_paths(prompt):
         try:
-            with Image.open(path) as image:
-                picture = image.convert("RGB")
+            with Image.open(path) as file:
+                image = file.convert("RGB")
         except OSError as error:
             raise ValueError(f"{prompt.source}: the image {path} cannot be read") from error
-        pictures.append(tensor_of(picture, size))
-    return pictures
+        images.append(tensor_of(image, size))
+    return images
 
 
 def video_paths(prompt: Prompt) -> list[Path]:
