@@ -163,7 +163,7 @@ MALFORMED: list[tuple[Any, str]] = [
     (body(MEDIA[:1], video="yes"), "`video` must be a bool"),
     (body(MEDIA[None, :2], video=True) | {"video": False}, "an image is one frame"),
     (body(MEDIA[:1], patience="for ever"), "patience must be a finite number"),
-    (bomb(), "1001000 pixels are more than the 1000000"),
+    (bomb(), "1001000 pixels exceed the limit of 1000000"),
 ]
 
 

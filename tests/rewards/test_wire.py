@@ -43,7 +43,7 @@ def test_other_kinds_of_png_are_refused(mode: str):
 
 
 def test_pictures_of_several_sizes_are_refused():
-    with pytest.raises(ValueError, match="of one size"):
+    with pytest.raises(ValueError, match="have the same size"):
         decode([*encode(PICTURES), *encode(PICTURES[..., :3])], 1000)
 
 
