@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from flowalign.rewards.drawings import tensor
+from flowalign.rewards.drawings import image_to_tensor
 from flowalign.rewards.ocr import OCR, edit_distance
 
 TEXT = """
@@ -65,7 +65,7 @@ class Canvas:
         """(3, SIDE, SIDE) in [0, 1]."""
         image = Image.new("RGB", (SIDE, SIDE), self.ground)
         ImageDraw.Draw(image).text((self.left, self.top), word, self.ink, font=self.font)
-        return tensor(image)
+        return image_to_tensor(image)
 
     def boxes(self) -> list[Box]:
         """Of the word's letters."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from flowalign.beside import pictures_of, seen_pictures
 from flowalign.embeddings import Embeddings
 from flowalign.exhausted import memory_of
 from flowalign.models.base import FlowModel
+from flowalign.prompt_media import image_paths, load_images
 from flowalign.prompts import Prompt
 from flowalign.types import Conditioning
 
@@ -115,7 +115,7 @@ class Conditioner:
         text = (prompt.text, prompt.negative or "") if self.guided else (prompt.text,)
         if not self.model.sees_images:
             return text
-        seen = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in seen_pictures(prompt)]
+        seen = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in image_paths(prompt)]
         return (*text, *seen, f"{size}")
 
     @memory_of("encode")
@@ -125,7 +125,7 @@ class Conditioner:
         # Rollouts and evaluations run under autocast, the plan of memory does not: a row must not tell who asked first.
         with torch.autocast(self.model.device.type, enabled=False):
             if self.model.sees_images:
-                images = [torch.stack(pictures_of(p, size[:2])).to(self.model.device) for p in prompts]
+                images = [torch.stack(load_images(p, size[:2])).to(self.model.device) for p in prompts]
                 cond = self.model.encode(texts, negatives, images, size)
             else:
                 cond = self.model.encode(texts, negatives)

@@ -1,4 +1,4 @@
-"""The library that reads and writes films, which is optional."""
+"""Optional dependency for reading and writing video files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def ffmpeg(what: str) -> Any:
-    """The module imageio_ffmpeg; ValueError with how to get it where it is absent, for `what` needs it."""
+    """Import imageio_ffmpeg. If it is missing, raise a ValueError that says `what` needs it and how to install it."""
     try:
         import imageio_ffmpeg
     except ImportError:
-        raise ValueError(f"{what} needs the video extra (pip install 'flowalign[video]'), a .gif nothing.") from None
+        raise ValueError(f"{what} needs the video extra (pip install 'flowalign[video]'), a .gif needs none.") from None
     return imageio_ffmpeg

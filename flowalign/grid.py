@@ -1,4 +1,4 @@
-"""Pictures side by side, with what they were asked to be and how they scored."""
+"""Grids of images, captioned with their prompts and scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CELL, _GAP, _LINE = 132, 8, 13
 
 
 def _picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to a picture of one width; small ones keep their pixels sharp."""
+    """Resize (3, H, W) in [0, 1] to the cell width; small images are enlarged without smoothing."""
     small = Image.fromarray(as_bytes(image))
     if small.width >= _CELL:
         return small.resize((_CELL, round(_CELL * small.height / small.width)), Image.Resampling.LANCZOS)
@@ -30,9 +30,9 @@ def _caption(shown: Shown, i: int) -> list[str]:
 
 
 def grid(*rows_of: Shown, columns: int = 8, titles: tuple[str, ...] = ()) -> np.ndarray:
-    """(H, W, 3) uint8: the pictures of each argument in turn, row under row, `columns` beside each other.
+    """Grid (H, W, 3) uint8 of the images of each argument, with `columns` images per row.
 
-    With several arguments (before, after) the rows alternate, so that the same prompt stands one above the other.
+    With several arguments (before, after) their rows alternate, so that images of the same prompt are stacked.
     """
     number = min(len(shown.images) for shown in rows_of)
     font = ImageFont.load_default(11)

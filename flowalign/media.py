@@ -1,4 +1,4 @@
-"""Pictures and videos to files."""
+"""Saving of images and videos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PICTURES, VIDEOS = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4")
 
 
 def check_suffix(target: Path, video: bool) -> None:
-    """Raises ValueError, naming what is possible, for a file that cannot hold such media."""
+    """Raise ValueError, naming the possible suffixes, if the file format cannot hold an image or a video."""
     possible = VIDEOS if video else PICTURES
     if target.suffix.lower() not in possible:
         kind = "a video" if video else "a picture"
@@ -25,7 +25,7 @@ def check_suffix(target: Path, video: bool) -> None:
 
 
 def save(media: Tensor, target: Path, fps: float = 16) -> None:
-    """One picture (3, H, W) or video (F, 3, H, W) in [0, 1], in the format of the suffix: .gif or .mp4 for videos."""
+    """Save an image (3, H, W) or video (F, 3, H, W) in [0, 1], in the format of the suffix (videos: .gif or .mp4)."""
     check_suffix(target, media.ndim == 4)
     target.parent.mkdir(parents=True, exist_ok=True)
     frames = as_bytes(media)
@@ -39,7 +39,7 @@ def save(media: Tensor, target: Path, fps: float = 16) -> None:
 
 
 def _save_mp4(frames: np.ndarray, target: Path, fps: float) -> None:
-    """H.264; sides are padded to even numbers, which its colour sampling needs."""
+    """Write H.264. Height and width are padded to even numbers, which chroma subsampling requires."""
     height, width = frames.shape[1:3]
     padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     size = (padded.shape[2], padded.shape[1])

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowalign.beside import check_videos, given_videos, instead, pictures_of, video_of
-from flowalign.footage import read
+from flowalign.footage import read_video
+from flowalign.prompt_media import check_videos, load_images, load_video, other_kind_hint, video_paths
 
 ASSETS = Path(__file__).parent / "assets"
 SUFFIXES = [".jsonl", ".txt"]
@@ -144,7 +144,7 @@ class PromptSet:
             elif "image" not in prompt.metadata:
                 raise ValueError(
                     f"{prompt.source}: no picture to learn from: give every line an `image` (a path beside the prompt "
-                    f"file{instead(prompt, 'video')}), set data.train.images, or use data=shapes"
+                    f"file{other_kind_hint(prompt, 'video')}), set data.train.images, or use data=shapes"
                 )
 
     def images(
@@ -157,18 +157,19 @@ class PromptSet:
         asked = [(self.prompts[i], number) for i, number in zip(indices, numbers, strict=True)]
         if frames is None:
             return torch.stack([self._picture(*one, height, width) for one in asked])
-        return torch.stack([video_of(*one, partial(read, frames=frames, size=(height, width))) for one in asked])
+        read = partial(read_video, frames=frames, size=(height, width))
+        return torch.stack([load_video(*one, read) for one in asked])
 
     def variant(self, index: int, number: int, video: bool = False) -> int:
         """The smallest number that chooses the same image or video of a prompt as `number` does."""
         prompt = self.prompts[index]
         if video:
-            return number % len(given_videos(prompt))
+            return number % len(video_paths(prompt))
         return 0 if self._painter is None or "image" in prompt.metadata else number
 
     def _picture(self, prompt: Prompt, number: int, height: int, width: int) -> Tensor:
         if self._painter is None or "image" in prompt.metadata:
-            return pictures_of(prompt, (height, width))[0]
+            return load_images(prompt, (height, width))[0]
         return torch.from_numpy(self._painter(prompt.metadata, number, height, width)).permute(2, 0, 1)
 
     def epoch(self, seed: int, epoch: int, number: int) -> list[int]:

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "pixels",
         "ffmpeg",
         "footage",
-        "beside",
+        "prompt_media",
         "prompts",
         "suites",
         "sampler",

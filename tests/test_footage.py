@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowalign.footage import read
+from flowalign.footage import read_video
 from flowalign.media import save
 from flowalign.prompts import Prompt, PromptSet
 
@@ -56,7 +56,7 @@ def converted(source: Path, target: Path) -> None:
 def test_frames_are_spread_evenly_from_the_first_to_the_last(tmp_path: Path, name: str):
     path = written(tmp_path, name)
     for frames, wanted in ((9, range(9)), (5, range(0, 9, 2)), (2, (0, 8)), (1, (4,))):
-        video = read(path, frames, (16, 24))
+        video = read_video(path, frames, (16, 24))
         assert video.shape == (frames, 3, 16, 24)
         assert video.dtype == torch.float32
         off = (video - RAMP[list(wanted)]).abs().max()
@@ -66,7 +66,7 @@ def test_frames_are_spread_evenly_from_the_first_to_the_last(tmp_path: Path, nam
 def test_frames_are_scaled_to_cover_the_size_and_cut_around_the_middle(tmp_path: Path):
     stripes = torch.zeros(3, 3, 20, 80)
     stripes[:, 0, :, :30], stripes[:, 1, :, 30:50], stripes[:, 2, :, 50:] = 1, 1, 1
-    video = read(written(tmp_path, "frames", stripes), 3, (40, 40))
+    video = read_video(written(tmp_path, "frames", stripes), 3, (40, 40))
     assert video.shape == (3, 3, 40, 40)
     assert (video[:, 1] > 0.9).all(dim=1)[:, 2:-2].all()  # what is left is the green third
 
@@ -76,7 +76,7 @@ def test_a_frame_that_lasts_longer_counts_as_several(tmp_path: Path, name: str):
     path = written(tmp_path, name, LEVELS[[0, 2, 2, 2, 2, 2, 4, 6, 8]])
     with Image.open(path) as image:
         assert image.n_frames == 5  # type: ignore[attr-defined]
-    video = read(path, 9, (16, 24))
+    video = read_video(path, 9, (16, 24))
     assert (video.mean((1, 2, 3)) * 8).round().tolist() == [0, 2, 2, 2, 2, 2, 4, 6, 8]
 
 
@@ -84,14 +84,14 @@ def test_a_frame_that_lasts_longer_counts_as_several(tmp_path: Path, name: str):
 def test_too_few_frames_are_refused_by_name(tmp_path: Path, name: str):
     written(tmp_path, name)
     with pytest.raises(ValueError, match=rf"{name} has 9 frame\(s\), fewer than the 10 of resolution.train.frames"):
-        read(tmp_path / name, 10, (16, 16))
+        read_video(tmp_path / name, 10, (16, 16))
 
 
 def test_a_still_picture_is_a_video_of_one_frame(tmp_path: Path):
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "a.png")
-    assert read(tmp_path / "a.png", 1, (4, 4)).mean((0, 2, 3)).tolist() == [1, 0, 0]
+    assert read_video(tmp_path / "a.png", 1, (4, 4)).mean((0, 2, 3)).tolist() == [1, 0, 0]
     with pytest.raises(ValueError, match=r"a.png has 1 frame\(s\)"):
-        read(tmp_path / "a.png", 5, (4, 4))
+        read_video(tmp_path / "a.png", 5, (4, 4))
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "frames"])
@@ -100,22 +100,22 @@ def test_what_is_torn_is_told_in_a_sentence(tmp_path: Path, name: str, kept: int
     path = written(tmp_path, name)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=rf"the video .*{name} cannot be read"):
-        read(path, 5, (16, 16))
+        read_video(path, 5, (16, 16))
 
 
 def test_a_torn_frame_of_a_folder_is_told_too(tmp_path: Path):
     folder = written(tmp_path, "frames")
     (folder / "frame_9.png").write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"the video .*frames cannot be read"):
-        read(folder, 9, (16, 16))
+        read_video(folder, 9, (16, 16))
 
 
 def test_other_kinds_and_absent_files_are_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(ValueError, match=r"a.txt is no video: it must end in .gif, .*, or be a folder of frames"):
-        read(tmp_path / "a.txt", 5, (16, 16))
+    with pytest.raises(ValueError, match=r"a.txt is not a video: it must end in .gif, .*, or be a folder of frames"):
+        read_video(tmp_path / "a.txt", 5, (16, 16))
     with pytest.raises(ValueError, match=r"there is no video .*b.gif"):
-        read(tmp_path / "b.gif", 5, (16, 16))
+        read_video(tmp_path / "b.gif", 5, (16, 16))
 
 
 def test_without_the_extra_films_are_refused_with_its_name_and_animations_are_read(
@@ -130,9 +130,9 @@ def test_without_the_extra_films_are_refused_with_its_name_and_animations_are_re
         return imported(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    assert read(animation, 5, (16, 16)).shape == (5, 3, 16, 16)
+    assert read_video(animation, 5, (16, 16)).shape == (5, 3, 16, 16)
     with pytest.raises(ValueError, match=r"a .mp4 needs the video extra \(pip install 'flowalign\[video\]'\)"):
-        read(film, 5, (16, 16))
+        read_video(film, 5, (16, 16))
 
 
 # ------------------------------------------------------------ in prompt files
@@ -161,7 +161,7 @@ def test_videos_lie_beside_the_prompts_and_the_number_says_which(tmp_path: Path)
     ({"video": 3}, True, "prompts.jsonl:2: no video"),
     ({"videos": []}, True, "prompts.jsonl:2: no video"),
     ({"video": "b.gif"}, True, "prompts.jsonl:2: there is no video .*b.gif"),
-    ({"video": "prompts.jsonl"}, True, "prompts.jsonl:2: .*prompts.jsonl is no video: it must end in"),
+    ({"video": "prompts.jsonl"}, True, "prompts.jsonl:2: .*prompts.jsonl is not a video: it must end in"),
 ])  # fmt: skip
 def test_a_line_of_the_other_kind_is_refused_at_once(tmp_path: Path, line: Any, video: bool, sentence: str):
     written(tmp_path, "a.gif")

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from flowalign.beside import seen_pictures
+from flowalign.prompt_media import image_paths
 from flowalign.prompts import Prompt, PromptSet, read_prompts
 
 
@@ -145,10 +145,10 @@ def test_pictures_are_read_from_beside_the_prompts(tmp_path):
     assert images.shape == (2, 3, 8, 12)
     assert images[:, :, 4, 6].tolist() == [[0, 0, 1], [1, 0, 0]]
     path.write_text('{"prompt": "green", "image": "c.png"}\n')
-    with pytest.raises(ValueError, match=r"prompts.jsonl:1: there is no picture .*c.png"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl:1: there is no image .*c.png"):
         PromptSet.read(str(path)).images([0], [0], 8, 8)
     (tmp_path / "c.png").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"prompts.jsonl:1: the picture .*c.png cannot be read"):
+    with pytest.raises(ValueError, match=r"prompts.jsonl:1: the image .*c.png cannot be read"):
         PromptSet.read(str(path)).images([0], [0], 8, 8)
 
 
@@ -156,10 +156,10 @@ def test_the_pictures_beside_a_prompt_are_its_image_or_its_images(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     source = f"{tmp_path / 'p.jsonl'}:1"
     for metadata in ({"image": "a.png"}, {"images": ["a.png"]}):
-        assert seen_pictures(Prompt("x", metadata=metadata, source=source)) == [tmp_path / "a.png"]
+        assert image_paths(Prompt("x", metadata=metadata, source=source)) == [tmp_path / "a.png"]
     for metadata in ({}, {"images": []}, {"image": 3}, {"images": [None]}):
-        with pytest.raises(ValueError, match="p.jsonl:1: this model sees pictures beside a prompt"):
-            seen_pictures(Prompt("x", metadata=metadata, source=source))
+        with pytest.raises(ValueError, match="p.jsonl:1: this model takes input images"):
+            image_paths(Prompt("x", metadata=metadata, source=source))
 
 
 def test_painted_pictures_are_told_the_metadata_and_the_number():

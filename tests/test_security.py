@@ -13,7 +13,7 @@ import torch
 from flowalign.embeddings import Embeddings
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.latent.files import FACTS, WEIGHTS, load
-from flowalign.rewards.weights import tensors_of
+from flowalign.rewards.weights import load_tensors
 from flowalign.strategies import folders
 from flowalign.types import Conditioning
 
@@ -115,7 +115,7 @@ def test_the_weights_of_a_reward_with_code_in_them_are_refused_unexecuted(mark: 
     path = tmp_path / "reward.pt"
     torch.save({"weight": torch.ones(1), "more": Trap(mark)}, path)
     with pytest.raises(RewardError, match="cannot be read as weights"):
-        tensors_of(path)
+        load_tensors(path)
     assert not mark.exists()
 
 

@@ -1,1 +1,1 @@
-"""Rewards: one file each. A reward is any callable of the form in `base.py`."""
+"""Rewards, one per file. A reward is any callable that follows the protocol in `base.py`."""

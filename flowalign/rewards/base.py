@@ -1,4 +1,4 @@
-"""What a reward is, and what rewards of pictures do alike."""
+"""The reward protocol, and base classes of rewards."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Metadata = Sequence[dict[str, Any]]
 
 
 class Reward(Protocol):
-    """One number per sample, higher is better. A plain function will do."""
+    """Maps each sample to a number, higher is better. Any callable will do, for example a plain function."""
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """media (B, 3, H, W), or (B, F, 3, H, W) for videos, in [0, 1] → (B,) float32.
+        """Score media (B, 3, H, W), or (B, F, 3, H, W) for videos, in [0, 1] → (B,) float32.
 
-        NaN means "could not score": such a sample is left out, which a score of 0 would not do.
+        NaN means that a sample could not be scored: it is excluded from training, unlike a sample with a score of 0.
         """
         ...
 
 
 class FrameReward(ABC):
-    """A reward of single pictures. A video scores the mean of its frames; what is not finite scores NaN."""
+    """Base class for rewards of single images. A video scores the mean of its frames; non-finite media score NaN."""
 
     @abstractmethod
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """pictures (N, 3, H, W) float32 in [0, 1], where they were made → (N,); NaN = could not be scored."""
+        """Score images (N, 3, H, W) float32 in [0, 1], on the device of the media → (N,); NaN = could not be scored."""
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """See `Reward`; media of another layout or range are refused by a ValueError."""
-        videos, finite = checked(media, prompts, metadata)
+        """See `Reward`. Raises ValueError for media of another layout or range."""
+        videos, finite = as_videos(media, prompts, metadata)
         scores = videos.new_full((len(videos),), torch.nan)
         if not finite.any():
             return scores
@@ -45,27 +45,30 @@ class FrameReward(ABC):
         return scores
 
 
-class Around:
-    """What is made of another reward: it is in working order, and over, when that one is."""
+class RewardWrapper:
+    """Base class for wrappers of another reward; `self_check` and `close` are delegated to it."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
 
     def self_check(self) -> None:
-        """That of the reward, if it has one."""
-        self._inner("self_check")
+        """Run the wrapped reward's self-check, if it has one."""
+        self._delegate("self_check")
 
     def close(self) -> None:
-        """That of the reward, if it has one."""
-        self._inner("close")
+        """Close the wrapped reward, if it has a `close`."""
+        self._delegate("close")
 
-    def _inner(self, name: str) -> None:
+    def _delegate(self, name: str) -> None:
         if method := getattr(self.reward, name, None):
             method()
 
 
-def checked(media: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Tensor]:
-    """Media as videos (B, F, 3, H, W) float32 in [0, 1], pictures having one frame, and (B,) which are finite."""
+def as_videos(media: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Tensor]:
+    """Media as videos (B, F, 3, H, W) float32 in [0, 1], F = 1 for images, and a mask (B,) of the finite ones.
+
+    Raises ValueError for another layout or range, or if there is not one prompt and metadata entry per sample.
+    """
     if media.ndim not in (4, 5) or media.shape[-3] != 3:
         raise ValueError(f"a reward takes media (B, 3, H, W) or (B, F, 3, H, W); got {tuple(media.shape)}")
     if not len(media) == len(prompts) == len(metadata):
@@ -78,4 +81,4 @@ def checked(media: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[
     values = videos[finite]
     if values.numel() and (values.min() < -1e-3 or values.max() > 1 + 1e-3):
         raise ValueError(f"media must lie in [0, 1]; got values from {values.min():.3g} to {values.max():.3g}")
-    return videos.clamp(0, 1), finite  # rounding only, after the check above; NaN stays
+    return videos.clamp(0, 1), finite  # beyond [0, 1] is only rounding, as checked above; NaN stays

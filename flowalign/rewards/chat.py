@@ -1,4 +1,4 @@
-"""Questions with pictures to a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, any)."""
+"""Client for a vision-language model behind an OpenAI-compatible chat endpoint (vLLM, SGLang, …)."""
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.board import Errand, RefusedError
+from flowalign.rewards.dispatch import RefusedError, Request
+from flowalign.rewards.frames import evenly_spaced
 from flowalign.rewards.png import encode
-from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report
-from flowalign.rewards.wire import WireError, field, loaded
+from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report_failures
+from flowalign.rewards.wire import WireError, get_field, parse_json
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Question:
-    """Pictures (F, 3, H, W) uint8, in the order in which they are shown, and the text below them."""
+    """Images (F, 3, H, W) uint8, in the order shown, followed by the text."""
 
     pictures: Tensor
     text: str
     samples: tuple[int, ...]
-    """Which samples it is about."""
+    """Indices of the samples that it is about."""
 
 
 class Chat:
-    """A model and its replicas. One question is one request; a failed one is None, after retries, or stops the run."""
+    """A model served by one or more replicas. Each question is one request.
+
+    A question without an answer after all retries yields None, or with on_failure="stop" a RewardError.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,8 @@ class Chat:
         token_env: str = "FLOWALIGN_JUDGE_TOKEN",
         patience: Patience | None = None,
     ) -> None:
-        """urls: with their path, usually /v1; frames: of a video, evenly spaced; extra: more fields of the request."""
+        """urls: base URLs including the path, usually /v1; frames: evenly spaced frames shown of a video; extra: more
+        fields of the request."""
         if max_tokens < 1 or frames < 1:
             raise ValueError(f"max_tokens and frames must be at least 1 (got {max_tokens}, {frames}).")
         self.replicas = Replicas(urls, patience or Patience(), token_env, in_flight)
@@ -55,29 +59,31 @@ class Chat:
         self.fields = {"model": model, "max_tokens": max_tokens, "temperature": temperature} | dict(extra or {})
 
     def ask(self, questions: Sequence[Question], read: Callable[[dict[str, Any]], T], **fields: Any) -> list[T | None]:
-        """`read`: of the first choice of an answer, may raise `RefusedError`; `fields`: more of the request."""
-        errands = [self._errand(question, read, fields) for question in questions]
-        self.replicas.ask(errands)
-        lost = {i for e, q in zip(errands, questions, strict=True) if e.reason for i in q.samples}
-        asked = {i for question in questions for i in question.samples}
-        report(f"the judge {self.model}", errands, len(lost), len(asked), self.on_failure)
-        return [None if errand.reason else errand.result for errand in errands]
+        """Answers to the questions, None for failed ones.
 
-    def stills(self, video: Tensor) -> Tensor:
-        """(F, 3, H, W) → as many evenly spaced frames as are shown."""
-        keep = min(self.frames, len(video))
-        return video[torch.linspace(0, len(video) - 1, keep).round().long()]
+        read: parses the first choice of an answer and may raise `RefusedError`; fields: more fields of the request.
+        """
+        requests = [self._request(question, read, fields) for question in questions]
+        self.replicas.ask(requests)
+        lost = {i for r, q in zip(requests, questions, strict=True) if r.reason for i in q.samples}
+        asked = {i for question in questions for i in question.samples}
+        report_failures(f"the judge {self.model}", requests, len(lost), len(asked), self.on_failure)
+        return [None if request.reason else request.result for request in requests]
+
+    def sample_frames(self, video: Tensor) -> Tensor:
+        """(F, 3, H, W) → at most `self.frames` evenly spaced frames, the middle one if it is a single one."""
+        return video[evenly_spaced(len(video), min(self.frames, len(video)))]
 
     def check(self) -> None:
-        """Waits for a replica; raises RewardError if none is ready in time, or if one does not serve the model."""
-        for url, names in self.replicas.ready(_models).items():
+        """Wait for a replica. Raises RewardError if none is ready in time, or if one does not serve the model."""
+        for url, names in self.replicas.wait_until_ready(_served_models).items():
             if self.model not in names:
                 raise RewardError(f"{url} does not serve {self.model}, but {', '.join(names) or 'nothing'}.")
 
     def close(self) -> None:
         self.replicas.close()
 
-    def _errand(self, question: Question, read: Callable[[dict[str, Any]], T], fields: Mapping[str, Any]) -> Errand:
+    def _request(self, question: Question, read: Callable[[dict[str, Any]], T], fields: Mapping[str, Any]) -> Request:
         def body() -> bytes:
             content: list[dict[str, Any]] = [
                 {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64encode(file).decode()}"}}
@@ -87,32 +93,32 @@ class Chat:
             messages = [{"role": "user", "content": content}]
             return json.dumps(self.fields | dict(fields) | {"messages": messages}).encode()
 
-        return Errand("/chat/completions", body, lambda answer: read(_choice(answer)))
+        return Request("/chat/completions", body, lambda answer: read(_choice(answer)))
 
 
-def _models(replica: Replica) -> list[str]:
+def _served_models(replica: Replica) -> list[str]:
     answer = replica.request("GET", "/models", None, 2 * replica.patience.connect)
     try:
-        return [field(entry, "id", str) for entry in field(loaded(answer), "data", list)]
+        return [get_field(entry, "id", str) for entry in get_field(parse_json(answer), "data", list)]
     except WireError as error:
-        raise RewardError(f"{replica.url} is no chat endpoint: {error}") from error
+        raise RewardError(f"{replica.url} is not a chat endpoint: {error}") from error
 
 
 def _choice(answer: bytes) -> dict[str, Any]:
-    """The first choice."""
+    """The first choice of an answer."""
     try:
-        choices = field(loaded(answer), "choices", list)
+        choices = get_field(parse_json(answer), "choices", list)
     except WireError as error:
-        raise RefusedError(f"the judge's answer is not that of a chat endpoint: {error}") from error
+        raise RefusedError(f"invalid answer of the judge's chat endpoint: {error}") from error
     if not choices or not isinstance(choices[0], dict):
         raise RefusedError("the judge answered without a choice")
     return choices[0]
 
 
 def text_of(choice: dict[str, Any]) -> str:
-    """What the judge said, without what it thought aloud before."""
+    """Text of the answer without its reasoning, which ends with </think>."""
     message = choice.get("message")
-    said = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(said, str):
+    text = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(text, str):
         raise RefusedError("the judge answered without a text")
-    return said.rpartition("</think>")[2].strip()
+    return text.rpartition("</think>")[2].strip()

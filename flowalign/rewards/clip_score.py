@@ -1,4 +1,4 @@
-"""How well a picture fits its prompt, by CLIP (arXiv:2103.00020)."""
+"""Image-text similarity by CLIP (arXiv:2103.00020)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from flowalign.rewards.embedding import TextImage
 
 @dataclass(eq=False)
 class ClipScore(TextImage):
-    """Cosine of picture and prompt in [-1, 1]. CLIPScore (arXiv:2104.08718) is 2.5 times that, cut at 0."""
+    """Cosine similarity of image and prompt in [-1, 1]; CLIPScore (arXiv:2104.08718) is 2.5 · max(cosine, 0)."""
 
     pretrained: str = "openai/clip-vit-large-patch14"

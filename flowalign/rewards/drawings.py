@@ -1,4 +1,4 @@
-"""Pictures whose right order is known: what a reward has to get right before it may train anything."""
+"""Test images with known rankings, for self-checks that a reward must pass before training."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ SCENES: dict[str, tuple[str, Callable[[ImageDraw.ImageDraw], None]]] = {
 }
 
 
-def tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) in [0, 1]."""
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """Convert to (3, H, W) in [0, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def drawings() -> Tensor:
-    """One flat drawing a caption of SCENES, (4, 3, 256, 256)."""
-    return torch.stack([_drawn(background, draw) for background, draw in SCENES.values()])
+    """One flat drawing per caption of SCENES, (4, 3, 256, 256)."""
+    return torch.stack([_draw_scene(background, draw) for background, draw in SCENES.values()])
 
 
 def noise() -> Tensor:
-    """(3, 256, 256), the same always."""
+    """Uniform noise (3, 256, 256), always the same."""
     return torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 
 
-def written(text: str, side: int = SIDE) -> Tensor:
-    """Black letters on white, (3, side, side)."""
+def render_text(text: str, side: int = SIDE) -> Tensor:
+    """Render text in black on white, (3, side, side)."""
     image = Image.new("RGB", (side, side), "white")
     font = ImageFont.load_default(size=side // (len(text) + 1) * 1.5)
     ImageDraw.Draw(image).text((side / 2, side / 2), text, "black", font=font, anchor="mm")
-    return tensor(image)
+    return image_to_tensor(image)
 
 
 def check_matching(reward: Reward, name: str, device: torch.device | str = "cpu") -> None:
-    """RewardError unless drawings fit their captions better than other drawings and noise do, in 3 captions of 4.
+    """Raise RewardError unless, for at least 3 of 4 captions, the matching drawing scores above the others and noise.
 
-    Random weights pass in less than 3 of 100 cases.
+    Random weights pass in less than 3 % of cases.
     """
     pictures = torch.cat([drawings(), noise()[None]]).to(device)
     captions = [caption for caption in SCENES for _ in pictures]
     scores = reward(pictures.repeat(len(SCENES), 1, 1, 1), captions, [{} for _ in captions]).view(len(SCENES), -1)
     if not scores.isfinite().all():
-        raise RewardError(f"{name} gives scores that are not finite to plain drawings.")
+        raise RewardError(f"{name} gives plain drawings scores that are not finite.")
     right = int((scores.argmax(dim=1).cpu() == torch.arange(len(SCENES))).sum())
     if right < len(SCENES) - 1:
         raise RewardError(
@@ -77,12 +77,12 @@ def check_matching(reward: Reward, name: str, device: torch.device | str = "cpu"
 
 
 def check_order(name: str, scores: Sequence[float], what: str) -> None:
-    """RewardError unless the scores fall strictly; `what` says of which pictures they are."""
+    """Raise RewardError unless the scores decrease strictly; `what` describes the scored images in the message."""
     if not all(first > second for first, second in zip(scores[:-1], scores[1:], strict=True)):  # false for NaN too
         raise RewardError(f"{name} does not rank {what}: it gives {', '.join(f'{score:.3g}' for score in scores)}.")
 
 
-def _drawn(background: str, draw: Callable[[ImageDraw.ImageDraw], None]) -> Tensor:
+def _draw_scene(background: str, draw: Callable[[ImageDraw.ImageDraw], None]) -> Tensor:
     image = Image.new("RGB", (SIDE, SIDE), background)
     draw(ImageDraw.Draw(image))
-    return tensor(image)
+    return image_to_tensor(image)

@@ -1,4 +1,4 @@
-"""What rewards made of a network have in common, and those that compare a picture with its prompt."""
+"""Base classes of rewards that load a network, and of those that compare an image with its prompt."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 from flowalign.rewards.base import FrameReward
 from flowalign.rewards.drawings import check_matching
-from flowalign.rewards.pixels import Pixels
-from flowalign.rewards.weights import model_of, settings_of, tokenizer_of
+from flowalign.rewards.pixels import ImageTransform
+from flowalign.rewards.weights import load_json, load_model, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +24,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(eq=False)
 class ModelReward(FrameReward):
-    """A reward by a network, which is loaded when it is first used.
+    """Base class for rewards computed by a network, which is loaded on first use.
 
-    pretrained: a hub id or a folder; processor: another one for tokenizer and picture sizes; device: null is where the
-    pictures are; dtype: of the weights; batch_size: pictures a forward.
+    pretrained: hub id or folder; processor: hub id or folder of tokenizer and image processor, if different; device:
+    null for the device of the images; dtype: of the weights; batch_size: images per forward pass.
     """
 
     pretrained: str
@@ -45,11 +45,11 @@ class ModelReward(FrameReward):
 
     @abstractmethod
     def load(self) -> nn.Module:
-        """The network, frozen, on the CPU."""
+        """Load the network, frozen, on the CPU."""
 
     @abstractmethod
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """One batch: pictures (b, 3, H, W) in [0, 1] on the network's device → (b,)."""
+        """Score one batch of images (b, 3, H, W) in [0, 1] on the network's device → (b,)."""
 
     @cached_property
     def model(self) -> Any:
@@ -64,7 +64,7 @@ class ModelReward(FrameReward):
         pictures = pictures.to(self.device or pictures.device)
         self.model.to(pictures.device)
         found = []
-        # Rollouts may run under autocast, which would change the scores with the precision of the policy.
+        # Rollouts may run under autocast; scores must not depend on the precision of the policy.
         with torch.autocast(pictures.device.type, enabled=False):
             for start in range(0, len(pictures), self.batch_size):
                 part = slice(start, start + self.batch_size)
@@ -72,12 +72,12 @@ class ModelReward(FrameReward):
         return torch.cat(found)
 
     def self_check(self) -> None:
-        """RewardError if weights cannot be loaded, or do not prefer a drawing of the caption (see `check_matching`)."""
+        """Raise RewardError if the weights cannot be loaded or fail `check_matching`."""
         check_matching(self, self.name, self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     @property
-    def where(self) -> torch.device:
-        """Of the network, which follows the pictures."""
+    def model_device(self) -> torch.device:
+        """Device of the network, which is moved to that of the images."""
         return next(self.model.parameters()).device
 
     @property
@@ -85,57 +85,63 @@ class ModelReward(FrameReward):
         return DTYPES[self.dtype]
 
     @cached_property
-    def pixels(self) -> Pixels:
+    def transform(self) -> ImageTransform:
         source = self.processor or self.pretrained
-        return Pixels.of(settings_of(source, "preprocessor_config.json", self._processor_revision), source)
+        return ImageTransform.from_config(
+            load_json(source, "preprocessor_config.json", self._processor_revision), source
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
-        return tokenizer_of(self.processor or self.pretrained, self._processor_revision)
+        return load_tokenizer(self.processor or self.pretrained, self._processor_revision)
 
     @property
     def _processor_revision(self) -> str | None:
-        return self.revision if self.processor is None else None  # a revision of one repository names none of another
+        return self.revision if self.processor is None else None  # a revision is valid in one repository only
 
     def tokens(self, prompts: list[str], limit: int) -> dict[str, Tensor]:
-        """(b, limit) each, padded to the same length always, so that no score depends on its neighbours.
+        """Tokenize into (b, limit) each, always padded to `limit`, so that no score depends on the rest of its batch.
 
-        Says once if a prompt is longer and therefore cut.
+        Longer prompts are truncated, with one warning.
         """
         longest = max(len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"])
-        self.say_if_cut(longest, limit)
+        self.warn_if_truncated(longest, limit)
         encoded = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=limit, return_tensors="pt", verbose=False
         )
-        return {name: encoded[name].to(self.where) for name in ("input_ids", "attention_mask") if name in encoded}
+        return {
+            name: encoded[name].to(self.model_device) for name in ("input_ids", "attention_mask") if name in encoded
+        }
 
-    def say_if_cut(self, length: int, limit: int) -> None:
-        """A warning, once, if a text of so many tokens is too long."""
-        if length > limit and "_said" not in self.__dict__:
-            self._said = True
-            log.warning("%s reads %d tokens of a prompt; longer ones (here %d) are cut.", self.name, limit, length)
+    def warn_if_truncated(self, length: int, limit: int) -> None:
+        """Warn, once, if a text of `length` tokens exceeds the limit."""
+        if length > limit and "_warned" not in self.__dict__:
+            self._warned = True
+            log.warning(
+                "%s reads %d tokens of a prompt; longer ones (here %d) are truncated.", self.name, limit, length
+            )
 
 
 @dataclass(eq=False)
 class TextImage(ModelReward):
-    """Cosine between the embeddings of picture and prompt, in [-1, 1], by a model with CLIP's parts."""
+    """Cosine similarity in [-1, 1] of the image and text embeddings of a CLIP-like model."""
 
     def load(self) -> nn.Module:
-        return model_of("CLIPModel", self.pretrained, self.revision, self.weights_dtype)
+        return load_model("CLIPModel", self.pretrained, self.revision, self.weights_dtype)
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del metadata
-        different = list(dict.fromkeys(prompts))  # a group shares its prompt
-        rows = torch.tensor([different.index(prompt) for prompt in prompts], device=pictures.device)
-        of_text = normalize(self.of_prompts(different).float(), dim=-1)[rows]
-        of_pictures = normalize(self.of_pictures(self.pixels(pictures).to(self.weights_dtype)).float(), dim=-1)
-        return (of_text * of_pictures).sum(dim=-1)
+        unique = list(dict.fromkeys(prompts))  # a group shares its prompt
+        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=pictures.device)
+        text = normalize(self.embed_prompts(unique).float(), dim=-1)[rows]
+        image = normalize(self.embed_images(self.transform(pictures).to(self.weights_dtype)).float(), dim=-1)
+        return (text * image).sum(dim=-1)
 
-    def of_pictures(self, pixels: Tensor) -> Tensor:
-        """(b, 3, h, w) → (b, D)."""
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Embed preprocessed images (b, 3, h, w) → (b, D)."""
         return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
 
-    def of_prompts(self, prompts: list[str]) -> Tensor:
-        """→ (b, D)."""
+    def embed_prompts(self, prompts: list[str]) -> Tensor:
+        """Embed prompts → (b, D)."""
         tokens = self.tokens(prompts, self.model.config.text_config.max_position_embeddings)
         return self.model.text_projection(self.model.text_model(**tokens).pooler_output)

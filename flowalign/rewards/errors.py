@@ -1,5 +1,5 @@
-"""What a reward raises; without PyTorch, since the command line knows it too."""
+"""The error that rewards raise; importable without PyTorch for the command line."""
 
 
 class RewardError(RuntimeError):
-    """A reward that cannot be used, and why, in a sentence."""
+    """A reward cannot be used; the message says why in a sentence."""

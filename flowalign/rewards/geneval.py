@@ -1,4 +1,4 @@
-"""GenEval (arXiv:2310.11513) as a reward: things are found, counted, coloured and placed, by the benchmark's rules."""
+"""GenEval (arXiv:2310.11513) as a reward: detects objects, and checks their counts, colours and positions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _PATCHES = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.6, 0.1), "blue": (0.1, 0.2,
 
 
 class Geneval(FrameReward):
-    """How far a picture shows what its metadata ask for, in [0, 1]; NaN where detector or colours fail.
+    """How far an image shows what its metadata ask for, in [0, 1]; NaN if detection or colour naming fails.
 
-    correct: 1 if every count, colour and position holds, else 0, as the benchmark judges: the most confident things are
-    looked at, and more than asked for are wrong only where the metadata exclude them.
-    exact: the same, but one thing too many of an asked class is wrong.
-    partial: the mean over all demands of how far each holds, on which Flow-GRPO trains.
+    measure="correct": 1 if every count, colour and position holds, else 0, as in the benchmark: only the most confident
+    objects are considered, and surplus ones are wrong only if the metadata exclude them.
+    measure="exact": the same, but any surplus object of a requested class is wrong.
+    measure="partial": the mean degree to which the demands are met, on which Flow-GRPO trains.
     """
 
     def __init__(
@@ -41,32 +41,34 @@ class Geneval(FrameReward):
         max_overlap: float = 1.0,
         position_slack: float = 0.1,
     ) -> None:
-        """threshold, counting_threshold: of confidence; max_objects: of a class; max_overlap: 1 = no suppression."""
+        """threshold, counting_threshold: minimum confidence; max_objects: per class; max_overlap: IoU from which the
+        less confident object is dropped, 1 = never; position_slack: see `Rules.slack`.
+        """
         if measure not in ("correct", "exact", "partial"):
             raise ValueError(f"measure is correct, exact or partial (got {measure!r}).")
         self.detector, self.colours, self.measure = detector, colours, measure
         self.rules = Rules(threshold, counting_threshold, max_objects, max_overlap, position_slack)
 
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """See `FrameReward`. Raises ValueError for metadata of another layout, or a class that nobody can detect."""
+        """See `FrameReward`. Raises ValueError for metadata of another layout or a class unknown to the detector."""
         del prompts
         tasks = [Task.from_metadata(entry) for entry in metadata]
         for name in dict.fromkeys(name for task in tasks for name in task.names):
             self._check_known(name)
-        found = self._found(pictures, tasks)
-        return torch.tensor([self._judged(*one) for one in zip(pictures, tasks, found, strict=True)])
+        found = self._detect(pictures, tasks)
+        return torch.tensor([self._score_one(*sample) for sample in zip(pictures, tasks, found, strict=True)])
 
     def self_check(self) -> None:
-        """Raises RewardError unless nothing is found on an empty picture and plain colours have their names."""
+        """Raise RewardError if objects are found in an empty image or plain colours are misnamed."""
         empty = torch.full((1, 3, 256, 256), 0.5, device="cuda" if torch.cuda.is_available() else "cpu")
         try:
             found = self.detector.detect(empty, [sorted(self.detector.vocabulary or ["dog"])])[0]
         except RewardError:
             raise
-        except Exception as error:  # whatever a library may say
-            raise RewardError(f"geneval: the detector does not run ({_sentence(error)}).") from error
-        if found is None or self.rules.kept(found, ""):
-            raise RewardError("geneval: the detector finds things on an empty picture, or cannot look at it.")
+        except Exception as error:  # libraries raise all sorts of exceptions
+            raise RewardError(f"geneval: the detector does not run ({_one_line(error)}).") from error
+        if found is None or self.rules.select(found, ""):
+            raise RewardError("geneval: the detector finds objects in an empty image, or fails on it.")
         thing = Thing("object", (64.0, 64.0, 192.0, 192.0), 1.0)
         for colour, value in _PATCHES.items():
             patch = empty[0].clone()
@@ -86,36 +88,36 @@ class Geneval(FrameReward):
                 "(flowalign.rewards.geneval_detectors.WordDetector)."
             )
 
-    def _found(self, pictures: Tensor, tasks: Sequence[Task]) -> Sequence[Sequence[Thing] | None]:
-        """Of each picture; one by one where they fail together, and None where one still fails."""
+    def _detect(self, pictures: Tensor, tasks: Sequence[Task]) -> Sequence[Sequence[Thing] | None]:
+        """Objects in each image. If the batch fails, images are retried one by one; None for those that fail again."""
         try:
             return self.detector.detect(pictures, [task.names for task in tasks])
         except RewardError:
             raise
-        except Exception as error:  # memory, a driver, a library: one bad picture must not end a run of days
+        except Exception as error:  # out of memory, driver or library: one bad image must not end a long run
             if len(pictures) == 1:
-                log.warning("geneval: a picture could not be looked at and scores NaN: %s", _sentence(error))
+                log.warning("geneval: detection failed on an image, which scores NaN: %s", _one_line(error))
                 return [None]
-            return [self._found(p[None], [task])[0] for p, task in zip(pictures, tasks, strict=True)]
+            return [self._detect(p[None], [task])[0] for p, task in zip(pictures, tasks, strict=True)]
 
-    def _judged(self, picture: Tensor, task: Task, found: Sequence[Thing] | None) -> float:
+    def _score_one(self, picture: Tensor, task: Task, found: Sequence[Thing] | None) -> float:
         if found is None:
             return math.nan
-        seen, slack = self.rules.kept(found, task.tag), self.rules.slack
+        objects, slack = self.rules.select(found, task.tag), self.rules.slack
 
         def colours(things: Sequence[Thing]) -> list[str | None]:
             return self.colours(picture, things)
 
         try:
             if self.measure == "partial":
-                return partial(task, seen, colours, slack)
-            return float(correct(task, seen, colours, slack, exact=self.measure == "exact"))
+                return partial(task, objects, colours, slack)
+            return float(correct(task, objects, colours, slack, exact=self.measure == "exact"))
         except RewardError:
             raise
         except Exception as error:
-            log.warning("geneval: colours could not be named, the picture scores NaN: %s", _sentence(error))
+            log.warning("geneval: naming colours failed on an image, which scores NaN: %s", _one_line(error))
             return math.nan
 
 
-def _sentence(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""Who names the colours of things: CLIP as the benchmark does, or hue and saturation without any weights."""
+"""Colour classifiers for GenEval: CLIP, as in the benchmark, or hue and saturation without a model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.nn.functional import normalize
 
 from flowalign.rewards.clip_score import ClipScore
 from flowalign.rewards.geneval_rules import COLOURS, Thing
-from flowalign.rewards.weights import once
+from flowalign.rewards.weights import cached
 
-_GREY = 0.6  # what stands around a masked thing: #999, as in the benchmark
+_GREY = 0.6  # background around a masked object: #999, as in the benchmark
 
 
 class Colours(Protocol):
-    """Names colours."""
+    """Names the colours of detected objects."""
 
     def __call__(self, picture: Tensor, things: Sequence[Thing]) -> list[str | None]:
-        """picture (3, H, W) in [0, 1] → for each thing one of geneval_rules.COLOURS, or None."""
+        """Image (3, H, W) in [0, 1] → one of geneval_rules.COLOURS, or None, for each object."""
         ...
 
 
 def crop(picture: Tensor, thing: Thing) -> Tensor:
-    """(3, h, w): the box of a thing, at least a pixel large, with grey where its mask says that it is not."""
+    """Crop the box of an object, (3, h, w) with at least one pixel; pixels outside its mask become grey."""
     height, width = picture.shape[-2:]
     left, top = (min(max(int(edge), 0), size - 1) for edge, size in zip(thing.box[:2], (width, height), strict=True))
     right, bottom = (max(round(edge), start + 1) for edge, start in zip(thing.box[2:], (left, top), strict=True))
@@ -35,19 +35,19 @@ def crop(picture: Tensor, thing: Thing) -> Tensor:
     return picture[:, top:bottom, left:right]
 
 
-@once(maxsize=2)
+@cached(maxsize=2)
 def _clip(pretrained: str, revision: str | None) -> ClipScore:
-    """One network, however many rewards ask it."""
+    """The network, shared by all rewards that use it."""
     return ClipScore(pretrained, revision=revision)
 
 
 class ClipColours:
-    """Zero-shot classification of the crop by a CLIP, three sentences for each colour."""
+    """Zero-shot CLIP classification of the cropped object, with three text templates per colour."""
 
     TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
     def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", revision: str | None = None) -> None:
-        """pretrained: hub id or folder, opened when it is first needed; RewardError where it cannot be."""
+        """pretrained: hub id or folder, loaded on first use; RewardError if that fails."""
         self.pretrained, self.revision = pretrained, revision
         self._texts: dict[str, Tensor] = {}
 
@@ -58,36 +58,36 @@ class ClipColours:
             return []
         clip = _clip(self.pretrained, self.revision)
         clip.model.to(picture.device)
-        pixels = torch.cat([clip.pixels(crop(picture, thing)[None]) for thing in things])
-        pictures = normalize(clip.of_pictures(pixels), dim=-1)
-        texts = torch.stack([self._of(clip, thing.name).to(pictures) for thing in things])
+        pixels = torch.cat([clip.transform(crop(picture, thing)[None]) for thing in things])
+        pictures = normalize(clip.embed_images(pixels), dim=-1)
+        texts = torch.stack([self._embed_colours(clip, thing.name).to(pictures) for thing in things])
         best = torch.einsum("bd,bcd->bc", pictures, texts).argmax(dim=1)
         return [COLOURS[i] for i in best.tolist()]
 
-    def _of(self, clip: ClipScore, name: str) -> Tensor:
-        """(colours, D): the mean direction of a colour's sentences."""
+    def _embed_colours(self, clip: ClipScore, name: str) -> Tensor:
+        """(colours, D): normalised mean of the text embeddings of each colour's templates."""
         if name not in self._texts:
             sentences = [t.format(colour=colour, name=name) for colour in COLOURS for t in self.TEMPLATES]
-            each = normalize(clip.of_prompts(sentences), dim=-1).unflatten(0, (len(COLOURS), -1))
+            each = normalize(clip.embed_prompts(sentences), dim=-1).unflatten(0, (len(COLOURS), -1))
             self._texts[name] = normalize(each.mean(dim=1), dim=-1)
         return self._texts[name]
 
 
 class HueColours:
-    """The name of the median colour, by hue, saturation and value: no weights, and no idea of what a thing is.
+    """Names the median colour by hue, saturation and value, without a model.
 
-    Made for drawings and tests; on photographs CLIP sees past shadows and highlights, and this does not.
+    Meant for drawings and tests: unlike CLIP, it is misled by the shadows and highlights of photographs.
     """
 
     HUES = ((15, "red"), (42, "orange"), (70, "yellow"), (165, "green"), (255, "blue"), (300, "purple"), (340, "pink"))
-    """Degrees at which each ends; red goes on after pink."""
+    """Upper bound of each hue in degrees; red continues after pink."""
 
     def __call__(self, picture: Tensor, things: Sequence[Thing]) -> list[str | None]:
         """See `Colours`."""
         return [self._name(*self._median(picture, thing).tolist()) for thing in things]
 
     def _median(self, picture: Tensor, thing: Thing) -> Tensor:
-        """(3,) over the mask; without one over the middle half of the box, which is mostly the thing itself."""
+        """Median colour (3,) of the mask, or without one of the central half of the box, which is mostly object."""
         if thing.mask is not None and thing.mask.any():
             return picture[:, thing.mask.to(picture.device)].median(dim=1).values
         part = crop(picture, thing)
@@ -100,7 +100,7 @@ class HueColours:
         if value < 0.2:
             return "black"
         if saturation < 0.15:
-            return "white" if value > 0.8 else None  # grey is none of the ten
+            return "white" if value > 0.8 else None  # grey is not one of the ten colours
         name = next((name for end, name in self.HUES if degrees < end), "red")
         if name == "red" and saturation < 0.5 and value > 0.7:
             return "pink"

@@ -1,4 +1,4 @@
-"""Who says what is where: networks of a fixed list of classes (Mask2Former, DETR), and ones that look for any words."""
+"""Object detectors for GenEval: closed-set (Mask2Former, DETR) and open-vocabulary (OWLv2, Grounding DINO)."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from torch.nn.functional import interpolate
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.geneval_rules import Thing
-from flowalign.rewards.pixels import Pixels, Triple, as_bytes
-from flowalign.rewards.weights import model_of, once, processor_of, settings_of
+from flowalign.rewards.pixels import ImageTransform, Triple, as_bytes
+from flowalign.rewards.weights import cached, load_json, load_model, load_processor
 
-_FLOOR = 0.05  # of confidence: what no rule would ever keep is not carried along
-_STRIDE = 32  # sides are multiples of it, so that no network has to pad
+_MIN_SCORE = 0.05  # less confident detections are dropped at once; no rule would keep them
+_STRIDE = 32  # height and width are multiples of it, so that no network has to pad
 COCO = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "hair dryer": "hair drier"}
-"""GenEval's words for classes of COCO that have others there."""
+"""COCO classes that have another name in GenEval."""
 
 
 class Detector(Protocol):
-    """Finds things in pictures. Whatever has these two members will do."""
+    """Protocol of detectors; any object with these two members will do."""
 
     @property
     def vocabulary(self) -> Collection[str] | None:
-        """The classes that it knows; None = any words."""
+        """The classes that it knows; None for an open vocabulary."""
         ...
 
     def detect(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Sequence[Sequence[Thing] | None]:
-        """pictures (N, 3, H, W) in [0, 1], and the classes that matter in each → the things of each.
+        """Detect objects in images (N, 3, H, W) in [0, 1], given the classes that matter in each.
 
-        None for a picture that could not be looked at: it scores NaN. More classes than asked for do no harm.
+        None for an image that could not be processed: it scores NaN. Objects of other classes are ignored.
         """
         ...
 
 
-@once(maxsize=4)
+@cached(maxsize=4)
 def _network(kind: str, pretrained: str, revision: str | None) -> Any:
-    """One network, however many rewards look with it."""
-    return model_of(kind, pretrained, revision, torch.float32)
+    """The network, shared by all rewards that use it."""
+    return load_model(kind, pretrained, revision, torch.float32)
 
 
-class _Closed:
-    """A network that was trained on a fixed list of classes; opened when it is first needed."""
+class _ClosedSetDetector:
+    """Base class for detectors with a fixed list of classes; the network is loaded on first use."""
 
     MODEL: str
 
     def __init__(self, pretrained: str, revision: str | None, side: int, batch_size: int) -> None:
-        """pretrained: hub id or folder; side: of what the network sees, the shorter one, in pixels."""
+        """pretrained: hub id or folder; side: shorter side of the network's input in pixels."""
         if side < _STRIDE or batch_size < 1:
             raise ValueError(f"side must be at least {_STRIDE} and batch_size at least 1 (got {side}, {batch_size}).")
         self.pretrained, self.revision, self.side, self.batch_size = pretrained, revision, side, batch_size
@@ -60,7 +60,7 @@ class _Closed:
 
     @cached_property
     def labels(self) -> list[str]:
-        """By number, in GenEval's words."""
+        """Class names by index, as GenEval calls them."""
         known: dict[int, str] = self.model.config.id2label
         words = [known[i].lower() for i in sorted(known)]
         return [COCO.get(word, word) for word in words]
@@ -76,24 +76,24 @@ class _Closed:
         found: list[list[Thing]] = []
         for start in range(0, len(pictures), self.batch_size):
             part = slice(start, start + self.batch_size)
-            found += self._look(pictures[part], names[part])
+            found += self._detect_batch(pictures[part], names[part])
         return found
 
-    def _look(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Iterator[list[Thing]]:
+    def _detect_batch(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Iterator[list[Thing]]:
         raise NotImplementedError
 
-    def _prepared(self, pictures: Tensor) -> Tensor:
-        """As the network was trained to see them: the shorter side scaled to `side`, the colours normalised."""
+    def _preprocess(self, pictures: Tensor) -> Tensor:
+        """Resize the shorter side to `side` and normalise, as in training of the network."""
         factor = self.side / min(pictures.shape[-2:])
         height, width = (max(round(edge * factor / _STRIDE), 1) * _STRIDE for edge in pictures.shape[-2:])
-        return Pixels((height, width), "stretch", mean=self._colours[0], std=self._colours[1], mode="bilinear")(
-            pictures
-        )
+        return ImageTransform(
+            (height, width), "stretch", mean=self._normalisation[0], std=self._normalisation[1], mode="bilinear"
+        )(pictures)
 
     @cached_property
-    def _colours(self) -> tuple[Triple, Triple]:
-        """Mean and deviation of what the network was trained on."""
-        found = settings_of(self.pretrained, "preprocessor_config.json", self.revision)
+    def _normalisation(self) -> tuple[Triple, Triple]:
+        """Mean and standard deviation of the network's training data."""
+        found = load_json(self.pretrained, "preprocessor_config.json", self.revision)
         try:
             (a, b, c), (d, e, f) = found["image_mean"], found["image_std"]
         except (KeyError, ValueError) as error:
@@ -103,8 +103,8 @@ class _Closed:
         return (a, b, c), (d, e, f)
 
 
-class Segmenter(_Closed):
-    """Mask2Former (arXiv:2112.01527), trained for instances of COCO: the benchmark's kind of detector, with masks."""
+class Segmenter(_ClosedSetDetector):
+    """Mask2Former (arXiv:2112.01527) for COCO instance segmentation, the kind of detector that the benchmark uses."""
 
     MODEL = "Mask2FormerForUniversalSegmentation"
 
@@ -116,23 +116,23 @@ class Segmenter(_Closed):
         batch_size: int = 8,
         most: int = 100,
     ) -> None:
-        """most: things of a picture."""
+        """most: maximum number of objects per image."""
         super().__init__(pretrained, revision, side, batch_size)
         self.most = most
 
-    def _look(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Iterator[list[Thing]]:
-        output = self.model(pixel_values=self._prepared(pictures))
+    def _detect_batch(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Iterator[list[Thing]]:
+        output = self.model(pixel_values=self._preprocess(pictures))
         shares = output.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last one is "nothing"
         for logits, share, wanted in zip(output.masks_queries_logits, shares, names, strict=True):
             yield self._things(logits, share, pictures.shape[-2:], wanted)
 
     def _things(self, logits: Tensor, share: Tensor, size: Sequence[int], wanted: Sequence[str]) -> list[Thing]:
-        """logits (Q, h, w) of masks, share (Q, classes): a query may be of several classes, as in the original.
+        """Objects from mask logits (Q, h, w) and class probabilities (Q, classes).
 
-        Masks are as large as pictures, hence of wanted classes only.
+        A query may yield several classes, as in the original. Full-size masks are made for wanted classes only.
         """
         best, which = share.flatten().topk(min(self.most, share.numel()))
-        best, which = best[best > _FLOOR], which[best > _FLOOR]
+        best, which = best[best > _MIN_SCORE], which[best > _MIN_SCORE]
         things = []
         for confidence, index in zip(best.tolist(), which.tolist(), strict=True):
             query, label = divmod(index, share.shape[1])
@@ -142,17 +142,17 @@ class Segmenter(_Closed):
             mask = upright > 0
             if mask.any():
                 score = confidence * float(upright[mask].sigmoid().mean())
-                things.append(Thing(self.labels[label], _around(mask), score, mask))
+                things.append(Thing(self.labels[label], _bounding_box(mask), score, mask))
         return things
 
 
-def _around(mask: Tensor) -> tuple[float, float, float, float]:
+def _bounding_box(mask: Tensor) -> tuple[float, float, float, float]:
     rows, columns = (mask.any(dim=axis).nonzero().flatten() for axis in (1, 0))
     return float(columns[0]), float(rows[0]), float(columns[-1]) + 1, float(rows[-1]) + 1
 
 
-class BoxDetector(_Closed):
-    """DETR (arXiv:2005.12872), trained on COCO: boxes, no masks."""
+class BoxDetector(_ClosedSetDetector):
+    """DETR (arXiv:2005.12872) trained on COCO: boxes without masks."""
 
     MODEL = "DetrForObjectDetection"
 
@@ -165,22 +165,22 @@ class BoxDetector(_Closed):
     ) -> None:
         super().__init__(pretrained, revision, side, batch_size)
 
-    def _look(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Iterator[list[Thing]]:
-        output = self.model(pixel_values=self._prepared(pictures))
+    def _detect_batch(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> Iterator[list[Thing]]:
+        output = self.model(pixel_values=self._preprocess(pictures))
         scores, labels = output.logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # the last one is "nothing"
         height, width = pictures.shape[-2:]
-        middle, half = output.pred_boxes[..., :2], output.pred_boxes[..., 2:] / 2  # in units of the picture
+        middle, half = output.pred_boxes[..., :2], output.pred_boxes[..., 2:] / 2  # relative to the image size
         boxes = torch.cat([middle - half, middle + half], dim=-1) * middle.new_tensor([width, height] * 2)
         for box, score, label, wanted in zip(boxes, scores, labels, names, strict=True):
-            things = _boxed(box, score, label, self.labels)
-            yield [thing for thing in things if thing.score > _FLOOR and thing.name in wanted]
+            things = _things(box, score, label, self.labels)
+            yield [thing for thing in things if thing.score > _MIN_SCORE and thing.name in wanted]
 
 
 class WordDetector:
-    """OWLv2 (arXiv:2306.09683) or Grounding DINO (arXiv:2303.05499): boxes of whatever words name.
+    """Open-vocabulary boxes by OWLv2 (arXiv:2306.09683) or Grounding DINO (arXiv:2303.05499).
 
-    Each class is looked for on its own, so that one word's boxes never go by another's name; a picture is therefore
-    looked at once for each of its classes.
+    Each class is searched for separately, so that its boxes cannot get the name of another class. This takes one
+    forward pass per image and class.
     """
 
     MODEL = "AutoModelForZeroShotObjectDetection"
@@ -193,7 +193,7 @@ class WordDetector:
         sentence: str | None = None,
         batch_size: int = 4,
     ) -> None:
-        """sentence: around the class, with {name}; None is the family's own: "a photo of a {name}", or "{name}."."""
+        """sentence: text template with {name}; None for the family's own: "a photo of a {name}" or "{name}."."""
         if sentence is not None and "{name}" not in sentence:
             raise ValueError(f"sentence needs {{name}} where the class goes (got {sentence!r}).")
         if batch_size < 1:
@@ -207,15 +207,15 @@ class WordDetector:
 
     @cached_property
     def processor(self) -> Any:
-        return processor_of(self.pretrained, self.revision)
+        return load_processor(self.pretrained, self.revision)
 
     @property
-    def owl(self) -> bool:
+    def is_owl(self) -> bool:
         return self.model.config.model_type.startswith("owl")
 
     @property
     def sentence(self) -> str:
-        return self._sentence or ("a photo of a {name}" if self.owl else "{name}.")
+        return self._sentence or ("a photo of a {name}" if self.is_owl else "{name}.")
 
     @torch.no_grad()
     def detect(self, pictures: Tensor, names: Sequence[Sequence[str]]) -> list[list[Thing]]:
@@ -225,27 +225,27 @@ class WordDetector:
         found: list[list[Thing]] = [[] for _ in range(len(pictures))]
         for start in range(0, len(pairs), self.batch_size):
             part = pairs[start : start + self.batch_size]
-            results = self._look(pictures[[i for i, _ in part]], [name for _, name in part])
+            results = self._detect_batch(pictures[[i for i, _ in part]], [name for _, name in part])
             for (i, name), result in zip(part, results, strict=True):
                 every = torch.zeros_like(result["scores"], dtype=torch.long)
-                found[i] += _boxed(result["boxes"], result["scores"], every, [name])
+                found[i] += _things(result["boxes"], result["scores"], every, [name])
         return found
 
-    def _look(self, pictures: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    def _detect_batch(self, pictures: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
         arrays = [as_bytes(picture) for picture in pictures]
         sentences = [self.sentence.format(name=name) for name in names]
-        text = [[sentence] for sentence in sentences] if self.owl else sentences
+        text = [[sentence] for sentence in sentences] if self.is_owl else sentences
         inputs = self.processor(
             images=arrays, text=text, return_tensors="pt", padding=True, input_data_format="channels_last"
         ).to(pictures.device)
         output, sizes = self.model(**inputs), [tuple(pictures.shape[-2:])] * len(pictures)
         read = self.processor.post_process_grounded_object_detection
-        if self.owl:
-            return read(output, threshold=_FLOOR, target_sizes=sizes)
-        return read(output, inputs["input_ids"], threshold=_FLOOR, text_threshold=_FLOOR, target_sizes=sizes)
+        if self.is_owl:
+            return read(output, threshold=_MIN_SCORE, target_sizes=sizes)
+        return read(output, inputs["input_ids"], threshold=_MIN_SCORE, text_threshold=_MIN_SCORE, target_sizes=sizes)
 
 
-def _boxed(boxes: Tensor, scores: Tensor, labels: Tensor, names: list[str]) -> Iterator[Thing]:
-    """boxes (n, 4) in pixels, scores (n,), labels (n,) as numbers of `names`."""
+def _things(boxes: Tensor, scores: Tensor, labels: Tensor, names: list[str]) -> Iterator[Thing]:
+    """Objects from boxes (n, 4) in pixels, scores (n,) and labels (n,), indices into `names`."""
     for (left, top, right, bottom), score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist(), strict=True):
         yield Thing(names[label], (left, top, right, bottom), score)

@@ -1,6 +1,6 @@
-"""The rules of GenEval (arXiv:2310.11513): what a prompt asks for, and how far the things that were found agree.
+"""The rules of GenEval (arXiv:2310.11513): what a prompt asks for, and how far the detected objects satisfy it.
 
-Nothing here sees a picture: a detector says what is where, and a callable names colours.
+Nothing here looks at images: a detector provides the objects, and a callable names their colours.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTING = "counting"
-"""The tag whose things have to be found with more confidence."""
+"""Tag of prompts that require a higher confidence."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something that a detector found."""
+    """A detected object."""
 
     name: str
     box: tuple[float, float, float, float]
     """Left, top, right, bottom, in pixels; y grows downwards."""
     score: float
     mask: Tensor | None = None
-    """(H, W) bool of its pixels, if the detector knows them."""
+    """(H, W) bool, if the detector segments."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`count` of a class, perhaps of a colour, perhaps at a place relative to those of an entry before."""
+    """`count` objects of a class, optionally of a colour, optionally in a relation to the earlier entry `anchor`."""
 
     name: str
     count: int
@@ -48,16 +48,16 @@ class Task:
     tag: str
     include: tuple[Entry, ...]
     exclude: tuple[Entry, ...] = ()
-    """So many of a class, or more, are wrong."""
+    """`count` or more objects of such a class are wrong."""
 
     @property
     def names(self) -> list[str]:
-        """Every class that matters, once."""
+        """All classes that matter, without duplicates."""
         return list(dict.fromkeys(entry.name for entry in (*self.include, *self.exclude)))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Task:
-        """Of `tag`, `include` and perhaps `exclude`. Raises ValueError with the reason for anything else."""
+        """Parse `tag`, `include` and optionally `exclude`. Raises ValueError with the reason if they are malformed."""
         include = metadata.get("include")
         if not isinstance(include, list) or not include:
             raise ValueError(
@@ -70,7 +70,7 @@ class Task:
 
 
 def _entry(record: Any, place: int) -> Entry:
-    """place: of the entry in its list; its position may name earlier ones only."""
+    """Parse an entry. place: its index in the list; `position` may refer to earlier entries only."""
     if not isinstance(record, dict) or not isinstance(record.get("class"), str):
         raise ValueError(f"an entry needs a `class`, a text; got {record!r}")
     count, colour = record.get("count", 1), record.get("color")
@@ -91,29 +91,29 @@ def _entry(record: Any, place: int) -> Entry:
 
 @dataclass(frozen=True)
 class Rules:
-    """The benchmark's thresholds, made for its own Mask2Former; another detector wants others."""
+    """Thresholds of the benchmark, tuned for its Mask2Former; other detectors need other values."""
 
     threshold: float = 0.3
-    """Confidence above which a thing counts …"""
+    """Confidence above which an object counts …"""
     counting_threshold: float = 0.9
-    """… and where the prompt is of the tag `counting`."""
+    """… and for prompts with the tag `counting`."""
     max_objects: int = 16
-    """The most confident of a class; the rest is forgotten."""
+    """Number of most confident objects kept per class."""
     max_overlap: float = 1.0
-    """Intersection over union from which the less confident of two things of a class is the same one; 1 = never."""
+    """IoU from which the less confident of two objects of a class is dropped as a duplicate; 1 = never."""
     slack: float = 0.1
-    """By how much of their added sizes two things must be apart along an axis for a relation to hold."""
+    """Minimum distance of two objects along an axis for a relation to hold, relative to the sum of their sizes."""
 
-    def kept(self, things: Sequence[Thing], tag: str) -> dict[str, list[Thing]]:
-        """The things that count, by class, the most confident first."""
+    def select(self, things: Sequence[Thing], tag: str) -> dict[str, list[Thing]]:
+        """The objects that count, by class, in order of decreasing confidence."""
         floor = self.counting_threshold if tag == COUNTING else self.threshold
         ordered = sorted((t for t in things if t.score > floor), key=lambda t: -t.score)
         kept: dict[str, list[Thing]] = {}
         for name in dict.fromkeys(thing.name for thing in ordered):
-            kept[name] = self._apart([t for t in ordered if t.name == name][: self.max_objects])
+            kept[name] = self._suppress_overlaps([t for t in ordered if t.name == name][: self.max_objects])
         return kept
 
-    def _apart(self, things: list[Thing]) -> list[Thing]:
+    def _suppress_overlaps(self, things: list[Thing]) -> list[Thing]:
         kept: list[Thing] = []
         for thing in things:
             if self.max_overlap >= 1 or all(overlap(thing, other) < self.max_overlap for other in kept):
@@ -131,15 +131,15 @@ def overlap(a: Thing, b: Thing) -> float:
 
 
 def relations(a: Thing, b: Thing, slack: float) -> set[str]:
-    """Where a is, seen from b: none, one, or on a diagonal two of RELATIONS.
+    """Position of a relative to b: none, one, or on a diagonal two of RELATIONS.
 
-    The offset between the centres, shortened along each axis by `slack` of both sizes, counts along an axis where it is
-    more than half of the whole offset.
+    The offset between the centres is shortened along each axis by `slack` times the sum of both sizes. A relation holds
+    along an axis where the shortened offset exceeds half the length of the full one.
     """
     offset = [(a.box[i] + a.box[i + 2] - b.box[i] - b.box[i + 2]) / 2 for i in (0, 1)]
     sizes = [a.box[i + 2] - a.box[i] + b.box[i + 2] - b.box[i] for i in (0, 1)]
     left = [math.copysign(max(abs(o) - slack * s, 0.0), o) for o, s in zip(offset, sizes, strict=True)]
-    if max(map(abs, left)) < 1e-3:  # pixels: both centres are one
+    if max(map(abs, left)) < 1e-3:  # pixels: the centres coincide
         return set()
     x, y = (value / math.hypot(*offset) for value in left)
     holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
@@ -147,15 +147,15 @@ def relations(a: Thing, b: Thing, slack: float) -> set[str]:
 
 
 ColoursOf = Callable[[Sequence[Thing]], Sequence[str | None]]
-"""The colours of things of one class; None where it is none of COLOURS."""
+"""Names the colours of objects of one class; None if a colour is not one of COLOURS."""
 
 
 def marks(task: Task, seen: Mapping[str, list[Thing]], colours: ColoursOf, slack: float, exact: bool) -> list[float]:
-    """In [0, 1] for every demand of the task: the count of each entry, then its colour and its position if asked.
+    """Mark in [0, 1] for every demand of the task: of each entry the count, then if asked its colour and its position.
 
-    exact: more than `count` things are too many, 1 - |n - count| / count (Flow-GRPO, arXiv:2505.05470, section 4);
-    otherwise only the `count` most confident ones are looked at, as the benchmark does. A colour or a position earns
-    nothing where the count, or for a position the colour or its anchor, is not right.
+    exact: surplus objects count, 1 - |n - count| / count (Flow-GRPO, arXiv:2505.05470, section 4); otherwise only the
+    `count` most confident objects are considered, as in the benchmark. A colour earns 0 if the count is wrong, and a
+    position earns 0 if the count, the colour or the anchor is wrong.
     """
     earned: list[float] = []
     matched: list[list[Thing] | None] = []
@@ -180,12 +180,12 @@ def _related(things: Sequence[Thing], anchors: Sequence[Thing], relation: str, s
 
 
 def correct(task: Task, seen: Mapping[str, list[Thing]], colours: ColoursOf, slack: float, exact: bool = False) -> bool:
-    """Whether everything asked for is there and nothing excluded. exact: and not one thing more of an asked class."""
+    """Whether everything requested is present and nothing excluded; exact: and without surplus objects."""
     too_many = any(len(seen.get(entry.name, [])) >= entry.count for entry in task.exclude)
     return not too_many and min(marks(task, seen, colours, slack, exact)) == 1
 
 
 def partial(task: Task, seen: Mapping[str, list[Thing]], colours: ColoursOf, slack: float) -> float:
-    """Mean of the exact marks: a gradient where not everything is right yet."""
+    """Mean of the exact marks: rewards partial success."""
     earned = marks(task, seen, colours, slack, exact=True)
     return sum(earned) / len(earned)

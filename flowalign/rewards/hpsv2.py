@@ -1,4 +1,4 @@
-"""Which picture of a prompt people prefer, by HPSv2 and v2.1 (arXiv:2306.09341)."""
+"""Human preference for images of a prompt, by HPSv2 and v2.1 (arXiv:2306.09341)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.embedding import TextImage
-from flowalign.rewards.open_clip import converted
-from flowalign.rewards.pixels import Pixels
-from flowalign.rewards.weights import built, config_of, fetched, tensors_of
+from flowalign.rewards.open_clip import to_transformers
+from flowalign.rewards.pixels import ImageTransform
+from flowalign.rewards.weights import build, fetch, load_config, load_tensors
 
 
 @dataclass(eq=False)
 class HPSv2(TextImage):
-    """Cosine of picture and prompt, about 0.2 to 0.35, by a CLIP ViT-H/14 whose weights are in open_clip's layout.
+    """Cosine similarity of image and prompt, about 0.2 to 0.35, by a CLIP ViT-H/14 with weights in open_clip's layout.
 
-    file: the checkpoint, HPS_v2.1_compressed.pt or HPS_v2_compressed.pt; processor: a repository or folder with
-    config.json and tokenizer of that CLIP.
+    file: the checkpoint, HPS_v2.1_compressed.pt or HPS_v2_compressed.pt; processor: hub id or folder with config.json
+    and tokenizer of that CLIP.
     """
 
     pretrained: str = "xswu/HPSv2"
@@ -27,22 +27,24 @@ class HPSv2(TextImage):
     file: str = "HPS_v2.1_compressed.pt"
 
     def load(self) -> nn.Module:
-        config = config_of("CLIPConfig", self.processor or self.pretrained, self._processor_revision)
-        path = fetched(self.pretrained, self.file, self.revision)
+        config = load_config("CLIPConfig", self.processor or self.pretrained, self._processor_revision)
+        path = fetch(self.pretrained, self.file, self.revision)
         try:
-            state = converted(tensors_of(path))
+            state = to_transformers(load_tensors(path))
         except KeyError as error:
-            raise RewardError(f"{path} is no CLIP in the layout of open_clip: {error} has no place.") from error
+            raise RewardError(
+                f"{path} is not a CLIP checkpoint in open_clip's layout: {error} is unexpected."
+            ) from error
 
         def clip() -> nn.Module:
             from transformers import CLIPModel
 
             return CLIPModel(config)
 
-        return built(clip, state, self.weights_dtype, str(path))
+        return build(clip, state, self.weights_dtype, str(path))
 
     @cached_property
-    def pixels(self) -> Pixels:
-        # Its authors keep the whole picture: the longer side fits, the rest is black.
+    def transform(self) -> ImageTransform:
+        # As in the authors' code, the whole image is kept and padded with black to a square.
         side = self.model.config.vision_config.image_size
-        return Pixels((side, side), "longest")
+        return ImageTransform((side, side), "longest")

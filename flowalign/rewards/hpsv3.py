@@ -1,4 +1,4 @@
-"""Which picture of a prompt people prefer, by HPSv3 (arXiv:2508.03789): Qwen2-VL 7B that is asked for a rating."""
+"""Human preference for images of a prompt, by HPSv3 (arXiv:2508.03789): a Qwen2-VL 7B fine-tuned to rate images."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from torch.nn.utils.rnn import pad_sequence
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.embedding import ModelReward
 from flowalign.rewards.pixels import as_bytes
-from flowalign.rewards.weights import built, config_of, fetched, mlp_of, tensors_of, tokenizer_of, under
+from flowalign.rewards.weights import build, build_mlp, fetch, load_config, load_tensors, load_tokenizer, strip_prefix
 
 REWARD, IMAGE = "<|Reward|>", "<|image_pad|>"
 PIXELS = 256 * 28 * 28
-"""Of a picture, whatever its size was."""
+"""Every image is resized to about this many pixels."""
 EMBEDDINGS = "language_model.embed_tokens.weight"
 
 
 @dataclass(eq=False)
 class HPSv3(ModelReward):
-    """The mean of the rating's distribution, about -5 to 15, read at a token of its own.
+    """Mean of the predicted rating distribution, about -5 to 15, read at a special token.
 
     pretrained, file: the checkpoint; processor: configuration and tokenizer of the Qwen2-VL that it was trained from;
     question: a text file with {text_prompt} and <|Reward|>, by default the question that HPSv3 was trained with, read
-    from its package; max_prompt_tokens: longer prompts are cut.
+    from its package; max_prompt_tokens: longer prompts are truncated.
     """
 
     pretrained: str = "MizzenAI/HPSv3"
@@ -43,44 +43,45 @@ class HPSv3(ModelReward):
     max_prompt_tokens: int = 1024
 
     def load(self) -> nn.Module:
-        path = fetched(self.pretrained, self.file, self.revision)
-        state = tensors_of(path)
+        path = fetch(self.pretrained, self.file, self.revision)
+        state = load_tensors(path)
         network = _qwen2_vl(state)
         if EMBEDDINGS not in network:
-            raise RewardError(f"{path} is no HPSv3: it has no {EMBEDDINGS}.")
-        config = config_of("Qwen2VLConfig", self.processor or self.pretrained, self._processor_revision)
-        config.text_config.vocab_size = len(network[EMBEDDINGS])  # cut to the tokenizer and the token of the reward
+            raise RewardError(f"{path} is not an HPSv3 checkpoint: it has no {EMBEDDINGS}.")
+        config = load_config("Qwen2VLConfig", self.processor or self.pretrained, self._processor_revision)
+        # The checkpoint keeps only the rows of the tokenizer and the reward token.
+        config.text_config.vocab_size = len(network[EMBEDDINGS])
 
         def qwen2_vl() -> nn.Module:
             from transformers import Qwen2VLModel
 
             return Qwen2VLModel(config)
 
-        vlm = built(qwen2_vl, network, self.weights_dtype, str(path))
-        return nn.ModuleDict({"vlm": vlm, "head": mlp_of(under(state, "rm_head."), str(path), nn.ReLU)})
+        vlm = build(qwen2_vl, network, self.weights_dtype, str(path))
+        return nn.ModuleDict({"vlm": vlm, "head": build_mlp(strip_prefix(state, "rm_head."), str(path), nn.ReLU)})
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del metadata
-        seen = self._patches([as_bytes(picture) for picture in pictures], return_tensors="pt")
-        merged = seen["image_grid_thw"].prod(dim=1) // self._patches.merge_size**2
-        rows = [self._ids(prompt, int(number)) for prompt, number in zip(prompts, merged, strict=True)]
+        image_inputs = self._image_processor([as_bytes(picture) for picture in pictures], return_tensors="pt")
+        image_tokens = image_inputs["image_grid_thw"].prod(dim=1) // self._image_processor.merge_size**2
+        rows = [self._token_ids(prompt, int(number)) for prompt, number in zip(prompts, image_tokens, strict=True)]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        asked = (ids == self._reward_id).int().argmax(dim=1)
+        reward_position = (ids == self._reward_token_id).int().argmax(dim=1)
         vlm = self.model["vlm"]
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,
             "mm_token_type_ids": (ids == vlm.config.image_token_id).int(),
-            "pixel_values": seen["pixel_values"].to(self.weights_dtype),
-            "image_grid_thw": seen["image_grid_thw"],
+            "pixel_values": image_inputs["pixel_values"].to(self.weights_dtype),
+            "image_grid_thw": image_inputs["image_grid_thw"],
         }
         hidden = vlm(**{name: value.to(pictures.device) for name, value in inputs.items()}).last_hidden_state
-        return self.model["head"](hidden[torch.arange(len(ids)), asked].float())[:, 0]
+        return self.model["head"](hidden[torch.arange(len(ids)), reward_position].float())[:, 0]
 
     @cached_property
-    def _patches(self) -> Any:
-        # The model's whole processor would need torchvision, for videos.
+    def _image_processor(self) -> Any:
+        # The full processor of the model needs torchvision, for videos.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         vision = self.model["vlm"].config.vision_config
@@ -93,12 +94,12 @@ class HPSv3(ModelReward):
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = tokenizer_of(self.processor or self.pretrained, self._processor_revision)
+        tokenizer = load_tokenizer(self.processor or self.pretrained, self._processor_revision)
         tokenizer.add_tokens([REWARD], special_tokens=True)
         return tokenizer
 
     @cached_property
-    def _reward_id(self) -> int:
+    def _reward_token_id(self) -> int:
         number, rows = self.tokenizer.convert_tokens_to_ids(REWARD), self.model["vlm"].config.text_config.vocab_size
         if number >= rows:
             raise RewardError(
@@ -114,14 +115,14 @@ class HPSv3(ModelReward):
             raise RewardError(f"the question of {self.name} needs {{text_prompt}} and one {REWARD}.")
         return text
 
-    def _ids(self, prompt: str, image_tokens: int) -> Tensor:
+    def _token_ids(self, prompt: str, image_tokens: int) -> Tensor:
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        self.say_if_cut(len(ids), self.max_prompt_tokens)
+        self.warn_if_truncated(len(ids), self.max_prompt_tokens)
         if len(ids) > self.max_prompt_tokens:
             prompt = self.tokenizer.decode(ids[: self.max_prompt_tokens])
-        prompt = prompt.replace("<|", "< |")  # a prompt must not speak the model's control words
-        asked = self._question.replace("{text_prompt}", prompt)
-        content = [{"type": "image"}, {"type": "text", "text": asked}]
+        prompt = prompt.replace("<|", "< |")  # no control tokens in prompts
+        question = self._question.replace("{text_prompt}", prompt)
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         ).replace(IMAGE, IMAGE * image_tokens)
@@ -129,21 +130,21 @@ class HPSv3(ModelReward):
 
 
 def published_question() -> str:
-    """What HPSv3 was trained with, from the source of its package, which is read and not run: it imports much."""
+    """The question that HPSv3 was trained with, parsed from the source of its package, whose imports are heavy."""
     package = find_spec("hpsv3")
     folders = [Path(folder) for folder in (package.submodule_search_locations or [])] if package else []
     source = next((f for folder in folders if (f := folder / "dataset" / "data_collator_qwen.py").is_file()), None)
     if source is None:
         raise RewardError("HPSv3's question is in its package: pip install --no-deps hpsv3, or give `question`.")
-    texts = _constants(source.read_text())
+    texts = _string_constants(source.read_text())
     try:
         return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
     except KeyError as error:
         raise RewardError(f"{source} does not hold {error}: give `question` as a file.") from error
 
 
-def _constants(source: str) -> dict[str, str]:
-    """Names to the texts that a module assigns to them."""
+def _string_constants(source: str) -> dict[str, str]:
+    """String constants assigned at the top level of a module, by name."""
     return {
         target.id: node.value.value
         for node in ast.parse(source).body
@@ -154,7 +155,7 @@ def _constants(source: str) -> dict[str, str]:
 
 
 def _qwen2_vl(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of Qwen2VLModel, of a checkpoint by an older or a newer transformers."""
+    """State dict of Qwen2VLModel from a checkpoint of an older or a newer transformers."""
     newer = {f"model.{part}.": f"{part}." for part in ("visual", "language_model")}
     older = {"visual.": "visual.", "model.": "language_model."}
     prefixes = newer if any(key.startswith(tuple(newer)) for key in state) else older

@@ -1,4 +1,4 @@
-"""Which picture of a prompt people prefer, by ImageReward (arXiv:2304.05977): BLIP with a head of linear layers."""
+"""Human preference for images of a prompt, by ImageReward (arXiv:2304.05977): BLIP with an MLP head."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.embedding import ModelReward
-from flowalign.rewards.pixels import Pixels
-from flowalign.rewards.weights import built, fetched, mlp_of, tensors_of, under
+from flowalign.rewards.pixels import ImageTransform
+from flowalign.rewards.weights import build, build_mlp, fetch, load_tensors, strip_prefix
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw rewards over its authors' data."""
+"""Statistics of the raw rewards on the authors' data."""
 HEAD_WIDTH = 64
-"""Width of an attention head, in ViT and BERT of every size: all of their shape that the weights do not show."""
+"""Width of an attention head in ViT and BERT of every size; the one dimension that the weights do not reveal."""
 LENGTH = 35
-"""Tokens of a prompt."""
+"""Maximum number of tokens of a prompt."""
 VISION = {
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
@@ -38,40 +38,41 @@ BLOCK = {
 
 @dataclass(eq=False)
 class ImageReward(ModelReward):
-    """A standardised score, about -2 to 2. processor: a repository or folder with the tokenizer of uncased BERT."""
+    """Standardised score, about -2 to 2. processor: hub id or folder with the tokenizer of uncased BERT."""
 
     pretrained: str = "zai-org/ImageReward"
     processor: str | None = "google-bert/bert-base-uncased"
     file: str = "ImageReward.pt"
 
     def load(self) -> nn.Module:
-        path = fetched(self.pretrained, self.file, self.revision)
-        state = tensors_of(path)
+        path = fetch(self.pretrained, self.file, self.revision)
+        state = load_tensors(path)
         source, dtype = str(path), self.weights_dtype
-        vision, text = under(state, "blip.visual_encoder."), under(state, "blip.text_encoder.")
-        text.pop("embeddings.position_ids", None)  # a constant
+        vision, text = strip_prefix(state, "blip.visual_encoder."), strip_prefix(state, "blip.text_encoder.")
+        text.pop("embeddings.position_ids", None)  # a constant buffer, not a weight
         try:
-            see = built(lambda: _vision(vision), _renamed(vision), dtype, source)
-            read = built(lambda: _text(text), text, dtype, source)
+            vision_model = build(lambda: _vision_model(vision), _to_transformers(vision), dtype, source)
+            text_model = build(lambda: _text_model(text), text, dtype, source)
         except KeyError as error:
-            raise RewardError(f"{path} is no ImageReward: {error} is missing or has no place.") from error
-        return nn.ModuleDict({"see": see, "read": read, "head": mlp_of(under(state, "mlp.layers."), source)})
+            raise RewardError(f"{path} is not an ImageReward checkpoint: {error} is missing or unexpected.") from error
+        head = build_mlp(strip_prefix(state, "mlp.layers."), source)
+        return nn.ModuleDict({"vision": vision_model, "text": text_model, "head": head})
 
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del metadata
-        side = self.model["see"].config.image_size
-        pixels = Pixels((side, side), "shortest", (side, side))(pictures).to(self.weights_dtype)
-        seen = self.model["see"](pixel_values=pixels).last_hidden_state
-        read = self.model["read"](
+        side = self.model["vision"].config.image_size
+        pixels = ImageTransform((side, side), "shortest", (side, side))(pictures).to(self.weights_dtype)
+        image_states = self.model["vision"](pixel_values=pixels).last_hidden_state
+        pooled = self.model["text"](
             **self.tokens(prompts, LENGTH),
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+            encoder_hidden_states=image_states,
+            encoder_attention_mask=torch.ones(image_states.shape[:2], dtype=torch.long, device=image_states.device),
         ).last_hidden_state[:, 0]
-        return (self.model["head"](read.float())[:, 0] - MEAN) / STD
+        return (self.model["head"](pooled.float())[:, 0] - MEAN) / STD
 
 
-def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The vision transformer of BLIP's authors as transformers' BlipVisionModel; KeyError names what has no place."""
+def _to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the authors' vision weights to keys of BlipVisionModel. KeyError names a key without a counterpart."""
     found = {}
     for key, value in state.items():
         if key.startswith("blocks."):
@@ -86,11 +87,11 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+def _num_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def _vision(state: Mapping[str, Tensor]) -> nn.Module:
+def _vision_model(state: Mapping[str, Tensor]) -> nn.Module:
     from transformers import BlipVisionConfig, BlipVisionModel
 
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
@@ -99,16 +100,16 @@ def _vision(state: Mapping[str, Tensor]) -> nn.Module:
         BlipVisionConfig(
             hidden_size=width,
             intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
-            num_hidden_layers=_layers(state, "blocks."),
+            num_hidden_layers=_num_layers(state, "blocks."),
             num_attention_heads=width // HEAD_WIDTH,
             image_size=side,
             patch_size=patch,
-            layer_norm_eps=1e-6,  # of their vision transformer; transformers' default is another
+            layer_norm_eps=1e-6,  # as in the authors' vision transformer; transformers' default differs
         )
     )
 
 
-def _text(state: Mapping[str, Tensor]) -> nn.Module:
+def _text_model(state: Mapping[str, Tensor]) -> nn.Module:
     from transformers import BlipTextConfig, BlipTextModel
 
     words, width = state["embeddings.word_embeddings.weight"].shape
@@ -118,10 +119,10 @@ def _text(state: Mapping[str, Tensor]) -> nn.Module:
             hidden_size=width,
             encoder_hidden_size=state["encoder.layer.0.crossattention.self.key.weight"].shape[1],
             intermediate_size=state["encoder.layer.0.intermediate.dense.weight"].shape[0],
-            num_hidden_layers=_layers(state, "encoder.layer."),
+            num_hidden_layers=_num_layers(state, "encoder.layer."),
             num_attention_heads=width // HEAD_WIDTH,
             max_position_embeddings=state["embeddings.position_embeddings.weight"].shape[0],
-            is_decoder=True,  # that is, with cross-attention; its own attention stays bidirectional
+            is_decoder=True,  # enables cross-attention; self-attention stays bidirectional
         ),
         add_pooling_layer=False,
     )

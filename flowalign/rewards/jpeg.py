@@ -1,4 +1,4 @@
-"""How well a picture compresses, the reward that needs no model (DDPO, arXiv:2305.13301)."""
+"""JPEG compressibility, a reward without a model (DDPO, arXiv:2305.13301)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from flowalign.rewards.pixels import as_bytes
 
 
 class Jpeg(FrameReward):
-    """Minus the kilobytes of a picture as JPEG, (B,), or the mean over a video's frames. NaN where it is not finite."""
+    """Negative size of an image as JPEG in kilobytes, (B,); the mean over the frames of a video. NaN if not finite."""
 
     def __init__(self, quality: int = 95, incompressible: bool = False) -> None:
-        """quality: of the encoder, 1 to 95; incompressible: many kilobytes are good instead."""
+        """quality: of the encoder, 1 to 95; incompressible: reward large files instead of small ones."""
         if not 1 <= quality <= 95:
             raise ValueError(f"quality is that of a JPEG, 1 to 95 (got {quality}).")
         self.quality, self.sign = quality, 1 if incompressible else -1
@@ -27,7 +27,7 @@ class Jpeg(FrameReward):
         return torch.tensor([self.sign * self._kilobytes(picture) for picture in pictures], dtype=torch.float32)
 
     def self_check(self) -> None:
-        """Raises RewardError unless noise takes more kilobytes than grey."""
+        """Raise RewardError unless noise takes more kilobytes than grey."""
         grey = torch.full((1, 3, 64, 64), 0.5)
         noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
         small, large = (self.sign * self(picture, [""], [{}]) for picture in (grey, noise))

@@ -1,4 +1,4 @@
-"""Scores of single samples by a vision-language model: the probability of a yes, or marks on a declared scale."""
+"""Pointwise scores by a vision-language model: the probability of a yes, or marks on a given scale."""
 
 from __future__ import annotations
 
@@ -12,40 +12,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import RewardError, checked
-from flowalign.rewards.board import RefusedError
+from flowalign.rewards.base import RewardError, as_videos
 from flowalign.rewards.chat import Chat, Question, text_of
-from flowalign.rewards.png import eight_bits
+from flowalign.rewards.dispatch import RefusedError
+from flowalign.rewards.png import to_uint8
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 
 class Judge(ABC):
-    """Asks one question a sample. `{prompt}` in the template stands for the sample's prompt."""
+    """Base class for judges that are asked one question per sample; `{prompt}` in the template becomes its prompt."""
 
     fields: Mapping[str, Any] = {}
-    """What the request needs besides."""
+    """Additional fields of the request."""
 
     def __init__(self, chat: Chat, template: str, check: bool = True) -> None:
-        """check: `self_check` shows the judge a red and a blue square, and expects it to know which is the red one."""
+        """check: whether `self_check` tests that the judge can tell a red square from a blue one."""
         self.chat, self.template, self.check = chat, template, check
 
     @abstractmethod
     def read(self, choice: dict[str, Any]) -> float:
-        """The score in [0, 1] that an answer means; NaN if it means none. Raises RefusedError for what is no answer."""
+        """Read a score in [0, 1] from an answer, NaN if it has none. Raises RefusedError for a malformed answer."""
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """See `Reward`. NaN where the judge could not be asked, or said nothing that counts."""
-        videos, finite = checked(media, prompts, metadata)
-        rows, videos = finite.nonzero().flatten().tolist(), eight_bits(videos)
-        questions = [Question(self.chat.stills(videos[i]), filled(self.template, prompts[i]), (i,)) for i in rows]
+        """See `Reward`. NaN if the judge could not be reached or its answer has no valid score."""
+        videos, finite = as_videos(media, prompts, metadata)
+        rows, videos = finite.nonzero().flatten().tolist(), to_uint8(videos)
+        questions = [
+            Question(self.chat.sample_frames(videos[i]), fill_template(self.template, prompts[i]), (i,)) for i in rows
+        ]
         scores = torch.full((len(videos),), torch.nan)
         for i, score in zip(rows, self.chat.ask(questions, self.read, **self.fields), strict=True):
             scores[i] = torch.nan if score is None else score
         return scores
 
     def self_check(self) -> None:
-        """Raises RewardError where the judge cannot be reached, or mistakes blue for red."""
+        """Raise RewardError if the judge cannot be reached or does not score red above blue when asked for red."""
         self.chat.check()
         if self.check:
             red, blue = self(plain_squares(), ["a plain red square"] * 2, [{}, {}]).tolist()
@@ -60,7 +62,7 @@ class Judge(ABC):
 
 
 class YesNo(Judge):
-    """P(yes) / (P(yes) + P(no)) of the first token of the answer (VQAScore, arXiv:2404.01291, both words counted)."""
+    """P(yes) / (P(yes) + P(no)) for the first token of the answer (VQAScore, arXiv:2404.01291, normalised by both)."""
 
     def __init__(
         self,
@@ -72,11 +74,13 @@ class YesNo(Judge):
         least: float = 0.1,
         check: bool = True,
     ) -> None:
-        """yes_words, no_words: in any case, with or without a space before them; top_logprobs: tokens that are looked
-        at; least: below this probability of all these words the judge was saying something else, and the score is NaN.
+        """yes_words, no_words: case and surrounding spaces are ignored; top_logprobs: number of tokens considered;
+        least: if the total probability of these words is lower, the judge did not answer and the score is NaN.
         """
         super().__init__(chat, template, check)
-        self.yes, self.no = ({_bare(word) for word in words} for words in (yes_words or ["yes"], no_words or ["no"]))
+        self.yes, self.no = (
+            {_normalised(word) for word in words} for words in (yes_words or ["yes"], no_words or ["no"])
+        )
         self.least = least
         if self.yes & self.no:
             raise ValueError(f"{sorted(self.yes & self.no)} cannot mean yes and no.")
@@ -85,15 +89,15 @@ class YesNo(Judge):
     def read(self, choice: dict[str, Any]) -> float:
         yes, no = 0.0, 0.0
         for token, probability in _first_token(choice):
-            yes += probability * (_bare(token) in self.yes)
-            no += probability * (_bare(token) in self.no)
+            yes += probability * (_normalised(token) in self.yes)
+            no += probability * (_normalised(token) in self.no)
         return yes / (yes + no) if yes + no >= self.least else math.nan
 
 
 class Rubric(Judge):
-    """Marks that the judge writes, as JSON or as `name: mark`: their weighted mean, from 0 for `low` to 1 for `high`.
+    """Weighted mean of marks that the judge writes as JSON or as `name: mark`, scaled from [low, high] to [0, 1].
 
-    NaN if a criterion has no mark, has two different ones, or one outside the scale.
+    NaN if a criterion has no mark, two different ones, or one outside the scale.
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class Rubric(Judge):
         criteria: Mapping[str, float] | None = None,
         check: bool = True,
     ) -> None:
-        """criteria: what the judge calls its marks, with their weights; one called `score` unless given."""
+        """criteria: names of the marks with their weights; by default a single one called `score`."""
         super().__init__(chat, template, check)
         self.low, self.high, self.criteria = low, high, dict(criteria or {"score": 1.0})
         if not high > low:
@@ -120,8 +124,8 @@ class Rubric(Judge):
         return (mean - self.low) / (self.high - self.low)
 
     def _mark(self, text: str, name: str) -> float:
-        """The one mark of this name, NaN if there is none; in JSON, where the text has some, else after a colon."""
-        found = [node[name] for node in _objects(text) if name in node]
+        """The mark with this name, from JSON objects if any has it, else after a colon; NaN if missing or ambiguous."""
+        found = [node[name] for node in _json_objects(text) if name in node]
         if not found:
             line = rf"(?<![\w-]){re.escape(name)}[\s*_\"']*[:=][\s*_\"']*({NUMBER})(?:\s*/\s*({NUMBER}))?(?![\w.]*\d)"
             pairs = re.findall(line, text, re.IGNORECASE)
@@ -133,20 +137,20 @@ class Rubric(Judge):
         return type(mark) in (int, float) and self.low <= mark <= self.high
 
 
-def filled(template: str, prompt: str) -> str:
-    """The template with the prompt in it; nothing else in braces means anything."""
+def fill_template(template: str, prompt: str) -> str:
+    """Insert the prompt into the template. Unlike str.format, this leaves other braces alone."""
     return template.replace("{prompt}", prompt)
 
 
 def plain_squares() -> Tensor:
-    """A red and a blue one, (2, 3, 224, 224)."""
+    """A red and a blue square, (2, 3, 224, 224)."""
     squares = torch.zeros(2, 3, 224, 224)
     squares[0, 0], squares[1, 2] = 1, 1
     return squares
 
 
 def _first_token(choice: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The likeliest first tokens and their probabilities."""
+    """The most likely first tokens with their probabilities."""
     try:
         listed = choice["logprobs"]["content"][0]["top_logprobs"]
         found = [(entry["token"], entry["logprob"]) for entry in listed]
@@ -154,17 +158,17 @@ def _first_token(choice: dict[str, Any]) -> Iterator[tuple[str, float]]:
         raise RefusedError("the judge answered without top_logprobs: its server must be able to give them") from None
     for token, logprob in found:
         if not isinstance(token, str) or type(logprob) not in (int, float) or not logprob <= 1e-3:
-            raise RefusedError(f"{logprob!r} is no log-probability of a token")
+            raise RefusedError(f"{logprob!r} is not the log-probability of a token")
         yield token, math.exp(logprob)
 
 
-def _bare(word: str) -> str:
-    """A token without case, the spaces of its tokenizer, and punctuation."""
+def _normalised(word: str) -> str:
+    """Strip case, punctuation, and the markers that tokenizers use for spaces."""
     return word.strip(" \t\n▁ĠĊ.,:;!?\"'*`").casefold()
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in a text."""
+def _json_objects(text: str) -> Iterator[dict[str, Any]]:
+    """All JSON objects in a text."""
     decoder, at = json.JSONDecoder(), 0
     while (at := text.find("{", at)) >= 0:
         try:

@@ -1,4 +1,4 @@
-"""Comparisons of the pictures of a prompt by a vision-language model: two at a time, or a whole group in order."""
+"""Groupwise comparison of samples by a vision-language model: in pairs, or as a ranking of the whole group."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import RewardError, checked
+from flowalign.rewards.base import RewardError, as_videos
 from flowalign.rewards.chat import Chat, Question, text_of
 from flowalign.rewards.groupwise import win_rate
-from flowalign.rewards.judge import filled, plain_squares
-from flowalign.rewards.png import eight_bits
+from flowalign.rewards.judge import fill_template, plain_squares
+from flowalign.rewards.png import to_uint8
 
 
 class GroupJudge(ABC):
-    """Asks about several members of a group at once. `{prompt}` in the template stands for their prompt."""
+    """Base class for judges that compare members of a group; `{prompt}` in the template becomes their prompt."""
 
     groupwise = True
 
     def __init__(self, chat: Chat, template: str, check: bool = True) -> None:
-        """check: `self_check` shows the judge a red and a blue square, and expects it to know which is the red one."""
+        """check: whether `self_check` tests that the judge can tell a red square from a blue one."""
         self.chat, self.template, self.check = chat, template, check
 
     @abstractmethod
     def compare(self, stills: Sequence[Tensor], prompts: Sequence[str], groups: Tensor) -> Tensor:
-        """Stills (F, 3, H, W) of n samples, their prompts and groups (n,) → (n,) in [0, 1]."""
+        """Frames (F, 3, H, W) of n samples, their prompts and groups (n,) → scores (n,) in [0, 1]."""
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor) -> Tensor:
-        """`groups` (B,): samples with the same id are compared. NaN where nothing was learnt of a sample."""
-        videos, finite = checked(media, prompts, metadata)
-        rows, videos = finite.nonzero().flatten().cpu(), eight_bits(videos)
+        """`groups` (B,): samples with the same id are compared. NaN for samples without any valid verdict."""
+        videos, finite = as_videos(media, prompts, metadata)
+        rows, videos = finite.nonzero().flatten().cpu(), to_uint8(videos)
         scores = torch.full((len(videos),), torch.nan)
-        stills = [self.chat.stills(videos[i]) for i in rows]
+        stills = [self.chat.sample_frames(videos[i]) for i in rows]
         scores[rows] = self.compare(stills, [prompts[i] for i in rows], groups.cpu()[rows])
         return scores
 
     def self_check(self) -> None:
-        """Raises RewardError where the judge cannot be reached, or prefers blue where red was asked for."""
+        """Raise RewardError if the judge cannot be reached or does not prefer red when asked for red."""
         self.chat.check()
         if self.check:
             groups = torch.zeros(2, dtype=torch.long)
@@ -58,10 +58,10 @@ class GroupJudge(ABC):
 
 
 class Pairwise(GroupJudge):
-    """Win rate in the group, each pair shown in both orders (Pref-GRPO, arXiv:2508.20751).
+    """Win rate in the group, with each pair shown in both orders (Pref-GRPO, arXiv:2508.20751).
 
-    The judge answers `first`, `second` or `tie`. A verdict that turns with the order is a tie, and a tie half a win. A
-    pair that is not answered in both orders counts for neither.
+    The judge answers `first`, `second` or `tie`. Verdicts that contradict each other are a tie, and a tie is half a
+    win. A pair without a valid answer in both orders does not count.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Pairwise(GroupJudge):
         neighbours: int | None = None,
         check: bool = True,
     ) -> None:
-        """first, second, tie: the judge's words; neighbours: each member meets so many of those that follow it in the
-        group's circle, and as many before it; None: all meet all, n - 1 questions a picture in a group of n.
+        """first, second, tie: the judge's words; neighbours: each member is compared with this many on either side in
+        the circularly ordered group; None: with all others, n - 1 questions per image in a group of n.
         """
         super().__init__(chat, template, check)
         self.outcome = {first.casefold(): 1.0, second.casefold(): 0.0, tie.casefold(): 0.5}
@@ -88,15 +88,16 @@ class Pairwise(GroupJudge):
         pairs = self._pairs(groups.tolist())
         orders = [*pairs, *((j, i) for i, j in pairs)]
         questions = [
-            Question(torch.cat([stills[i], stills[j]]), filled(self.template, prompts[i]), (i, j)) for i, j in orders
+            Question(torch.cat([stills[i], stills[j]]), fill_template(self.template, prompts[i]), (i, j))
+            for i, j in orders
         ]
-        shown_first = torch.full((len(stills), len(stills)), torch.nan)  # what a row wins when it is shown first
+        shown_first = torch.full((len(stills), len(stills)), torch.nan)  # the row's outcome when it is shown first
         for (i, j), verdict in zip(orders, self.chat.ask(questions, self.verdict), strict=True):
             shown_first[i, j] = torch.nan if verdict is None else verdict
         return win_rate((shown_first + 1 - shown_first.T) / 2, groups)
 
     def verdict(self, choice: dict[str, Any]) -> float:
-        """What the picture shown first wins: 1, 0 or ½ by the last line of the answer; NaN if that does not say."""
+        """Outcome for the image shown first, 1, 0 or ½, from the last line of the answer; NaN if it has no verdict."""
         lines = text_of(choice).splitlines() or [""]
         words = {word.casefold() for word in self._word.findall(lines[-1])}
         return self.outcome[words.pop()] if len(words) == 1 else math.nan
@@ -116,17 +117,17 @@ class Pairwise(GroupJudge):
 
 
 class Ranking(GroupJudge):
-    """Place in the judge's order of the whole group, from 0 (last) to 1 (first), mean of two opposite displays.
+    """Rank in the judge's ordering of the whole group, from 0 (last) to 1 (first), averaged over two opposite displays.
 
-    The judge answers with the numbers of the pictures, 1 for the one shown first, best first, as a JSON list. What is
-    no permutation does not count.
+    The judge answers with a JSON list of image numbers, best first, where 1 is the image shown first. Answers that are
+    not a permutation do not count.
     """
 
     def compare(self, stills: Sequence[Tensor], prompts: Sequence[str], groups: Tensor) -> Tensor:
         members = [(groups == group).nonzero().flatten().tolist() for group in groups.unique()]
         displays: list[list[int]] = [order for rows in members if len(rows) > 1 for order in (rows, rows[::-1])]
         questions = [
-            Question(torch.cat([stills[i] for i in rows]), filled(self.template, prompts[rows[0]]), tuple(rows))
+            Question(torch.cat([stills[i] for i in rows]), fill_template(self.template, prompts[rows[0]]), tuple(rows))
             for rows in displays
         ]
         scores = torch.full((len(displays), len(stills)), torch.nan)
@@ -137,7 +138,7 @@ class Ranking(GroupJudge):
         return scores.nanmean(dim=0)
 
     def order(self, choice: dict[str, Any]) -> list[int] | None:
-        """The last list of whole numbers in the answer."""
+        """The last list of integers in the answer."""
         lists = re.findall(r"\[[\d\s,]*\]", text_of(choice))
         try:
             return json.loads(lists[-1]) if lists else None

@@ -1,4 +1,4 @@
-"""Whether a picture shows the text that its prompt asks for: the OCR reward of Flow-GRPO (arXiv:2505.05470)."""
+"""OCR reward of Flow-GRPO (arXiv:2505.05470): does an image show the text that its prompt asks for?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.rewards.base import FrameReward
-from flowalign.rewards.drawings import check_order, noise, written
+from flowalign.rewards.drawings import check_order, noise, render_text
 from flowalign.rewards.pixels import as_bytes
 from flowalign.rewards.readers import READERS, Reader
 
@@ -18,11 +18,11 @@ QUOTED = re.compile('"([^"]+)"|“([^”]+)”')
 
 
 class OCR(FrameReward):
-    """1 - min(distance, n) / n in [0, 1] for a text of n characters; (B,), a video's being the mean of its frames.
+    """1 - min(edit distance, n) / n in [0, 1] for a text of n characters; (B,), the mean over the frames of a video.
 
-    The text is `text` of the prompt's line, or else what the prompt has in double quotes first. Blanks and capitals do
-    not count. As in Flow-GRPO's code, a picture in which the text stands whole scores 1 whatever else it shows;
-    `alone` counts that against it.
+    The text is `text` of the prompt's line, or else the first quotation in the prompt. Whitespace and case are ignored.
+    As in Flow-GRPO's code, an image that contains the whole text scores 1 whatever other text it shows; with `alone`
+    the other text counts against it.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class OCR(FrameReward):
         min_confidence: float = 0.0,
         alone: bool = False,
     ) -> None:
-        """min_confidence: pieces of text of which the engine is less sure, in [0, 1], do not count."""
+        """min_confidence: pieces of text with a lower confidence of the engine, in [0, 1], are ignored."""
         if engine not in READERS:
             raise ValueError(f"engine is one of {', '.join(READERS)} (got {engine}).")
         if not 0 <= min_confidence <= 1:
@@ -48,13 +48,13 @@ class OCR(FrameReward):
         return torch.tensor(scores, dtype=torch.float32)
 
     def read(self, picture: Tensor) -> str:
-        """What stands in a picture (3, H, W), without blanks, in small letters."""
+        """Read the text in an image (3, H, W), in lower case without whitespace."""
         pieces = self.reader(as_bytes(picture))
-        return plain("".join(text for text, confidence in pieces if confidence >= self.min_confidence))
+        return normalise("".join(text for text, confidence in pieces if confidence >= self.min_confidence))
 
     def self_check(self) -> None:
-        """RewardError if the engine is missing, or does not prefer a written word to another one and to noise."""
-        pictures = torch.stack([written("GARDEN"), written("CARBON"), noise()])
+        """Raise RewardError if the engine is missing or does not rank a word above another one and noise."""
+        pictures = torch.stack([render_text("GARDEN"), render_text("CARBON"), noise()])
         scores = self.score(pictures, ["a sign"] * 3, [{"text": "GARDEN"}] * 3).tolist()
         check_order(f"OCR by {self.engine}", scores, "GARDEN, CARBON and noise by how much of GARDEN they show")
 
@@ -65,24 +65,24 @@ class OCR(FrameReward):
 
 
 def wanted_text(prompt: str, entry: dict[str, Any]) -> str:
-    """The text that a picture of this prompt should show, plain."""
+    """The text that an image of this prompt should show, normalised. Raises ValueError if there is none."""
     quoted = QUOTED.search(prompt)
     text = entry.get("text", next(filter(None, quoted.groups())) if quoted else "")
-    if not isinstance(text, str) or not plain(text):
+    if not isinstance(text, str) or not normalise(text):
         raise ValueError(
             "the OCR reward looks for a text: put it into double quotes in the prompt, or give the line a `text` "
             f"(prompt: {prompt!r})."
         )
-    return plain(text)
+    return normalise(text)
 
 
-def plain(text: str) -> str:
-    """Without blanks, in small letters."""
+def normalise(text: str) -> str:
+    """Remove whitespace and convert to lower case."""
     return "".join(text.split()).lower()
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Insertions, deletions and replacements from one to the other (Levenshtein)."""
+    """Levenshtein distance: minimum number of insertions, deletions and substitutions."""
     row = list(range(len(second) + 1))
     for i, letter in enumerate(first, start=1):
         diagonal, row[0] = row[0], i

@@ -1,4 +1,4 @@
-"""Which picture of a prompt people prefer, by PickScore (arXiv:2305.01569)."""
+"""Human preference for images of a prompt, by PickScore (arXiv:2305.01569)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowalign.rewards.embedding import TextImage
 
 @dataclass(eq=False)
 class PickScore(TextImage):
-    """exp(logit scale) times the cosine, about 15 to 25; a difference of d is a preference of sigmoid(d)."""
+    """exp(logit scale) · cosine, about 15 to 25; P(a is preferred to b) = sigmoid(score of a - score of b)."""
 
     pretrained: str = "yuvalkirstain/PickScore_v1"
     processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -1,4 +1,4 @@
-"""From pictures in [0, 1] to the pixels that a vision model was trained on, on any device and without torchvision."""
+"""Preprocessing of images for vision models, on any device and without torchvision."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ Triple = tuple[float, float, float]
 CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 FILTERS = {2: "bilinear", 3: "bicubic"}
-"""PIL's numbers of the filters that vision models use."""
+"""PIL's codes of the resampling filters that vision models use."""
 
 
-def rounded(pictures: Tensor) -> Tensor:
-    """Values in [0, 1] as a picture file would hold them: multiples of 1/255."""
-    return (pictures.clamp(0, 1) * 255 + 0.5).floor() / 255  # halves upwards, as PIL rounds
+def quantise(pictures: Tensor) -> Tensor:
+    """Round to multiples of 1/255 in [0, 1], as in an 8-bit image file."""
+    return (pictures.clamp(0, 1) * 255 + 0.5).floor() / 255  # rounds halves up, as PIL does
 
 
-def resized(pictures: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
-    """(N, 3, H, W) to (N, 3, height, width) as PIL does it: antialiased, rows first, rounded to 8 bits after each axis.
+def resize(pictures: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """Resize (N, 3, H, W) to (N, 3, height, width) as PIL does: antialiased, rows first, 8 bits after each axis.
 
-    The official processors work on such files; a model that saw none but those is judged on nothing else.
+    The models were trained on images that their official processors resized with PIL.
     """
-    pictures = rounded(pictures)
+    pictures = quantise(pictures)
     for size in ((pictures.shape[-2], width), (height, width)):
         if pictures.shape[-2:] != size:
-            pictures = rounded(interpolate(pictures, size, mode=mode, antialias=True, align_corners=False))
+            pictures = quantise(interpolate(pictures, size, mode=mode, antialias=True, align_corners=False))
     return pictures
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """A picture processor: resize, perhaps crop the middle, normalise.
+class ImageTransform:
+    """Image processor: resize, optionally center-crop, normalise.
 
-    fit: "stretch" to size = (height, width); "shortest" or "longest" make that side size[0] and keep proportions, the
-    latter with a black border up to a square. crop: (height, width) of the middle, or None.
+    fit: "stretch" to size = (height, width); "shortest" or "longest" resizes that side to size[0] and keeps the aspect
+    ratio, the latter with black padding to a square. crop: (height, width) of the center crop, or None.
     """
 
     size: tuple[int, int]
@@ -53,11 +53,11 @@ class Pixels:
     mode: str = "bicubic"
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], source: str) -> Pixels:
-        """The processor that a preprocessor_config.json describes; `source` is its name for the error."""
+    def from_config(cls, settings: Mapping[str, Any], source: str) -> ImageTransform:
+        """The processor described by a preprocessor_config.json; `source` names it in the error message."""
         try:
             size = settings["size"]
-            size = {"shortest_edge": size} if isinstance(size, int) else size  # CLIP's older files
+            size = {"shortest_edge": size} if isinstance(size, int) else size  # older files of CLIP
             square = "height" in size
             crop = settings.get("crop_size") if settings.get("do_center_crop") else None
             crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
@@ -71,26 +71,26 @@ class Pixels:
                 FILTERS[settings.get("resample", 3)],
             )
         except (KeyError, TypeError) as error:
-            raise RewardError(f"the preprocessor_config.json of {source} is of no known form ({error}).") from error
+            raise RewardError(f"the preprocessor_config.json of {source} has an unknown format ({error}).") from error
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """(N, 3, H, W) in [0, 1] → (N, 3, h, w) float32, normalised."""
-        pictures = resized(pictures, *self._target(pictures.shape[-2], pictures.shape[-1]), mode=self.mode)
+        """Preprocess images (N, 3, H, W) in [0, 1] → (N, 3, h, w) float32."""
+        pictures = resize(pictures, *self._target_size(pictures.shape[-2], pictures.shape[-1]), mode=self.mode)
         if self.fit == "longest":
-            pictures = _bordered(pictures, self.size[0])
+            pictures = _pad_to_square(pictures, self.size[0])
         if self.crop is not None:
-            pictures = _middle(pictures, *self.crop)
+            pictures = _center_crop(pictures, *self.crop)
         mean, std = (pictures.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (pictures - mean) / std
 
-    def _target(self, height: int, width: int) -> tuple[int, int]:
+    def _target_size(self, height: int, width: int) -> tuple[int, int]:
         if self.fit == "stretch":
             return self.size
         side = self.size[0]
         if self.fit == "longest":
             scale = side / max(height, width)
             return round(height * scale), round(width * scale)
-        # The longer side is cut to an integer, as PIL processors and torchvision both do.
+        # The longer side is truncated to an integer, as in PIL processors and torchvision.
         return (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
 
 
@@ -99,16 +99,16 @@ def _triple(values: Any) -> Triple:
     return first, second, third
 
 
-def _bordered(pictures: Tensor, side: int) -> Tensor:
+def _pad_to_square(pictures: Tensor, side: int) -> Tensor:
     height, width = side - pictures.shape[-2], side - pictures.shape[-1]
     return pad(pictures, (width // 2, width - width // 2, height // 2, height - height // 2))
 
 
-def _middle(pictures: Tensor, height: int, width: int) -> Tensor:
+def _center_crop(pictures: Tensor, height: int, width: int) -> Tensor:
     top, left = (pictures.shape[-2] - height) // 2, (pictures.shape[-1] - width) // 2
     return pictures[..., top : top + height, left : left + width]
 
 
 def as_bytes(media: Tensor) -> np.ndarray:
-    """(…, 3, H, W) in [0, 1] → (…, H, W, 3) uint8, as files hold it."""
+    """Convert (…, 3, H, W) in [0, 1] to (…, H, W, 3) uint8."""
     return (media.detach().float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Engines that read the text in a picture, installed or not."""
+"""OCR engines, which are optional dependencies."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from flowalign.rewards.base import RewardError
 
 
 class Reader(Protocol):
-    """picture (H, W, 3) uint8 → the pieces of text in it with a confidence in [0, 1] each, in reading order."""
+    """Image (H, W, 3) uint8 → pieces of text in reading order, each with a confidence in [0, 1]."""
 
     def __call__(self, picture: np.ndarray) -> list[tuple[str, float]]: ...
 
 
 class RapidOCR:
-    """PP-OCR by onnxruntime, the models that PaddleOCR runs; its wheel holds them, so nothing is downloaded."""
+    """PP-OCR, the models of PaddleOCR, run by onnxruntime. The wheel contains them, so nothing is downloaded."""
 
     def __init__(self) -> None:
         if missing := [name for name in ("rapidocr", "onnxruntime") if find_spec(name) is None]:
@@ -30,9 +30,9 @@ class RapidOCR:
         self._engine: Any = RapidOCR(
             params={
                 "Global.log_level": "critical",
-                "Global.use_cls": False,  # which turns upside-down lines, as Flow-GRPO does not either
-                "Global.text_score": 0.0,  # confidence is ours to judge
-                # PaddleOCR's own limits, by which small pictures are not enlarged: seven times as quick at 256 pixels
+                "Global.use_cls": False,  # no detection of upside-down text, as in Flow-GRPO
+                "Global.text_score": 0.0,  # OCR.min_confidence filters instead
+                # PaddleOCR's own limits, which do not enlarge small images: seven times as fast at 256 pixels
                 "Det.limit_type": "max",
                 "Det.limit_side_len": 960,
                 "EngineConfig.onnxruntime.intra_op_num_threads": threads,
@@ -41,19 +41,19 @@ class RapidOCR:
         )
 
     def __call__(self, picture: np.ndarray) -> list[tuple[str, float]]:
-        found = self._engine(np.ascontiguousarray(picture[..., ::-1]))  # it takes BGR
+        found = self._engine(np.ascontiguousarray(picture[..., ::-1]))  # expects BGR
         return list(zip(found.txts or (), (float(score) for score in found.scores or ()), strict=True))
 
 
 class Tesseract:
-    """The system's tesseract; layout 11, sparse text, finds words wherever they are."""
+    """The system's tesseract with page segmentation mode 11, sparse text, which finds words anywhere."""
 
     def __init__(self) -> None:
         if shutil.which("tesseract") is None:
             raise RewardError("engine tesseract needs the program: apt install tesseract-ocr, or use engine=rapidocr.")
         if find_spec("pytesseract") is None:
             raise RewardError("engine tesseract needs pytesseract: pip install 'flowalign[ocr]'.")
-        os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # its threads cost more than they bring
+        os.environ.setdefault("OMP_THREAD_LIMIT", "1")  # its threading slows it down
 
     def __call__(self, picture: np.ndarray) -> list[tuple[str, float]]:
         import pytesseract

@@ -1,4 +1,4 @@
-"""A reward that another process computes: `flowalign reward-server`, or anything that speaks rewards/wire.py."""
+"""Client for a reward server: `flowalign reward-server`, or any server of the protocol in rewards/wire.py."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from flowalign.rewards.base import RewardError, checked
-from flowalign.rewards.board import Errand, RefusedError
-from flowalign.rewards.png import eight_bits, encode
-from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report
-from flowalign.rewards.wire import Query, Sample, WireError, field, loaded, plain, scores_of
+from flowalign.rewards.base import RewardError, as_videos
+from flowalign.rewards.dispatch import RefusedError, Request
+from flowalign.rewards.png import encode, to_uint8
+from flowalign.rewards.transport import OnFailure, Patience, Replica, Replicas, report_failures
+from flowalign.rewards.wire import Query, Sample, WireError, get_field, json_copy, parse_json, read_scores
 
 
 class Remote:
-    """Scores of a reward server, (B,) on the CPU; NaN where the server says null, and where there was no answer.
+    """Scores of a reward server, (B,) on the CPU; NaN if the server answers null or not at all.
 
-    A call ends in `patience.total` seconds. No answer is ever taken for a score of 0, nor for that of another sample.
+    A call takes at most `patience.total` seconds. A missing answer never becomes a score of 0, nor is an answer ever
+    assigned to another sample.
     """
 
     def __init__(
@@ -36,9 +37,9 @@ class Remote:
         token_env: str = "FLOWALIGN_REWARD_TOKEN",
         patience: Patience | None = None,
     ) -> None:
-        """urls: replicas, of which any may answer; part: which of the served rewards; batch_size: samples in a request;
-        in_flight: requests at a replica at a time, so that it need not wait for the next one; groupwise: the served
-        reward compares the members of a group; on_failure: `drop` the samples (NaN), or `stop` by a RewardError.
+        """urls: equivalent replicas; part: which of the served rewards; batch_size: samples per request; in_flight:
+        concurrent requests per replica, so that it need not wait for the next one; groupwise: whether the served reward
+        compares the members of a group; on_failure: `drop` the samples (NaN) or `stop` with a RewardError.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 (got {batch_size}).")
@@ -52,30 +53,34 @@ class Remote:
     def __call__(
         self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], groups: Tensor | None = None
     ) -> Tensor:
-        """See `Reward`; `groups` (B,) where the served reward is groupwise. RewardError only with on_failure=stop."""
-        videos, finite = checked(media, prompts, metadata)
-        scores, videos = torch.full((len(videos),), torch.nan), eight_bits(videos)
+        """See `Reward`; `groups` (B,) for groupwise rewards. Raises RewardError only with on_failure=stop."""
+        videos, finite = as_videos(media, prompts, metadata)
+        scores, videos = torch.full((len(videos),), torch.nan), to_uint8(videos)
         batches = self._batches(finite.nonzero().flatten().tolist(), None if groups is None else groups.tolist())
-        errands = []
+        requests = []
         for rows in batches:
-            of = [None if groups is None else int(groups[i]) for i in rows]
-            about = [(prompts[i], plain(metadata[i], prompts[i]), group) for i, group in zip(rows, of, strict=True)]
-            errands.append(self._errand(videos[rows], about, video=media.ndim == 5))
-        self.replicas.ask(errands)
-        for errand, rows in zip(errands, batches, strict=True):
-            if not errand.reason:
-                scores[rows] = torch.tensor(errand.result)
-        lost = sum(len(rows) for errand, rows in zip(errands, batches, strict=True) if errand.reason)
-        report(f"the remote reward {self.part!r}", errands, lost, len(scores), self.on_failure)
+            fields = [
+                (prompts[i], json_copy(metadata[i], prompts[i]), None if groups is None else int(groups[i]))
+                for i in rows
+            ]
+            requests.append(self._request(videos[rows], fields, video=media.ndim == 5))
+        self.replicas.ask(requests)
+        for request, rows in zip(requests, batches, strict=True):
+            if not request.reason:
+                scores[rows] = torch.tensor(request.result)
+        lost = sum(len(rows) for request, rows in zip(requests, batches, strict=True) if request.reason)
+        report_failures(f"the remote reward {self.part!r}", requests, lost, len(scores), self.on_failure)
         return scores
 
     def self_check(self) -> None:
-        """Waits for a server to be ready. Raises RewardError if none is in time, or if they serve different things."""
-        well = self.replicas.ready(_health)
-        for url, health in well.items():
+        """Wait for a server. Raises RewardError if none is ready in time, or if servers differ in what they serve."""
+        healthy = self.replicas.wait_until_ready(_health)
+        for url, health in healthy.items():
             self._check_part(url, health)
-        if len(served := {health["served"] for health in well.values()}) > 1:
-            raise RewardError(f"the reward servers {', '.join(well)} do not serve the same reward in the same version.")
+        if len(served := {health["served"] for health in healthy.values()}) > 1:
+            raise RewardError(
+                f"the reward servers {', '.join(healthy)} do not serve the same reward in the same version."
+            )
         self._served = served.pop()
 
     def close(self) -> None:
@@ -84,7 +89,7 @@ class Remote:
     # ------------------------------------------------------------ requests
 
     def _batches(self, rows: list[int], groups: list[int] | None) -> list[list[int]]:
-        """Rows of each request: so many, or whole groups."""
+        """Rows of each request: `batch_size` of them, or a whole group."""
         if not self.groupwise:
             return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         if groups is None:
@@ -94,24 +99,29 @@ class Remote:
             members.setdefault(groups[row], []).append(row)
         return list(members.values())
 
-    def _errand(self, videos: Tensor, about: Sequence[tuple[str, dict[str, Any], int | None]], video: bool) -> Errand:
-        """Pictures become PNG, and get their ids, on the thread that carries the request."""
-        request, ids, until = uuid4().hex, [], time.monotonic() + self.patience.total
+    def _request(
+        self, videos: Tensor, fields: Sequence[tuple[str, dict[str, Any], int | None]], video: bool
+    ) -> Request:
+        """Build a request; fields: prompt, metadata and group of each video.
+
+        PNG encoding and hashing are left to the thread that sends it.
+        """
+        request_id, ids, deadline = uuid4().hex, [], time.monotonic() + self.patience.total
 
         def body() -> bytes:
-            samples = [Sample(encode(frames), *of) for frames, of in zip(videos, about, strict=True)]
-            patience = min(self.patience.read, max(until - time.monotonic(), 0))
-            query = Query(request, self.part, video, samples, patience)
+            samples = [Sample(encode(frames), *rest) for frames, rest in zip(videos, fields, strict=True)]
+            patience = min(self.patience.read, max(deadline - time.monotonic(), 0))
+            query = Query(request_id, self.part, video, samples, patience)
             ids[:] = query.ids()
             return query.dump()
 
-        return Errand("/score", body, partial(self._read, request, ids))
+        return Request("/score", body, partial(self._read, request_id, ids))
 
-    def _read(self, request: str, ids: Sequence[str], answer: bytes) -> list[float]:
+    def _read(self, request_id: str, ids: Sequence[str], answer: bytes) -> list[float]:
         try:
-            scores, served = scores_of(answer, request, ids)
+            scores, served = read_scores(answer, request_id, ids)
         except WireError as error:
-            raise RefusedError(f"a reward server's answer does not count: {error}") from error
+            raise RefusedError(f"invalid answer of a reward server: {error}") from error
         with self._lock:
             self._served = self._served or served
             if served != self._served:
@@ -122,19 +132,19 @@ class Remote:
         parts = health["parts"]
         if self.part not in parts:
             raise RewardError(f"{url} does not serve {self.part!r}, but {', '.join(sorted(parts))}.")
-        groupwise = field(parts[self.part], "groupwise", bool)
+        groupwise = get_field(parts[self.part], "groupwise", bool)
         if groupwise != self.groupwise:
             word = str(groupwise).lower()
             raise RewardError(f"{url} serves {self.part!r} as groupwise={word}: say groupwise={word} here too.")
 
 
 def _health(replica: Replica) -> dict[str, Any]:
-    """What a server that is ready says of itself."""
+    """The health report of a server that is ready."""
     answer = replica.request("GET", "/health", None, 2 * replica.patience.connect)
     try:
-        health = loaded(answer)
+        health = parse_json(answer)
         for key, kind in (("served", str), ("parts", dict)):
-            field(health, key, kind)
+            get_field(health, key, kind)
     except WireError as error:
-        raise RewardError(f"{replica.url} is no reward server: {error}") from error
+        raise RewardError(f"{replica.url} is not a reward server: {error}") from error
     return health

@@ -1,4 +1,4 @@
-"""Rewards of the scenes world, read from pixels on the CPU wherever these are; a video scores its frames' mean."""
+"""Rewards of the scenes world, computed from pixels on the CPU; a video scores the mean of its frames."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from flowalign.shapes.verify import verify
 from flowalign.shapes.world import Spec, specs
 
 
-class _OfScene(FrameReward):
-    """Looks at one picture at a time, with the scene that was asked for."""
+class _SceneReward(FrameReward):
+    """Base class for rewards that compare one image at a time with the requested scene."""
 
     @abstractmethod
     def judge(self, image: np.ndarray, spec: Spec) -> float:
-        """image (H, W, 3) in [0, 1]."""
+        """Score an image (H, W, 3) in [0, 1]."""
 
     def self_check(self) -> None:
-        """Raises RewardError unless a picture of two things in their places scores above noise and above nothing."""
+        """Raise RewardError unless a correct image of two objects scores above noise and above an empty image."""
         spec, noise = specs("position")[0], np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
         right = self.judge(picture(spec, seed=0), spec)
-        for name, wrong in (("noise", noise), ("an empty picture", np.full_like(noise, 0.95))):
+        for name, wrong in (("noise", noise), ("an empty image", np.full_like(noise, 0.95))):
             if not right > self.judge(wrong, spec):
-                raise RewardError(f"{name} scores no less than a picture of {spec.captions()[0]} ({right:.3f}).")
+                raise RewardError(f"{name} scores no less than an image of {spec.captions()[0]} ({right:.3f}).")
 
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts
         images = pictures.cpu().movedim(-3, -1).numpy()
         try:
             scenes = [Spec.from_metadata(entry) for entry in metadata]
-        except ValueError as error:  # prompts of one's own
+        except ValueError as error:  # custom prompts without the metadata of the scenes world
             raise RewardError(
-                f"{error}; prompts of your own want another reward, such as reward=jpeg or reward=pickscore: see "
+                f"{error}; prompts of your own need another reward, such as reward=jpeg or reward=pickscore: see "
                 "docs/rewards.md."
             ) from error
         return torch.tensor([self.judge(i, s) for i, s in zip(images, scenes, strict=True)], dtype=torch.float32)
 
 
-class Shapes(_OfScene):
-    """The training reward: the strict verdict and the partial agreement, weighted."""
+class Shapes(_SceneReward):
+    """The training reward: weighted mean of the strict verdict and the partial agreement."""
 
     def __init__(self, strict_weight: float = 0.5) -> None:
         if not 0 <= strict_weight <= 1:
@@ -57,15 +57,15 @@ class Shapes(_OfScene):
         return self.strict_weight * strict + (1 - self.strict_weight) * partial
 
 
-class Strict(_OfScene):
-    """1 where the picture shows exactly what was asked, else 0: the figure to report."""
+class Strict(_SceneReward):
+    """1 if the image shows exactly what was asked, else 0: the figure to report."""
 
     def judge(self, image: np.ndarray, spec: Spec) -> float:
         return verify(image, spec)[0]
 
 
-class Quality(_OfScene):
-    """The gold measure, never to be optimised: how much the picture looks like a real one of its kind."""
+class Quality(_SceneReward):
+    """The gold measure, never to be optimised: how much the image looks like a real one of its kind."""
 
     def judge(self, image: np.ndarray, spec: Spec) -> float:
         return quality(image, spec.kind)

@@ -1,4 +1,4 @@
-"""Weights of reward models: from a folder or the hub, complete or refused, with the reason in a sentence."""
+"""Loading of reward models from a folder or the hub. Incomplete or unreadable weights raise a RewardError."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def fetched(pretrained: str, file: str, revision: str | None = None) -> Path:
-    """A file of a local folder, or of a hub repository by way of the local cache (HF_HOME, HF_HUB_OFFLINE)."""
-    with _explained(pretrained) as (where, local):
+def fetch(pretrained: str, file: str, revision: str | None = None) -> Path:
+    """Path of a file in a local folder, or in a hub repository via the local cache (HF_HOME, HF_HUB_OFFLINE)."""
+    with _resolved(pretrained) as (where, local):
         if not local:
             from huggingface_hub import hf_hub_download
 
@@ -32,13 +32,13 @@ def fetched(pretrained: str, file: str, revision: str | None = None) -> Path:
     return Path(where) / file
 
 
-def settings_of(pretrained: str, file: str, revision: str | None = None) -> dict[str, Any]:
-    """The contents of a JSON file there."""
-    return json.loads(fetched(pretrained, file, revision).read_text())
+def load_json(pretrained: str, file: str, revision: str | None = None) -> dict[str, Any]:
+    """Load a JSON file of a repository or folder."""
+    return json.loads(fetch(pretrained, file, revision).read_text())
 
 
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    """Names to tensors on the CPU, of a .safetensors file or a pickle, of which nothing but tensors is read."""
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Load tensors by name, on the CPU, from a .safetensors file or a pickle, of which only tensors are unpickled."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -55,76 +55,78 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def tokenizer_of(pretrained: str, revision: str | None = None) -> Any:
-    """The tokenizer of a repository or folder."""
-    with _explained(pretrained) as (where, _):
+def load_tokenizer(pretrained: str, revision: str | None = None) -> Any:
+    """Load the tokenizer of a repository or folder."""
+    with _resolved(pretrained) as (where, _):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(where, revision=revision)
 
 
-def config_of(kind: str, pretrained: str, revision: str | None = None) -> Any:
-    """The configuration of a repository or folder, of this class of transformers."""
-    with _explained(pretrained) as (where, _):
+def load_config(kind: str, pretrained: str, revision: str | None = None) -> Any:
+    """Load the configuration of a repository or folder as the transformers class named `kind`."""
+    with _resolved(pretrained) as (where, _):
         import transformers
 
         return getattr(transformers, kind).from_pretrained(where, revision=revision)
 
 
-def processor_of(pretrained: str, revision: str | None = None) -> Any:
-    """What prepares pictures and words together for the model of a repository or folder."""
-    with _explained(pretrained) as (where, _):
+def load_processor(pretrained: str, revision: str | None = None) -> Any:
+    """Load the processor for images and text of a repository or folder."""
+    with _resolved(pretrained) as (where, _):
         import transformers
 
         return transformers.AutoProcessor.from_pretrained(where, revision=revision)
 
 
-def once(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """lru_cache that makes a thing once, also where several rewards, each in a thread of its own, ask at a time."""
+def cached(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """An lru_cache that computes each value once, even when rewards in several threads ask for it concurrently."""
 
-    def decorate(make: Callable[P, T]) -> Callable[P, T]:
-        cached, lock = lru_cache(maxsize=maxsize)(make), Lock()
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        compute, lock = lru_cache(maxsize=maxsize)(function), Lock()
 
-        @wraps(make)
-        def asked(*arguments: P.args, **more: P.kwargs) -> T:
+        @wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
             with lock:
-                return cached(*arguments, **more)  # type: ignore[arg-type]
+                return compute(*args, **kwargs)  # type: ignore[arg-type]
 
-        return asked
+        return wrapper
 
     return decorate
 
 
-def model_of(kind: str, pretrained: str, revision: str | None, dtype: torch.dtype) -> Any:
-    """A model of this class of transformers, frozen. RewardError if a weight of it is missing there."""
-    with _explained(pretrained) as (where, _):
+def load_model(kind: str, pretrained: str, revision: str | None, dtype: torch.dtype) -> Any:
+    """Load a model of the transformers class named `kind`, frozen. Raises RewardError if a weight is missing."""
+    with _resolved(pretrained) as (where, _):
         import transformers
 
         network = getattr(transformers, kind)
         model, report = network.from_pretrained(where, revision=revision, dtype=dtype, output_loading_info=True)
-    # transformers fills what is missing with random numbers and goes on.
+    # transformers initialises missing weights at random and continues.
     if absent := sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]):
-        raise RewardError(f"{pretrained} is no {kind}: it lacks {len(absent)} weights, such as {absent[0]}.")
-    return frozen(model)
+        raise RewardError(f"{pretrained} is not a {kind}: it lacks {len(absent)} weights, such as {absent[0]}.")
+    return freeze(model)
 
 
-def built(make: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> Any:
-    """What `make` returns with these weights, all of them, frozen; nothing is initialised first."""
+def build(make: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: torch.dtype, source: str) -> Any:
+    """Build the module that `make` returns, without initialisation, and load exactly these weights; frozen."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
         model = make()
     try:
-        # assign: the tensors of the file become the parameters, so that a large model is in memory once
+        # assign=True makes the loaded tensors the parameters, so that a large model is in memory only once
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=True, assign=True)
     except RuntimeError as error:
         raise RewardError(f"the weights of {source} do not fit: {' '.join(str(error).split())[:300]}") from error
-    return frozen(model)
+    return freeze(model)
 
 
-def mlp_of(state: Mapping[str, Tensor], source: str, between: type[nn.Module] = nn.Identity) -> nn.Sequential:
-    """The linear layers of weights called N.weight and N.bias, in the order of N, with `between` after all but the
-    last; published reward heads number their dropouts too, which do nothing here."""
+def build_mlp(state: Mapping[str, Tensor], source: str, between: type[nn.Module] = nn.Identity) -> nn.Sequential:
+    """MLP of the linear layers N.weight and N.bias, in the order of N, with `between` after all but the last.
+
+    The numbers may have gaps: published reward heads also number their dropouts, which do nothing at inference.
+    """
     numbers = sorted({int(name.split(".")[0]) for name in state if name.split(".")[0].isdigit()})
     if not numbers or {f"{n}.{part}" for n in numbers for part in ("weight", "bias")} != set(state):
         raise RewardError(f"{source} holds no head of linear layers; its weights are {sorted(state)[:6]}.")
@@ -134,24 +136,24 @@ def mlp_of(state: Mapping[str, Tensor], source: str, between: type[nn.Module] = 
         layer = nn.Linear(weight.shape[1], weight.shape[0])
         layer.load_state_dict({"weight": weight, "bias": state[f"{number}.bias"].float()})
         layers += [layer, between()]
-    return frozen(nn.Sequential(*layers[:-1]))
+    return freeze(nn.Sequential(*layers[:-1]))
 
 
-def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """What begins with the prefix, without it."""
+def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose keys begin with `prefix`, with it removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def frozen(model: nn.Module) -> Any:
-    """The model in evaluation, without gradients."""
+def freeze(model: nn.Module) -> Any:
+    """Set a model to evaluation mode, without gradients."""
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
-def _explained(pretrained: str) -> Iterator[tuple[str, bool]]:
-    """The folder or hub id, and whether it is a folder.
+def _resolved(pretrained: str) -> Iterator[tuple[str, bool]]:
+    """Context with the folder or hub id, and whether it is a folder, for loading by transformers.
 
-    Without the library's bar over the weights and its table of those it did not need; its errors in our words.
+    Hides the library's progress bar and its table of unused weights, and turns its errors into RewardErrors.
     """
     from transformers.utils import logging as library
 

@@ -1,4 +1,4 @@
-"""A reward in processes of its own: for what is slow on the CPU, holds the interpreter, or may die."""
+"""Rewards in worker processes: for rewards that are CPU-bound, hold the GIL, or may crash."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ log = logging.getLogger("flowalign")
 
 
 class InWorkers:
-    """A reward of media whose batches are divided among processes.
+    """Distributes the batches of a reward of media among worker processes.
 
-    A chunk whose process dies, or takes longer than `timeout`, is given to a new one, once; then its scores are NaN.
-    The reward has to be picklable. Given as a class and its arguments (`_partial_: true`), it is made in the processes
-    and nowhere else.
+    A chunk whose process dies or takes longer than `timeout` is retried once in a new one; then its scores are NaN.
+    The reward must be picklable. If given as a class with its arguments (`_partial_: true`), it is created only in the
+    workers.
     """
 
     def __init__(
@@ -41,8 +41,9 @@ class InWorkers:
         timeout: float = 600.0,
         threads: int = 1,
     ) -> None:
-        """chunk: samples that a process scores at a time, groupwise rewards all of them; timeout: seconds for these,
-        the start of the process included; threads: of torch in a process."""
+        """chunk: samples that a process scores at a time, all of them for groupwise rewards; timeout: seconds for a
+        chunk, including the start of the process; threads: torch threads per process.
+        """
         for name, value in (("workers", workers), ("chunk", chunk), ("timeout", timeout), ("threads", threads)):
             if value <= 0:
                 raise ValueError(f"{name} must be positive (got {value}).")
@@ -63,36 +64,36 @@ class InWorkers:
         for worker in self._workers:
             self._idle.put(worker)
         self._pool = ThreadPoolExecutor(workers, "workers")
-        self._ended = weakref.finalize(self, _end, self._workers)
+        self._finalizer = weakref.finalize(self, _end_all, self._workers)
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]], **compared: Tensor) -> Tensor:
-        """See `Reward`; media travel as float32."""
+        """See `Reward`; media are sent as float32."""
         size = len(prompts) if self.groupwise else self.chunk
         rows = [slice(i, i + size) for i in range(0, len(prompts), size)]
-        pixels, also = media.detach().float().cpu(), {name: t.cpu().numpy() for name, t in compared.items()}
-        chunks = [("score", (pixels[r].numpy(), prompts[r], metadata[r], also)) for r in rows]
+        pixels, extra = media.detach().float().cpu(), {name: t.cpu().numpy() for name, t in compared.items()}
+        chunks = [("score", (pixels[r].numpy(), prompts[r], metadata[r], extra)) for r in rows]
         try:
-            return torch.cat([torch.as_tensor(part) for part in self._pool.map(self._asked, chunks)])
+            return torch.cat([torch.as_tensor(part) for part in self._pool.map(self._score_chunk, chunks)])
         except (KeyboardInterrupt, SystemExit):
-            self.close()  # the interpreter waits for its threads, and these for the processes
+            self.close()  # at exit the interpreter waits for the threads, and these for the processes
             raise
 
     def self_check(self) -> None:
-        """That of the reward, in a process, which also shows that one can be started; RewardError with the reason."""
-        with_one = self._idle.get()
+        """Run the reward's self-check in a worker, which also tests that one can be started. Raises RewardError."""
+        worker = self._idle.get()
         try:
-            with_one.ask("self_check", ())
+            worker.ask("self_check", ())
         except WorkerDiedError as error:
             raise RewardError(f"its worker {error}.") from error
         finally:
-            self._idle.put(with_one)
+            self._idle.put(worker)
 
     def close(self) -> None:
-        """Ends the processes."""
-        self._ended()
+        """Terminate the processes."""
+        self._finalizer()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _asked(self, request: tuple[str, tuple[Any, ...]]) -> Any:
+    def _score_chunk(self, request: tuple[str, tuple[Any, ...]]) -> Any:
         number = len(request[1][1])
         for outlook in ("they are scored again", "they have no score"):
             worker = self._idle.get()
@@ -106,11 +107,11 @@ class InWorkers:
 
 
 class WorkerDiedError(Exception):
-    """How a process ended that should not have."""
+    """A worker process ended unexpectedly; the message says how."""
 
 
 class Worker:
-    """One process, started when it is asked something and there is none."""
+    """One worker process, started on demand."""
 
     def __init__(self, packed: bytes, timeout: float, threads: int) -> None:
         self.packed, self.timeout, self.threads = packed, timeout, threads
@@ -119,13 +120,13 @@ class Worker:
         self.closed = False
 
     def ask(self, what: str, arguments: tuple[Any, ...]) -> Any:
-        """The answer; what the reward raises, or WorkerDiedError."""
+        """Call the reward in the process. Raises what the reward raises, or WorkerDiedError."""
         if self.closed:
             raise WorkerDiedError("has been closed")
         late = threading.Event()
         try:
             process, pipe = self._running()
-            # A dead process closes its end of the pipe, so killing it is the one way out of every wait.
+            # Killing the process closes its end of the pipe, which ends any blocking send or recv.
             timer = threading.Timer(self.timeout, lambda: (late.set(), process.kill()))
             timer.daemon = True
             timer.start()
@@ -144,35 +145,35 @@ class Worker:
 
     def _running(self) -> tuple[Any, Connection]:
         if self.process is None or self.pipe is None or not self.process.is_alive():
-            # Forked from a process without threads and accelerators, which has imported torch once for all of them.
+            # Workers are forked from a server without threads or accelerators that has already imported torch.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             self.pipe, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, self.packed, self.threads), daemon=True)
             process.start()
-            theirs.close()  # else its end would outlive it
+            theirs.close()  # otherwise the pipe would stay open when the process dies
             self.process = process
         return self.process, self.pipe
 
     def end(self, forever: bool = False) -> str:
-        """Leaves no process behind; says how it went."""
+        """Kill the process if it still runs, and describe how it ended. forever: allow no new one."""
         self.closed = self.closed or forever
         if self.process is None:
             return "it did not start"
-        self.process.join(0 if forever else 1)  # of a dead one, its own last words
+        self.process.join(0 if forever else 1)  # a dying process gets a second to report its own exit code
         self.process.kill()
         self.process.join()
-        return _meaning(self.process.exitcode)
+        return _describe_exit(self.process.exitcode)
 
 
-def _end(workers: list[Worker]) -> None:
+def _end_all(workers: list[Worker]) -> None:
     for worker in workers:
         worker.end(forever=True)
 
 
-def _meaning(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code == -signal.SIGKILL:
-        return "killed, often for want of memory"
+        return "killed, often for lack of memory"
     return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
@@ -180,9 +181,9 @@ def _meaning(code: int | None) -> str:
 
 
 def _serve(pipe: Connection, packed: bytes, threads: int) -> None:
-    """Answers until the other end is closed, or its process is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    """Main loop of a worker: answer until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     reward: Any = None
     while True:
@@ -191,27 +192,27 @@ def _serve(pipe: Connection, packed: bytes, threads: int) -> None:
         except (EOFError, OSError):
             return
         try:
-            reward = _made(packed) if reward is None else reward
-            answer = False, _answer(reward, what, arguments)
+            reward = _load(packed) if reward is None else reward
+            answer = False, _call(reward, what, arguments)
         except Exception as error:
-            answer = True, _portable(error)
+            answer = True, _picklable(error)
         pipe.send(answer)
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # also out of a reward that never returns
+        os._exit(1)  # even if a reward never returns
 
 
-def _made(packed: bytes) -> Any:
+def _load(packed: bytes) -> Any:
     reward = pickle.loads(packed)
     return reward() if isinstance(reward, partial) and isinstance(reward.func, type) else reward
 
 
 @torch.no_grad()
-def _answer(reward: Any, what: str, arguments: tuple[Any, ...]) -> Any:
+def _call(reward: Any, what: str, arguments: tuple[Any, ...]) -> Any:
     if what == "self_check":
         return getattr(reward, "self_check", lambda: None)()
     media, prompts, metadata, compared = arguments
@@ -220,8 +221,11 @@ def _answer(reward: Any, what: str, arguments: tuple[Any, ...]) -> Any:
     return torch.as_tensor(scores, dtype=torch.float32).numpy()
 
 
-def _portable(error: Exception) -> Exception:
-    """As it is if it can travel, with the trace of this process as a note where it gives no reason of its own."""
+def _picklable(error: Exception) -> Exception:
+    """The error itself if it can be pickled, otherwise a RuntimeError with its message.
+
+    Unless it is a RewardError, which explains itself, the traceback of this process is added as a note.
+    """
     if not isinstance(error, RewardError):
         error.add_note("".join(traceback.format_exception(error)))
     try:

@@ -1,1 +1,1 @@
-"""The other side of `reward=remote`: a process that serves rewards over HTTP."""
+"""Reward server for `reward=remote`: serves rewards over HTTP."""

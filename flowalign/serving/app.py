@@ -1,4 +1,4 @@
-"""The HTTP side of a reward server: who may ask, how much, and what a refusal says."""
+"""HTTP application of the reward server: authentication, limits and error responses."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch import Tensor
 from flowalign import __version__
 from flowalign.rewards.png import decode
 from flowalign.rewards.wire import PROTOCOL, Query, WireError, answer
-from flowalign.serving.worker import LateError, NoRoomError, Worker
+from flowalign.serving.worker import ExpiredError, QueueFullError, Worker
 
 log = logging.getLogger("flowalign")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request, and the seconds in which it must have arrived."""
+    """Limits of one request: size of its body, samples, pixels in all, and seconds until it must have arrived."""
 
     bytes: int
     samples: int
@@ -36,15 +36,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Served:
-    """What a server says that it serves."""
+    """What the server reports that it serves."""
 
     reward: str
     version: str
-    """Of exactly these rewards: another one gives other scores."""
+    """Identifies exactly these rewards; another version may score differently."""
 
 
 class RefusalError(Exception):
-    """An answer that is not 200, with its reason."""
+    """Error response: a status other than 200 and the reason."""
 
     def __init__(self, status: int, reason: str, retry_after: int | None = None) -> None:
         super().__init__(reason)
@@ -52,15 +52,15 @@ class RefusalError(Exception):
 
 
 def make_app(worker: Worker, served: Served, limits: Limits, token: str | None, grace: float) -> FastAPI:
-    """`grace`: seconds that the last requests have to be answered when the server is asked to end."""
+    """Create the application. grace: seconds for remaining requests to finish when the server shuts down."""
 
     @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
         yield
         await asyncio.to_thread(worker.stop, grace)
 
-    app = FastAPI(title="flowalign reward server", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="flowalign reward server", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     began = time.monotonic()
 
     @app.exception_handler(RefusalError)
@@ -71,7 +71,7 @@ def make_app(worker: Worker, served: Served, limits: Limits, token: str | None, 
 
     @app.get("/health")
     async def health(request: Request) -> Response:
-        _admit(request, token)
+        _authenticate(request, token)
         busy, now = worker.busy_since, time.monotonic()
         about = {
             "status": worker.state,
@@ -80,7 +80,7 @@ def make_app(worker: Worker, served: Served, limits: Limits, token: str | None, 
             "served": served.version,
             "flowalign": __version__,
             "protocol": PROTOCOL,
-            "parts": {name: _part(reward) for name, reward in worker.rewards.items()},
+            "parts": {name: _describe(reward) for name, reward in worker.rewards.items()},
             "scored": worker.scored,
             "busy_s": 0 if busy is None else round(now - busy, 3),
             "uptime_s": round(now - began, 3),
@@ -91,31 +91,33 @@ def make_app(worker: Worker, served: Served, limits: Limits, token: str | None, 
     @app.post("/score")
     async def score(request: Request) -> Response:
         try:
-            _admit(request, token)
+            _authenticate(request, token)
             if worker.state != "ready":
                 raise RefusalError(503, f"the reward is {worker.state}", retry_after=1)
-            worker.enter()
-        except NoRoomError:
-            raise await _drained(request, RefusalError(503, "too many requests are waiting", retry_after=1)) from None
+            worker.acquire_slot()
+        except QueueFullError:
+            raise await _after_draining(
+                request, RefusalError(503, "too many requests are waiting", retry_after=1)
+            ) from None
         except RefusalError as refusal:
-            raise await _drained(request, refusal) from None
+            raise await _after_draining(request, refusal) from None
         try:
-            query, media = await asyncio.to_thread(_read, await _body(request, limits), limits, worker)
+            query, media = await asyncio.to_thread(_parse, await _read_body(request, limits), limits, worker)
             scores = await _scores(worker, query, media)
             return Response(answer(query, scores, served.version), media_type="application/json")
         finally:
-            worker.leave()
+            worker.release_slot()
 
     return app
 
 
-def _part(reward: Any) -> dict[str, Any]:
+def _describe(reward: Any) -> dict[str, Any]:
     checked = "passed" if getattr(reward, "self_check", None) else "none"
     groupwise = bool(getattr(reward, "groupwise", False))
     return {"class": type(reward).__name__, "self_check": checked, "groupwise": groupwise}
 
 
-def _admit(request: Request, token: str | None) -> None:
+def _authenticate(request: Request, token: str | None) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
         raise RefusalError(401, "the token is missing or wrong")
@@ -124,15 +126,15 @@ def _admit(request: Request, token: str | None) -> None:
 async def _scores(worker: Worker, query: Query, media: Tensor) -> list[float]:
     try:
         return await asyncio.wrap_future(worker.submit(query, media))
-    except LateError:
-        raise RefusalError(504, "its turn came when nobody waited for it any more") from None
+    except ExpiredError:
+        raise RefusalError(504, "the client stopped waiting before its turn came") from None
     except Exception as error:
         log.exception("the reward failed")
         raise RefusalError(500, f"{type(error).__name__}: {error}") from error
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    """Read piece by piece, so that neither a lie about its length nor a slow sender takes what others need."""
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    """Read the body in chunks, so that neither a false content length nor a slow client ties up memory or slots."""
     too_large = RefusalError(413, f"the request has more than {limits.bytes} bytes; send fewer samples")
     body = bytearray()
     try:
@@ -141,16 +143,19 @@ async def _body(request: Request, limits: Limits) -> bytes:
                 body += part
                 if len(body) > limits.bytes:
                     body.clear()
-                    raise await _drained(request, too_large)
+                    raise await _after_draining(request, too_large)
     except TimeoutError:
         raise RefusalError(408, f"the request had not arrived after {limits.upload:g} s") from None
     except ClientDisconnect:
-        raise RefusalError(400, "the sender has left") from None
+        raise RefusalError(400, "the client disconnected") from None
     return bytes(body)
 
 
-async def _drained(request: Request, refusal: RefusalError) -> RefusalError:
-    """The refusal, once the sender is through or 5 s have passed: a connection closed on him would hide the reason."""
+async def _after_draining(request: Request, refusal: RefusalError) -> RefusalError:
+    """The refusal, once the client has sent its body or 5 s have passed.
+
+    If the connection were closed while it is sending, the client would not see the reason.
+    """
     with suppress(TimeoutError, ClientDisconnect):
         async with asyncio.timeout(5):
             async for _ in request.stream():
@@ -158,8 +163,8 @@ async def _drained(request: Request, refusal: RefusalError) -> RefusalError:
     return refusal
 
 
-def _read(body: bytes, limits: Limits, worker: Worker) -> tuple[Query, Tensor]:
-    """The query and its media (B, 3, H, W) or (B, F, 3, H, W) uint8. RefusalError 422 with the reason."""
+def _parse(body: bytes, limits: Limits, worker: Worker) -> tuple[Query, Tensor]:
+    """Parse the query and its media (B, 3, H, W) or (B, F, 3, H, W) uint8. Raises RefusalError 422 with the reason."""
     try:
         query = Query.load(body, limits.samples)
         if query.part not in worker.rewards:

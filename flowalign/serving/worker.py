@@ -1,4 +1,4 @@
-"""The one thread that owns the served rewards: it makes them, checks them, scores with them, and lets them go."""
+"""The single thread that owns the served rewards: it creates, checks, calls and closes them."""
 
 from __future__ import annotations
 
@@ -19,66 +19,66 @@ from flowalign.rewards.wire import Query
 log = logging.getLogger("flowalign")
 
 
-class NoRoomError(Exception):
-    """As many requests as are taken are here already."""
+class QueueFullError(Exception):
+    """All slots for requests are taken."""
 
 
-class LateError(Exception):
-    """Nobody waits for this answer any more."""
+class ExpiredError(Exception):
+    """The client no longer waits for this answer."""
 
 
 @dataclass
 class Job:
-    """A request with its media (B, …) uint8, and where its scores go."""
+    """A request with its media (B, …) uint8 and the future that receives its scores."""
 
     query: Query
     media: Tensor
-    until: float
+    deadline: float
     done: Future[list[float]] = field(default_factory=Future)
 
 
 class Worker:
-    """Scores one request after the other. `make`: the rewards by name, made on this thread, which also uses them."""
+    """Scores requests one at a time, on one thread that also creates the rewards."""
 
     def __init__(self, make: Callable[[], Mapping[str, Any]], device: str, places: int) -> None:
-        """places: requests that are in the house at a time, from their first byte to their answer."""
+        """make: creates the rewards by name; places: concurrent requests, each from its first byte to its answer."""
         self.state: Literal["starting", "ready", "failed", "stopped"] = "starting"
         self.reason = ""
         self.on_failure: Callable[[], object] = lambda: None
-        """Called when the rewards cannot be made, or do not pass their own check."""
+        """Called if the rewards cannot be created or fail their self-check."""
         self.rewards: Mapping[str, Any] = {}
         self.busy_since: float | None = None
         self.scored = 0
         self._make, self._device = make, device
-        self._places = threading.Semaphore(places)
+        self._slots = threading.Semaphore(places)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._live, name="scoring", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self, seconds: float) -> None:
-        """Finishes what is waiting, and leaves behind a reward that hangs."""
+        """Finish the queued requests; after `seconds`, abandon a reward that hangs."""
         self._jobs.put(None)
         self._thread.join(seconds)
 
-    def enter(self) -> None:
-        """Takes a place; raises NoRoomError. `leave` gives it back."""
-        if not self._places.acquire(blocking=False):
-            raise NoRoomError
+    def acquire_slot(self) -> None:
+        """Take a slot, to be returned by `release_slot`. Raises QueueFullError if there is none."""
+        if not self._slots.acquire(blocking=False):
+            raise QueueFullError
 
-    def leave(self) -> None:
-        self._places.release()
+    def release_slot(self) -> None:
+        self._slots.release()
 
     def submit(self, query: Query, media: Tensor) -> Future[list[float]]:
-        """The scores of a request, later; what the reward raises, or `LateError`, instead."""
+        """Queue a request. The future holds its scores, the reward's exception, or `ExpiredError`."""
         job = Job(query, media, time.monotonic() + query.patience)
         self._jobs.put(job)
         return job.done
 
     # ------------------------------------------------------------ the thread
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         try:
             self.rewards = self._make()
             for name, reward in self.rewards.items():
@@ -104,13 +104,13 @@ class Worker:
             return
         self.busy_since = time.monotonic()
         try:
-            if self.busy_since > job.until:
-                raise LateError
+            if self.busy_since > job.deadline:
+                raise ExpiredError
             with torch.inference_mode():
                 scores = self._score(job)
         except BaseException as error:
             _empty_cache(error)
-            # What would end this process, were it raised elsewhere, is a failure of the reward like any other.
+            # SystemExit and the like, raised by a reward, are failures of that reward and must not end the server.
             job.done.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
         else:
             job.done.set_result(scores)
@@ -129,11 +129,11 @@ class Worker:
         if scores.shape != (len(samples),):
             raise ValueError(f"the reward gave scores of shape {tuple(scores.shape)} for {len(samples)} samples")
         if scores.isinf().any():
-            log.warning("%s gave an infinite score, which goes out as null", job.query.part)
+            log.warning("%s gave an infinite score, which is sent as null", job.query.part)
         return scores.tolist()
 
 
 def _empty_cache(error: BaseException) -> None:
-    """After a lack of memory the next request, perhaps a smaller one, shall find what there is."""
+    """Free cached memory after an out-of-memory error: the next request may be smaller and fit."""
     if isinstance(error, torch.OutOfMemoryError):
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Benchmarks by name. One more is an entry here, and a reader if its file has a form of its own."""
+"""Benchmarks by name. To add one, add an entry here, and a reader in formats.py if its prompt files need one."""
 
 from flowalign.prompts import read_prompts
 from flowalign.suites import formats

@@ -1,4 +1,4 @@
-"""What a benchmark is, as far as `flowalign evaluate` needs to know it."""
+"""Description of a benchmark for `flowalign evaluate`."""
 
 from __future__ import annotations
 
@@ -10,34 +10,37 @@ from typing import Literal
 from flowalign.prompts import Prompt, PromptSet
 
 PROMPTS = Path("prompts")
-"""Where the files of a suite are looked for, in a folder of its name, unless a command says otherwise."""
+"""Default folder of prompt files, with one subfolder per suite."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Prompts with a category each (`tag`), how they are scored, and which figure counts."""
+    """Prompts with a category each (`tag`), the reward that scores them, and the figure to report."""
 
     read: Callable[[Path], list[Prompt]]
-    """Of one file."""
+    """Reads the prompts of one file."""
     files: tuple[str, ...]
-    """Names that the prompts may have in their folder; several files of one pattern are read together."""
+    """Patterns of the prompt files in their folder. The first that matches is used, and all its files are read."""
     source: str
-    """Where they can be had."""
+    """Where the prompts can be downloaded."""
     reward: str
-    """The option of the group `reward` that scores, unless a command says otherwise."""
+    """Default option of the config group `reward`."""
     measure: str = "reward"
-    """The measure that is the figure, where the reward has it; its objective otherwise."""
+    """The reported measure, if the reward has it; otherwise the objective is reported."""
     pictures: int = 1
-    """Per prompt, unless a command says otherwise."""
+    """Default number of images per prompt."""
     mean: Literal["categories", "pictures"] = "categories"
-    """What the figure is a mean of: of the means of the categories, or of all pictures alike."""
+    """Whether the figure is the mean of the category means, or the mean of all images."""
     title: str = ""
-    """What the benchmark calls the figure."""
+    """The benchmark's own name for the figure."""
     embedded: str = ""
-    """A prompt file inside the package, for a suite that needs no other."""
+    """Prompt file inside the package, for a suite that needs no download."""
 
     def prompts(self, name: str, given: str = "") -> list[Prompt]:
-        """Those of the file or folder `given`, or of prompts/<name>. Raises ValueError with where to get them."""
+        """Read the prompts from the file or folder `given`, or from prompts/<name>.
+
+        Raises ValueError, with the place to get them, if there are none.
+        """
         if self.embedded and not given:
             return PromptSet.read(self.embedded).prompts
         place = Path(given).expanduser() if given else PROMPTS / name
@@ -54,12 +57,14 @@ class Suite:
 
 
 def spread(prompts: Sequence[Prompt], number: int) -> list[int]:
-    """Positions of `number` prompts, in order, such that every category has its first ones; 0 or too many = all."""
+    """Ascending indices of `number` prompts, the first ones of every category; all if 0 or more than there are."""
     seen: dict[str, int] = {}
     ranks = []
     for prompt in prompts:
         tag = str(prompt.metadata.get("tag", ""))
         ranks.append(seen.setdefault(tag, 0))
         seen[tag] += 1
-    first = sorted(range(len(prompts)), key=lambda i: ranks[i])  # stable: the first of each, then the second …
+    first = sorted(
+        range(len(prompts)), key=lambda i: ranks[i]
+    )  # stable sort: the first of each category, then the second, …
     return sorted(first[: number or len(prompts)])

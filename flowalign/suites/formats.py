@@ -1,4 +1,4 @@
-"""The files that benchmarks come in. A line that cannot be read raises ValueError "file:line: reason"."""
+"""Readers of the benchmarks' prompt files. A malformed line raises ValueError "file:line: reason"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowalign.rewards.ocr import wanted_text
 
 
 def geneval(path: Path) -> list[Prompt]:
-    """An object a line: prompt, tag, include, perhaps exclude (GenEval's evaluation_metadata.jsonl)."""
+    """One JSON object per line: prompt, tag, include and optionally exclude (GenEval's evaluation_metadata.jsonl)."""
     prompts = read_prompts(path)
     for prompt in prompts:
         try:
@@ -25,7 +25,7 @@ def geneval(path: Path) -> list[Prompt]:
 
 
 def quoted(path: Path) -> list[Prompt]:
-    """A prompt a line, with the text that the picture shall show in double quotes (Flow-GRPO's OCR prompts)."""
+    """One prompt per line, with the text to render in double quotes (Flow-GRPO's OCR prompts)."""
     prompts = read_prompts(path)
     for prompt in prompts:
         try:
@@ -36,7 +36,7 @@ def quoted(path: Path) -> list[Prompt]:
 
 
 def table(path: Path) -> list[Prompt]:
-    """A .csv or .tsv with the columns Prompts (or Prompt) and Category; a .txt, a prompt a line, has no categories."""
+    """A .csv or .tsv with columns Prompts (or Prompt) and Category; or a .txt, one prompt per line, no categories."""
     if path.suffix == ".txt":
         return read_prompts(path)
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -63,6 +63,6 @@ def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Prompt]:
 
 
 def category(path: Path) -> list[Prompt]:
-    """A prompt a line; the category is the file's name before _val (T2I-CompBench)."""
+    """One prompt per line; the category is the file name without _val (T2I-CompBench)."""
     tag = path.stem.removesuffix("_val")
     return [replace(prompt, metadata={**prompt.metadata, "tag": tag}) for prompt in read_prompts(path)]

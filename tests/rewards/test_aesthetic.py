@@ -45,7 +45,7 @@ def test_the_rating_is_linear_in_the_normalised_embedding(folder: Path):
     reward = aesthetic(folder)
     model = CLIPModel.from_pretrained(folder).eval()
     with torch.no_grad():
-        seen = model.vision_model(pixel_values=reward.pixels(PICTURES)).pooler_output
+        seen = model.vision_model(pixel_values=reward.transform(PICTURES)).pooler_output
         x = normalize(model.visual_projection(seen))
     for number in WIDTHS:
         x = x @ head(5.5)[f"layers.{number}.weight"].T + head(5.5)[f"layers.{number}.bias"]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.dino import DinoSimilarity, shuffled
+from flowalign.rewards.dino import DinoSimilarity, shuffle_tiles
 from flowalign.rewards.drawings import drawings
-from flowalign.rewards.pixels import as_bytes, rounded
+from flowalign.rewards.pixels import as_bytes, quantise
 from tests.models.tiny.parts import seeded
 from tests.rewards.tiny import PICTURES, called, write_processor
 
@@ -35,9 +35,9 @@ def test_a_copy_is_most_alike_and_the_others_are_cosines_of_class_tokens(folder:
     from transformers import Dinov2Model
 
     reward = DinoSimilarity(str(folder), folder=str(folder))
-    scores = called(reward, rounded(PICTURES), image="0.png")
+    scores = called(reward, quantise(PICTURES), image="0.png")
     with torch.no_grad():
-        hidden = Dinov2Model.from_pretrained(folder).eval()(reward.pixels(PICTURES)).pooler_output
+        hidden = Dinov2Model.from_pretrained(folder).eval()(reward.transform(PICTURES)).pooler_output
     assert scores.allclose(normalize(hidden) @ normalize(hidden)[0], atol=1e-5)
     assert scores[0] == pytest.approx(1)
     assert scores.argmax() == 0
@@ -49,8 +49,8 @@ def test_a_copy_is_most_alike_and_the_others_are_cosines_of_class_tokens(folder:
 def test_every_line_has_its_own_picture(folder: Path):
     reward = DinoSimilarity(str(folder), key="before", folder=str(folder))
     lines = [{"before": "0.png"}, {"before": "1.png"}]
-    assert reward(rounded(PICTURES[:2]), ["", ""], lines).allclose(torch.ones(2))
-    assert reward(rounded(PICTURES[:2]), ["", ""], lines[::-1]).max() < 1 - 1e-4
+    assert reward(quantise(PICTURES[:2]), ["", ""], lines).allclose(torch.ones(2))
+    assert reward(quantise(PICTURES[:2]), ["", ""], lines[::-1]).max() < 1 - 1e-4
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_self_check_refuses_a_random_network_and_passes_one_that_sees_shapes(
 
 
 def test_shuffled_keeps_all_pixels():
-    before, after = drawings(), shuffled(drawings())
+    before, after = drawings(), shuffle_tiles(drawings())
     assert before.shape == after.shape
     assert not before.equal(after)
     assert before.flatten(2).sort().values.equal(after.flatten(2).sort().values)

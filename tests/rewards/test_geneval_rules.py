@@ -28,7 +28,7 @@ def red(things: Sequence[Thing]) -> list[str | None]:
 
 
 def seen(*things: Thing, tag: str = "") -> dict[str, list[Thing]]:
-    return Rules().kept(things, tag)
+    return Rules().select(things, tag)
 
 
 TWO_DOGS = task("counting", {"class": "dog", "count": 2}, exclude=[{"class": "dog", "count": 3}])
@@ -125,8 +125,8 @@ def test_a_thing_of_the_wrong_colour_is_no_anchor():
 
 def test_confidence_is_stricter_for_counting_and_a_threshold_is_itself_too_little():
     found = [thing("dog", score=0.9), thing("dog", 30, score=0.91), thing("dog", 60, score=0.3)]
-    assert [t.score for t in Rules().kept(found, "counting")["dog"]] == [0.91]
-    assert [t.score for t in Rules().kept(found, "colors")["dog"]] == [0.91, 0.9]
+    assert [t.score for t in Rules().select(found, "counting")["dog"]] == [0.91]
+    assert [t.score for t in Rules().select(found, "colors")["dog"]] == [0.91, 0.9]
 
 
 def test_the_less_confident_of_two_overlapping_things_goes_if_that_is_wanted():
@@ -134,15 +134,15 @@ def test_the_less_confident_of_two_overlapping_things_goes_if_that_is_wanted():
     assert overlap(one, same) == pytest.approx(80 / 120)
     assert overlap(one, apart) == 0
     other = thing("cat", 0, score=0.6)  # of another class: never the same thing
-    assert len(Rules().kept([one, same, apart, other], "")["dog"]) == 3
-    kept = Rules(max_overlap=0.5).kept([same, other, apart, one], "")
+    assert len(Rules().select([one, same, apart, other], "")["dog"]) == 3
+    kept = Rules(max_overlap=0.5).select([same, other, apart, one], "")
     assert kept == {"dog": [one, apart], "cat": [other]}
-    assert len(Rules(max_overlap=0.7).kept([one, same], "")["dog"]) == 2
+    assert len(Rules(max_overlap=0.7).select([one, same], "")["dog"]) == 2
 
 
 def test_only_the_most_confident_of_a_class_are_kept():
     found = [thing("dog", 20 * i, score=0.4 + i / 100) for i in range(20)]
-    assert [t.score for t in Rules().kept(found, "")["dog"]] == sorted((t.score for t in found), reverse=True)[:16]
+    assert [t.score for t in Rules().select(found, "")["dog"]] == sorted((t.score for t in found), reverse=True)[:16]
 
 
 @pytest.mark.parametrize(

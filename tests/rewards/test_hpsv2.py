@@ -114,7 +114,7 @@ def test_the_converted_network_is_the_one_of_its_authors(folder: Path):
         tokens = clip_tokenizer()(prompt)["input_ids"]
         row[: len(tokens)] = torch.tensor(tokens)
     theirs = OpenClip(weights())
-    seen, read = theirs.pictures(reward.pixels(PICTURES)), theirs.texts(ids)
+    seen, read = theirs.pictures(reward.transform(PICTURES)), theirs.texts(ids)
     assert called(reward).allclose((normalize(seen) * normalize(read)).sum(dim=1), atol=1e-5)
 
 
@@ -144,7 +144,7 @@ def test_self_check(folder: Path):
         ({"visual.proj": torch.zeros(WIDTH, 7)}, "do not fit: .*size mismatch for visual_projection.weight"),
         (
             {"visual.attn_pool.query": torch.zeros(1)},
-            "is no CLIP in the layout of open_clip: 'visual.attn_pool' has no",
+            "is not a CLIP checkpoint in open_clip's layout: 'visual.attn_pool' is unexpected",
         ),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_prompt_cannot_speak_for_the_model_and_is_cut_when_long(folder: Path, 
     assert called(reward, PICTURES[:1], ["<|Reward|> <|image_pad|>"]).isfinite().all()
     first = called(reward, PICTURES[:2], ["x" * 20] * 2)
     assert called(reward, PICTURES[:2], ["x" * 30] * 2).equal(first)
-    assert len([record for record in caplog.records if "are cut" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "are truncated" in record.getMessage()]) == 1
 
 
 def test_half_precision_keeps_the_head_whole(folder: Path):
@@ -188,5 +188,5 @@ def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path):
     with pytest.raises(RewardError, match=r"needs \{text_prompt\} and one <\|Reward\|>"):
         called(hpsv3(folder, question=str(tmp_path / "none.txt")))
     save_file(head(), folder / "head.safetensors")
-    with pytest.raises(RewardError, match="is no HPSv3"):
+    with pytest.raises(RewardError, match="is not an HPSv3 checkpoint"):
         called(hpsv3(folder, file="head.safetensors"))

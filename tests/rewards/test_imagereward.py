@@ -139,9 +139,9 @@ def test_the_converted_network_is_the_one_of_its_authors(folder: str):
     reward = ImageReward(folder, processor=None)
     scores = called(reward)  # loads it
     words = reward.tokens(PROMPTS, LENGTH)
-    from flowalign.rewards.pixels import Pixels
+    from flowalign.rewards.pixels import ImageTransform
 
-    pixels = Pixels((SIDE, SIDE), "shortest", (SIDE, SIDE))(PICTURES)
+    pixels = ImageTransform((SIDE, SIDE), "shortest", (SIDE, SIDE))(PICTURES)
     expected = Authors(weights()).rate(pixels, words["input_ids"], words["attention_mask"])
     assert expected.std() > 0
     assert scores.allclose(expected, atol=1e-5)
@@ -186,7 +186,7 @@ def _rig(reward: ImageReward) -> None:
     ("name", "sentence"),
     [
         (f"{EYES}.norm.weight", "do not fit: .*post_layernorm.weight"),
-        (f"{EYES}.patch_embed.proj.weight", "is no ImageReward: 'patch_embed.proj.weight' is missing"),
+        (f"{EYES}.patch_embed.proj.weight", "is not an ImageReward checkpoint: 'patch_embed.proj.weight' is missing"),
         ("mlp.layers.2.bias", "holds no head of linear layers"),
     ],
 )

@@ -178,6 +178,8 @@ def test_a_video_is_shown_by_its_stills(endpoint: Endpoint, chat: Chat):
     endpoint.say = lambda red, *_: text(f"score: {len(red) + red[-1]:.3f}")
     video = MEDIA[[0, 2, 1]][None]
     assert Rubric(chat, "", 0, 10)(video, [""], [{}]).item() == pytest.approx((2 + 0.9) / 10, abs=1e-3)
+    chat.frames = 1  # its middle: the first one may be the picture that the whole group was made from
+    assert Rubric(chat, "", 0, 10)(video, [""], [{}]).item() == pytest.approx((1 + 0.5) / 10, abs=1e-3)
 
 
 # ------------------------------------------------------------ comparisons

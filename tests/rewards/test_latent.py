@@ -209,11 +209,13 @@ def program(compose: Callable[..., DictConfig], sd3_folder: Path, tmp_path: Path
 
 
 def test_an_interrupted_training_ends_where_an_uninterrupted_one_does(
-    program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    program: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     from flowalign.rewards.latent.training import Training
 
-    whole = load_file(program("whole") / "reward.safetensors")
+    with caplog.at_level("INFO"):
+        whole = load_file(program("whole") / "reward.safetensors")
+    assert "latents of prompt 3 of 3" in caplog.text  # although a file has room for two
     step = Training.loss
 
     def killed(self: Training, number: int) -> Tensor:

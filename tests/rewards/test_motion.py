@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.frames import Frames, chosen
+from flowalign.rewards.frames import Frames, evenly_spaced
 from flowalign.rewards.groupwise import WinRate
 from flowalign.rewards.jpeg import Jpeg
 from flowalign.rewards.motion import Motion, Smoothness
@@ -76,7 +76,7 @@ def test_what_cannot_move_is_refused():
 def test_self_check_of_motion(monkeypatch: pytest.MonkeyPatch):
     Motion().self_check()
     with monkeypatch.context() as changed:
-        changed.setattr(Motion, "_length", lambda self, first, second: 1.0)
+        changed.setattr(Motion, "_mean_flow", lambda self, first, second: 1.0)
         with pytest.raises(RewardError, match="to a fast, a slow and a still square"):
             Motion().self_check()
     monkeypatch.setattr("flowalign.rewards.motion.find_spec", lambda name: None)
@@ -85,7 +85,7 @@ def test_self_check_of_motion(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_frames_are_evenly_spaced_and_include_the_ends():
-    assert [chosen(33, num) for num in (1, 2, 3, 5)] == [[16], [0, 32], [0, 16, 32], [0, 8, 16, 24, 32]]
+    assert [evenly_spaced(33, num) for num in (1, 2, 3, 5)] == [[16], [0, 32], [0, 16, 32], [0, 8, 16, 24, 32]]
 
 
 def test_a_reward_of_some_frames_is_the_reward_of_the_video_of_these():

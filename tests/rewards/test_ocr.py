@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.drawings import noise, written
+from flowalign.rewards.drawings import noise, render_text
 from flowalign.rewards.ocr import OCR, edit_distance, wanted_text
 from flowalign.rewards.readers import READERS
 from tests.conftest import ROOT
@@ -41,21 +41,21 @@ def score(reward: OCR, picture: torch.Tensor, text: str) -> float:
 
 
 def test_a_legible_text_scores_one_and_noise_nothing(ocr: OCR):
-    assert score(ocr, written("GARDEN"), "garden") == 1
+    assert score(ocr, render_text("GARDEN"), "garden") == 1
     assert score(ocr, noise(), "garden") == 0
     ocr.self_check()
 
 
 def test_every_wrong_letter_costs_its_share(ocr: OCR):
-    assert score(ocr, written("WARDEN"), "garden") == pytest.approx(5 / 6)
+    assert score(ocr, render_text("WARDEN"), "garden") == pytest.approx(5 / 6)
 
 
 def test_a_score_depends_on_its_own_picture_only_and_nan_stays_apart(ocr: OCR):
-    pictures = torch.stack([written("GARDEN"), written("MARKET"), written("GARDEN")])
+    pictures = torch.stack([render_text("GARDEN"), render_text("MARKET"), render_text("GARDEN")])
     pictures[2, 0, 0, 0] = torch.nan
     scores = ocr(pictures, ['a sign "garden"'] * 3, [{}] * 3)
     assert scores[0] == 1
-    assert scores[1] == score(ocr, written("MARKET"), "garden") < 0.6
+    assert scores[1] == score(ocr, render_text("MARKET"), "garden") < 0.6
     assert scores[2].isnan()
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.drawings import drawings
-from flowalign.rewards.pixels import Pixels, as_bytes, resized, rounded
+from flowalign.rewards.pixels import ImageTransform, as_bytes, quantise, resize
 
 NOISE = torch.rand(1, 3, 150, 203, generator=torch.Generator().manual_seed(0))
-SMOOTH = resized(torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1)), 150, 203)
+SMOOTH = resize(torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(1)), 150, 203)
 TALL = drawings()[:1, :, :, 40:200]
 PICTURES = {"noise": NOISE, "smooth": SMOOTH, "tall": TALL, "small": NOISE[..., :30, :40]}
 
@@ -42,7 +42,7 @@ def official(kind: str, picture: Tensor, **settings: Any) -> tuple[Tensor, dict[
 )
 def test_pixels_are_those_of_the_official_processor(picture: str, kind: str, settings: dict[str, Any]):
     theirs, described = official(kind, PICTURES[picture], **settings)
-    ours = Pixels.of(described, "x")(PICTURES[picture])
+    ours = ImageTransform.from_config(described, "x")(PICTURES[picture])
     assert ours.shape == theirs.shape
     steps = ((ours - theirs) * torch.tensor(described["image_std"]).view(3, 1, 1) * 255).abs()
     assert steps.max() < 1.01  # one of 256 levels: PIL computes with weights of 22 bits
@@ -51,11 +51,13 @@ def test_pixels_are_those_of_the_official_processor(picture: str, kind: str, set
 
 def test_sizes_in_the_older_form_are_read():
     older = {"size": 32, "crop_size": 28, "do_center_crop": True, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
-    assert Pixels.of(older, "x") == Pixels((32, 32), "shortest", (28, 28), (0, 0, 0), (1, 1, 1))
+    assert ImageTransform.from_config(older, "x") == ImageTransform(
+        (32, 32), "shortest", (28, 28), (0, 0, 0), (1, 1, 1)
+    )
 
 
 def test_a_whole_picture_gets_a_black_border():
-    whole = Pixels((32, 32), "longest", mean=(0, 0, 0), std=(1, 1, 1))
+    whole = ImageTransform((32, 32), "longest", mean=(0, 0, 0), std=(1, 1, 1))
     out = whole(torch.ones(1, 3, 20, 40))
     assert out.shape == (1, 3, 32, 32)
     assert out[:, :, 8:24].eq(1).all()
@@ -64,10 +66,10 @@ def test_a_whole_picture_gets_a_black_border():
 
 def test_pictures_are_judged_as_files_would_be():
     exact = torch.full((1, 3, 32, 32), 100.4 / 255)
-    assert rounded(exact).mul(255).allclose(torch.tensor(100.0))
-    assert resized(exact, 16, 16).mul(255).allclose(torch.tensor(100.0))
+    assert quantise(exact).mul(255).allclose(torch.tensor(100.0))
+    assert resize(exact, 16, 16).mul(255).allclose(torch.tensor(100.0))
 
 
 def test_an_unknown_processor_is_refused():
-    with pytest.raises(RewardError, match=r"preprocessor_config.json of mine is of no known form \('image_mean'\)"):
-        Pixels.of({"size": 224}, "mine")
+    with pytest.raises(RewardError, match=r"preprocessor_config.json of mine has an unknown format \('image_mean'\)"):
+        ImageTransform.from_config({"size": 224}, "mine")

@@ -175,7 +175,7 @@ def test_the_check_waits_for_a_server_that_is_still_starting(nobody: str):
 def test_who_waits_for_a_server_is_told_once_what_for(
     nobody: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("flowalign.rewards.transport.QUIET", 0.0)
+    monkeypatch.setattr("flowalign.rewards.transport.WARN_AFTER", 0.0)
     with caplog.at_level("WARNING", "flowalign"), pytest.raises(RewardError, match="within 1.2 s"):
         Remote([nobody], patience=Patience(connect=0.2, start=1.2)).self_check()
     assert len(caplog.messages) == 1

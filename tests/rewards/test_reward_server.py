@@ -23,7 +23,7 @@ from PIL import Image
 
 from bench.marked import marked
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.png import eight_bits, encode
+from flowalign.rewards.png import encode, to_uint8
 from flowalign.rewards.remote import Remote
 from flowalign.rewards.transport import Patience
 from flowalign.rewards.wire import Query, Sample
@@ -89,7 +89,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def body(media: torch.Tensor, video: bool = False, **changes: Any) -> dict[str, Any]:
-    samples = [Sample(encode(frames if frames.ndim == 4 else frames[None]), "", {}) for frames in eight_bits(media)]
+    samples = [Sample(encode(frames if frames.ndim == 4 else frames[None]), "", {}) for frames in to_uint8(media)]
     return json.loads(Query("request", "reward", video, samples, 30).dump()) | changes
 
 
@@ -152,8 +152,8 @@ def bomb() -> bytes:
 
 
 MALFORMED: list[tuple[Any, str]] = [
-    (b"\x80\x04\x95pickle", "no JSON"),
-    (b"[" * 100_000, "no JSON"),
+    (b"\x80\x04\x95pickle", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
     ([], "no `protocol`"),
     (body(MEDIA[:1], protocol=99), "protocol 99"),
     (body(MEDIA[:1], part="beauty"), "'beauty' is not served here, but members, reward"),
@@ -161,9 +161,9 @@ MALFORMED: list[tuple[Any, str]] = [
     (body(MEDIA[:1], samples=[]), "0 samples"),
     (body(MEDIA[:9]), "9 samples in a request; 1 to 8 are accepted"),
     (body(MEDIA[:1], video="yes"), "`video` must be a bool"),
-    (body(MEDIA[None, :2], video=True) | {"video": False}, "a picture is one frame"),
+    (body(MEDIA[None, :2], video=True) | {"video": False}, "an image is one frame"),
     (body(MEDIA[:1], patience="for ever"), "patience must be a finite number"),
-    (bomb(), "1001000 pixels are more than the 1000000"),
+    (bomb(), "1001000 pixels exceed the limit of 1000000"),
 ]
 
 
@@ -178,11 +178,11 @@ def test_a_sample_that_changed_on_its_way_is_refused(server: Server):
     for change in ({"prompt": "another"}, {"metadata": {"a": 1}}, {"group": 1}):
         asked = body(MEDIA[:2])
         asked["samples"][1] |= change
-        assert "sample 1 is not what its id says" in server.post(json.dumps(asked).encode()).json()["error"]
+        assert "sample 1 does not match its id" in server.post(json.dumps(asked).encode()).json()["error"]
     asked = body(MEDIA[:2])
     first, second = asked["samples"]
     first["frames"], second["frames"] = second["frames"], first["frames"]
-    assert "sample 0 is not what its id says" in server.post(json.dumps(asked).encode()).json()["error"]
+    assert "sample 0 does not match its id" in server.post(json.dumps(asked).encode()).json()["error"]
 
 
 @pytest.mark.parametrize("file", [b"no picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40], ids=["text", "broken"])
@@ -198,7 +198,7 @@ def test_too_many_bytes_are_refused_and_said_so(server: Server):
 
 
 def test_a_full_server_says_when_to_come_back_and_answers_all_in_the_end(server: Server):
-    slow = json.loads(Query("r", "reward", False, [Sample(encode(eight_bits(MEDIA[:1])), "", {"sleep": 1})], 30).dump())
+    slow = json.loads(Query("r", "reward", False, [Sample(encode(to_uint8(MEDIA[:1])), "", {"sleep": 1})], 30).dump())
     answers: list[httpx.Response] = []
     threads = [
         threading.Thread(target=lambda: answers.append(server.post(json.dumps(slow).encode()))) for _ in range(6)

@@ -81,7 +81,7 @@ def test_a_different_number_of_prompts_or_metadata_is_refused(media):
 
 
 def test_prompts_of_ones_own_are_told_to_want_another_reward(media):
-    with pytest.raises(RewardError, match=r"shapes reward needs .* got \{\}; prompts of your own want another reward"):
+    with pytest.raises(RewardError, match=r"shapes reward needs .* got \{\}; prompts of your own need another reward"):
         Shapes()(media, PROMPTS, [{}, *METADATA[1:]])
 
 

@@ -63,7 +63,7 @@ def test_siglip_is_the_cosine_that_the_official_model_gives(folders: dict[str, s
     )
     reward = Siglip2(folders["siglip2"])
     with torch.no_grad():
-        out = model(input_ids=words["input_ids"], pixel_values=reward.pixels(PICTURES))
+        out = model(input_ids=words["input_ids"], pixel_values=reward.transform(PICTURES))
     assert called(reward).allclose((out.image_embeds * out.text_embeds).sum(dim=1), atol=1e-5)
     assert called(reward, prompts=[prompt.upper() for prompt in PROMPTS]).equal(called(reward))
 
@@ -100,8 +100,8 @@ def test_a_long_prompt_is_cut_and_that_is_said_once(make: Callable[..., TextImag
         first = called(reward, prompts=["x" * 200] * 5)
         second = called(reward, prompts=["x" * 300] * 5)
     assert first.equal(second)
-    (said,) = [record.message for record in caplog.records if "are cut" in record.message]
-    assert re.search(r"reads (64|77) tokens of a prompt; longer ones \(here 202\) are cut", said)
+    (said,) = [record.message for record in caplog.records if "are truncated" in record.message]
+    assert re.search(r"reads (64|77) tokens of a prompt; longer ones \(here 202\) are truncated", said)
 
 
 def test_self_check_refuses_random_weights_and_passes_those_that_match(make: Callable[..., TextImage]):
@@ -121,7 +121,7 @@ def test_weights_that_are_missing_are_not_made_up(folders: dict[str, str], tmp_p
     weights = load_file(folder / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RewardError, match=r"is no CLIPModel: it lacks 1 weights, such as visual_projection.weight"):
+    with pytest.raises(RewardError, match=r"is not a CLIPModel: it lacks 1 weights, such as visual_projection.weight"):
         called(ClipScore(str(folder)))
 
 

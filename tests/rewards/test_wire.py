@@ -9,18 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.rewards.png import decode, eight_bits, encode
-from flowalign.rewards.wire import Query, Sample, WireError, answer, plain, scores_of
+from flowalign.rewards.png import decode, encode, to_uint8
+from flowalign.rewards.wire import Query, Sample, WireError, answer, json_copy, read_scores
 
 MEDIA = torch.rand(3, 3, 5, 7, generator=torch.Generator().manual_seed(0))
-PICTURES = eight_bits(MEDIA)
+PICTURES = to_uint8(MEDIA)
 
 
 def test_eight_bits_of_every_value_arrive():
     back = decode(encode(PICTURES), 1000)
     assert torch.equal(back, PICTURES)
     assert (back / 255 - MEDIA).abs().max() <= 1 / 510 + 1e-7
-    assert torch.equal(eight_bits(back / 255), back)
+    assert torch.equal(to_uint8(back / 255), back)
 
 
 def test_the_files_are_what_others_call_png():
@@ -43,7 +43,7 @@ def test_other_kinds_of_png_are_refused(mode: str):
 
 
 def test_pictures_of_several_sizes_are_refused():
-    with pytest.raises(ValueError, match="of one size"):
+    with pytest.raises(ValueError, match="have the same size"):
         decode([*encode(PICTURES), *encode(PICTURES[..., :3])], 1000)
 
 
@@ -76,14 +76,14 @@ def test_scores_are_paired_by_id_and_not_by_place():
 
     node = json.loads(answer(query(), [1.5, float("nan"), -2], "version"))
     node["scores"] = node["scores"][::-1]
-    scores, served = scores_of(json.dumps(node).encode(), "a request", query().ids())
+    scores, served = read_scores(json.dumps(node).encode(), "a request", query().ids())
     assert (scores[0], scores[2], served) == (1.5, -2, "version")
     assert scores[1] != scores[1]
     with pytest.raises(WireError, match="another request"):
-        scores_of(json.dumps(node).encode(), "one more", query().ids())
+        read_scores(json.dumps(node).encode(), "one more", query().ids())
 
 
 def test_keys_of_metadata_become_text_before_they_are_signed():
-    assert plain({2: 1, 10: 2}, "prompt") == {"2": 1, "10": 2}
+    assert json_copy({2: 1, 10: 2}, "prompt") == {"2": 1, "10": 2}
     with pytest.raises(ValueError, match="metadata of 'prompt' cannot be sent"):
-        plain({"x": float("nan")}, "prompt")
+        json_copy({"x": float("nan")}, "prompt")

@@ -71,7 +71,7 @@ def test_a_killed_process_costs_nothing_if_its_samples_can_be_scored_again(
 ):
     reward = workers(Light(str(tmp_path)))
     assert torch.equal(scores(reward, "a", "crash once", "b"), MEDIA[:3].flatten(1).mean(1))
-    assert "a worker that scored 1 samples died (killed, often for want of memory): they are sc" in caplog.text
+    assert "a worker that scored 1 samples died (killed, often for lack of memory): they are sc" in caplog.text
 
 
 def test_samples_that_kill_twice_have_no_score_and_the_others_do(workers: Callable[..., InWorkers], caplog: Any):

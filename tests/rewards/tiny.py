@@ -70,9 +70,9 @@ def rig_text(reward: TextImage) -> None:
     last = model.text_projection if hasattr(model, "text_projection") else model.text_model.head
     inputs: list[Tensor] = []
     hook = last.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
-    reward.of_prompts(list(SCENES))
+    reward.embed_prompts(list(SCENES))
     hook.remove()
-    last.weight.copy_(solved(inputs[0], reward.of_pictures(reward.pixels(drawings()))))
+    last.weight.copy_(solved(inputs[0], reward.embed_images(reward.transform(drawings()))))
     if last.bias is not None:
         last.bias.zero_()
 

@@ -1,4 +1,4 @@
-"""A reward of latents, made of the first blocks of the policy's own transformer: PAVRM of HY-Video-PRFL."""
+"""Latent-space reward on the first blocks of the policy's own transformer: PAVRM of HY-Video-PRFL."""
 
 from flowalign.rewards.latent.reward import Latent
 

@@ -1,6 +1,6 @@
-"""What a latent reward learns from: latents of the policy, each with the reward of its picture or video.
+"""Training data of a latent reward: latents of the policy, each labelled with the reward of its image or video.
 
-They are kept on disk, some prompts in a file; a file that is there already is not made again.
+They are stored on disk, several prompts per file; existing files are reused.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ log = logging.getLogger("flowalign.latent")
 
 @dataclass(frozen=True)
 class Media:
-    """How many are made: `per_prompt` of each of so many prompts, and with which noise."""
+    """How many latents to generate: `per_prompt` for each of `prompts` prompts, with noise from `seed`."""
 
     prompts: int
     per_prompt: int = 8
     strangers: int = 0
-    """So many other prompts each one is labelled for as well: cheap examples of what was not asked for."""
+    """Number of other prompts that each latent is also labelled for: cheap examples of mismatches."""
     seed: int = 0
     prompts_per_file: int = 16
 
@@ -50,20 +50,20 @@ class Media:
 
 @dataclass
 class Examples:
-    """N of them; a latent is in 1 + strangers."""
+    """N labelled examples; each of the M latents is in 1 + strangers of them."""
 
     x0: Tensor
-    """(M, …) float16, the latents."""
+    """(M, …) float16 latents."""
     latent: Tensor
-    """(N,) rows of x0."""
+    """(N,) indices into x0."""
     prompt: Tensor
-    """(N,) positions in the list of prompts; examples of the same are compared."""
+    """(N,) indices into the list of prompts; examples of the same prompt are compared."""
     label: Tensor
     """(N,) float32, higher is better."""
 
 
-class Maker:
-    """Latents of a policy and their labels."""
+class LatentMaker:
+    """Generates latents of a policy and labels them."""
 
     def __init__(
         self,
@@ -78,20 +78,24 @@ class Maker:
         self.sampling, self.size, self.device = sampling, size, device
 
     def __call__(self, prompts: Sequence[Prompt], media: Media, folder: Path) -> Examples:
-        """Those of media.prompts prompts, made where they are missing."""
+        """Examples of the first media.prompts prompts; missing files in the folder are generated."""
         some, parts = list(prompts[: media.prompts]), []
         for start in range(0, len(some), media.prompts_per_file):
             path = folder / f"{start:06d}.safetensors"
             if not path.is_file():
-                tensors = self.made(some[start : start + media.prompts_per_file], media, start * media.per_prompt)
+                end = min(start + media.prompts_per_file, len(some))
+                tensors = self.generate_labelled(some[start:end], media, start * media.per_prompt)
                 with replacing(path) as file:
                     file.write(save(tensors))
-                log.info("%s: latents of prompt %d of %d", folder.name, start + media.prompts_per_file, len(some))
+                log.info("%s: latents of prompt %d of %d", folder.name, end, len(some))
             parts.append(load_file(path))
-        return joined(parts, media)
+        return merge(parts, media)
 
-    def made(self, prompts: Sequence[Prompt], media: Media, first: int) -> dict[str, Tensor]:
-        """x0 (n, …), sample-major, and label (1 + strangers, n): for the own prompt, and for the next ones."""
+    def generate_labelled(self, prompts: Sequence[Prompt], media: Media, first: int) -> dict[str, Tensor]:
+        """Generate x0 (n, …), all samples of a prompt in a row, and label (1 + strangers, n).
+
+        The labels are for the own prompt and for the ones that follow it in the list.
+        """
         n = len(prompts) * media.per_prompt
         latents, labels = [], []
         for start in range(0, n, self.sampling.batch_size):
@@ -110,8 +114,8 @@ class Maker:
         return self.scorer.combined(rewards).float().cpu()
 
 
-def joined(parts: Sequence[dict[str, Tensor]], media: Media) -> Examples:
-    """The examples of all files; those that could not be scored are left out."""
+def merge(parts: Sequence[dict[str, Tensor]], media: Media) -> Examples:
+    """Examples of all files, without those that could not be scored."""
     latent, prompt, first = [], [], 0
     for part in parts:
         strangers, n = part["label"].shape

@@ -1,4 +1,4 @@
-"""A latent reward on disk: its own weights, and a page of facts about them."""
+"""Saving and loading of latent rewards: the trained weights, and a JSON file that describes them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ TRAIN = "train one with python -m flowalign.rewards.latent"
 
 
 def save(network: Network, folder: Path, facts: dict[str, Any]) -> None:
-    """Weights in bfloat16, and what they belong to; `facts` go beside it."""
+    """Save the trained weights in bfloat16 and a description of the network and its base model, extended by `facts`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in network.own().items()}
+    tensors = {
+        name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in network.trained_parameters().items()
+    }
     save_file(tensors, folder / WEIGHTS)
-    whole = {
+    description = {
         "model": type(network.trunk.view).__name__,
         "pretrained": network.trunk.view.pretrained,
         "base": network.fingerprint(),
@@ -37,11 +39,11 @@ def save(network: Network, folder: Path, facts: dict[str, Any]) -> None:
         "link": asdict(network.link),
         **facts,
     }
-    (folder / FACTS).write_text(json.dumps(whole, indent=2) + "\n")
+    (folder / FACTS).write_text(json.dumps(description, indent=2) + "\n")
 
 
-def located(weights: str) -> Path:
-    """The folder of a latent reward, given as such or by its name inside this package; else a RewardError."""
+def find_folder(weights: str) -> Path:
+    """Folder of a latent reward, given by path or by its name in this package. Raises RewardError if there is none."""
     for folder in (Path(weights), ASSETS / weights):
         if (folder / FACTS).is_file() and (folder / WEIGHTS).is_file():
             return folder
@@ -53,8 +55,8 @@ def located(weights: str) -> Path:
 
 
 def load(model: FlowModel, weights: str) -> Network:
-    """The network on top of a model's own weights, without gradients; a RewardError if it was trained on others."""
-    folder = located(weights)
+    """Load the network on top of a model's weights, frozen. Raises RewardError if it was trained on other weights."""
+    folder = find_folder(weights)
     try:
         facts, tensors = json.loads((folder / FACTS).read_text()), load_file(folder / WEIGHTS)
         build, link, base = Build(**facts["build"]), Link(**facts["link"]), facts["base"]

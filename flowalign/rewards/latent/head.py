@@ -1,4 +1,4 @@
-"""From tokens to a number: attention from one learned query, then a small perceptron (PAVRM of HY-Video-PRFL)."""
+"""Reward head: attention pooling with a learned query, then an MLP (PAVRM of HY-Video-PRFL)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """Tokens (B, L, width) to a logit (B,). The pooled token is the query plus what it attends to."""
+    """Maps tokens (B, L, width) to logits (B,). Pooling adds the attention output to the query."""
 
     def __init__(self, width: int, heads: int = 8, hidden: Sequence[int] = (1024, 512)) -> None:
         super().__init__()

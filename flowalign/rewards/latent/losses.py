@@ -1,4 +1,4 @@
-"""How a latent reward learns from labels."""
+"""Losses of latent rewards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Loss = Literal["bce", "bradley_terry", "regression"]
 
 
 def targets(kind: Loss, label: Tensor) -> tuple[Tensor, Link]:
-    """What logits are compared with, (N,) of labels (N,), and what they then mean.
+    """Training targets (N,) for labels (N,), and the link from logits to rewards that fits them.
 
-    Raises ValueError for cross entropy with labels that are no probabilities.
+    Raises ValueError for cross entropy with labels outside [0, 1].
     """
     if kind == "regression":
         scale, shift = float(label.std().clamp(min=1e-6)), float(label.mean())
@@ -30,19 +30,19 @@ def targets(kind: Loss, label: Tensor) -> tuple[Tensor, Link]:
 
 
 def pointwise(kind: Loss, logit: Tensor, label: Tensor) -> Tensor:
-    """(B,) of logits and labels (B,): cross entropy of labels in [0, 1], or the squared error of standardised ones."""
+    """Loss (B,) of logits and labels (B,): cross entropy for labels in [0, 1], squared error for standardised ones."""
     if kind == "bce":
         return binary_cross_entropy_with_logits(logit, label, reduction="none")
     return (logit - label) ** 2
 
 
 def preference(better: Tensor, worse: Tensor) -> Tensor:
-    """-log σ(f_w - f_l), Bradley and Terry: (B,) of the logits (B,) of the better and the worse of each pair."""
+    """Bradley-Terry loss -log σ(f_w - f_l), (B,), for the logits (B,) of the better and the worse of each pair."""
     return -logsigmoid(better - worse)
 
 
 def pairs(prompt: Tensor, label: Tensor) -> Tensor:
-    """(P, 2) positions of (better, worse) examples of one prompt; equal or missing labels make no pair."""
+    """Indices (P, 2) of (better, worse) examples of the same prompt; equal or missing labels make no pair."""
     found = []
     for number in prompt.unique():
         rows = (prompt == number).nonzero().flatten()
@@ -52,6 +52,6 @@ def pairs(prompt: Tensor, label: Tensor) -> Tensor:
 
 
 def accuracy(logit: Tensor, of: Tensor) -> float:
-    """Share of the pairs (P, 2) that the logits (N,) order rightly; a tie is half of one."""
+    """Fraction of the pairs (P, 2) that the logits (N,) order correctly; a tie counts half."""
     gap = logit[of[:, 0]] - logit[of[:, 1]]
     return float(((gap > 0).double() + 0.5 * (gap == 0)).mean())

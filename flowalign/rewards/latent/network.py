@@ -1,4 +1,4 @@
-"""Trunk and head as one network: noisy latents to a reward."""
+"""Trunk and head as one network, from noisy latents to a reward."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Build:
-    """What the network looks like: of the first `blocks` blocks the last `trained` are its own, the others the model's.
+    """Architecture: the first `blocks` blocks of the model, of which the last `trained` are fine-tuned, and the head.
 
-    `hidden` are the widths of the perceptron. The defaults are PAVRM's on Wan 2.1.
+    hidden: widths of the MLP. The defaults are PAVRM's on Wan 2.1.
     """
 
     blocks: int = 8
@@ -38,7 +38,7 @@ class Build:
 
 @dataclass(frozen=True)
 class Link:
-    """From a logit to a reward: a probability, or a line where the labels had no bounds."""
+    """Maps logits to rewards: to probabilities, or affinely for unbounded labels."""
 
     kind: Literal["sigmoid", "line"] = "sigmoid"
     scale: float = 1.0
@@ -49,10 +49,10 @@ class Link:
 
 
 class Network(nn.Module):
-    """Exactly the parameters with requires_grad are trained and written to its file; the others are the model's."""
+    """The latent reward. Parameters with requires_grad are trained and saved; the others are the model's."""
 
     def __init__(self, trunk: Trunk, build: Build, width: int) -> None:
-        """width: that of the trunk's tokens."""
+        """width: of the trunk's tokens."""
         super().__init__()
         self.build, self.link = build, Link()
         self.trunk = trunk.requires_grad_(False)
@@ -65,15 +65,15 @@ class Network(nn.Module):
         return self.head(self.trunk(x, sigma, cond).float()).float()
 
     def reward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """What the logits mean, (B,)."""
+        """Rewards (B,) of x (B, …) at sigma (B,)."""
         return self.link(self(x, sigma, cond))
 
-    def own(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by name."""
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def fingerprint(self) -> str:
-        """Tells the model's weights that it stands on from others, in whatever precision they were loaded."""
+        """Hash of the model's weights that are used as they are, independent of the precision they were loaded in."""
         digest = hashlib.sha256()
         for name, p in self.trunk.network.named_parameters():
             if not p.requires_grad:

@@ -1,4 +1,4 @@
-"""A reward that never sees a picture: it judges latents, clean or noisy, by the policy's own first blocks (PRFL)."""
+"""Reward of latents, clean or noisy, by the first blocks of the policy; nothing is decoded (PRFL)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from flowalign.flow import interpolate
 from flowalign.keyed import INITIAL, keyed_randn
 from flowalign.rewards.base import RewardError
-from flowalign.rewards.latent.files import load, located
+from flowalign.rewards.latent.files import find_folder, load
 from flowalign.rewards.latent.network import Network
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Latent:
-    """The network in the folder `weights`, or in one of this package.
+    """Latent reward with the network in the folder `weights`, or in the one of that name in this package.
 
-    A clean latent scores the mean over the noise levels `sigmas`, each with one fixed noise: what is noised a little
-    is judged better than what no training has seen.
+    A clean latent scores the mean over the noise levels `sigmas`, each with one fixed noise: slightly noised latents
+    are scored more accurately than clean ones, which training never sees.
     """
 
     sees = "latents"
@@ -33,12 +33,12 @@ class Latent:
             raise ValueError(
                 f"sigmas are the noise levels at which latents are judged, in [0, 1] (got {list(sigmas)})."
             )
-        located(weights)
+        find_folder(weights)
         self.weights, self.sigmas = weights, tuple(sigmas)
         self._network: Network | None = None
 
     def bind(self, model: FlowModel) -> None:
-        """Builds the network on a copy of the model's first blocks; before the policy is made, which changes them."""
+        """Build the network on a copy of the model's first blocks. Call it before they become part of the policy."""
         self._network = load(model, self.weights)
 
     @property
@@ -49,21 +49,21 @@ class Latent:
 
     @torch.no_grad()
     def of_latents(self, x0: Tensor, cond: Conditioning, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """(B,) of final latents x0 (B, …) and cond with one row a sample; NaN where a latent is not finite."""
+        """Score final latents x0 (B, …), with one row of cond per sample → (B,); NaN for non-finite latents."""
         del prompts, metadata
         finite = x0.isfinite().flatten(1).all(dim=1)
         scores = x0.new_full((len(x0),), torch.nan, dtype=torch.float32)
         if finite.any():
-            scores[finite] = self._mean(x0[finite].float(), cond.index(finite))
+            scores[finite] = self._mean_over_sigmas(x0[finite].float(), cond.index(finite))
         return scores
 
-    def _mean(self, x0: Tensor, cond: Conditioning) -> Tensor:
+    def _mean_over_sigmas(self, x0: Tensor, cond: Conditioning) -> Tensor:
         noises = keyed_randn(0, 0, range(len(self.sigmas)), INITIAL, x0.shape[1:], x0.device)
         levels = [x0.new_full((len(x0),), sigma) for sigma in self.sigmas]
         noisy = [interpolate(x0, eps.expand_as(x0), sigma) for eps, sigma in zip(noises, levels, strict=True)]
         return torch.stack([self.of_noisy(x, s, cond) for x, s in zip(noisy, levels, strict=True)]).mean(dim=0)
 
     def of_noisy(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """(B,) of noisy latents x (B, …) at noise levels sigma (B,), with a gradient to x."""
+        """Score noisy latents x (B, …) at noise levels sigma (B,) → (B,), differentiable in x."""
         network = self.network.to(x.device)
         return network.reward(x, sigma, cond)

@@ -1,4 +1,4 @@
-"""The first blocks of a denoiser, as a network of its own that looks at noisy latents."""
+"""The first blocks of a denoiser, as a feature extractor for noisy latents."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from flowalign.types import Conditioning
 
 
-class _Halted(Exception):  # noqa: N818 - nothing is wrong
-    """Carries the tokens out of a forward pass that goes no further."""
+class _Stopped(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass early and carries the tokens out of it."""
 
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
         self.tokens = tokens
 
 
-class _Halt(nn.Module):
-    """Stands where the first block that is left out was. Every family hands the tokens of the media in first."""
+class _Stop(nn.Module):
+    """Replaces the first removed block. In every family its first argument is the media tokens."""
 
     def forward(self, *args: Tensor, **named: Any) -> NoReturn:
-        raise _Halted(args[0] if args else named["hidden_states"])
+        raise _Stopped(args[0] if args else named["hidden_states"])
 
 
-class _Instead:
-    """A pipeline with other denoisers."""
+class _PipelineProxy:
+    """Proxy of a pipeline that replaces its denoisers."""
 
     def __init__(self, pipe: Any, denoisers: dict[str, nn.Module]) -> None:
         self.__dict__.update(denoisers, _pipe=pipe)
@@ -38,10 +38,10 @@ class _Instead:
 
 
 class Trunk(nn.Module):
-    """A copy of a denoiser up to and with its `blocks`-th block; the later ones are never run nor held.
+    """A copy of the first `blocks` blocks of a denoiser; later ones are neither run nor stored.
 
-    It is driven by a copy of the family's adapter, hence speaks of noise levels, layouts and text as that does. Of two
-    experts it is the one for little noise.
+    It is called through a copy of the family's adapter and so has its conventions for noise levels, layouts and text.
+    If the model has two experts, the one for low noise is used.
     """
 
     def __init__(self, model: FlowModel, blocks: int) -> None:
@@ -59,30 +59,31 @@ class Trunk(nn.Module):
                 f"a latent reward is made of the first 1 to {len(every) - 1} of the {len(every)} blocks of this model "
                 f"(got {blocks})."
             )
-        # A list keeps its length, from which some networks count, and what is left out is not even copied.
-        self.network: nn.Module = copy.deepcopy(whole, {id(block): _Halt() for block in every[blocks:]})
+        # The memo makes deepcopy replace later blocks by _Stop without copying them. The list keeps its length, from
+        # which some networks count.
+        self.network: nn.Module = copy.deepcopy(whole, {id(block): _Stop() for block in every[blocks:]})
         self.kept = blocks
         self.view = copy.copy(model)
-        self.view.pipe = _Instead(model.pipe, dict.fromkeys(denoisers, self.network))
+        self.view.pipe = _PipelineProxy(model.pipe, dict.fromkeys(denoisers, self.network))
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Those that are kept."""
+        """The kept blocks."""
         return main_blocks(self.network)[: self.kept]
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
-        """Tokens (B, L, D) that the last kept block leaves; x (B, …), sigma (B,) and cond as for `velocity`.
+        """Output tokens (B, L, D) of the last kept block; x (B, …), sigma (B,) and cond as for `velocity`.
 
-        Only the conditional branch is looked at. Tokens of text are among them where a family has joined them before.
+        Only the conditional branch is run. In families that concatenate text and media tokens, text is included.
         """
         try:
             self.view.unguided(x, sigma, cond)
-        except _Halted as halted:
-            return halted.tokens
-        raise RuntimeError(f"{type(self.view).__name__} did not come to the end of the kept blocks.")
+        except _Stopped as stopped:
+            return stopped.tokens
+        raise RuntimeError(f"{type(self.view).__name__} did not reach the end of the kept blocks.")
 
 
 def main_blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """The repeated blocks in the order in which they run, without those that only refine one of the inputs."""
+    """The main blocks in order of execution, without refiners of a single input."""
     lists = {name: m for name, m in denoiser.named_children() if isinstance(m, nn.ModuleList)}
     return [block for name, blocks in lists.items() if not name.endswith("refiner") for block in blocks]
