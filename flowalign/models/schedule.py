@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -35,7 +36,16 @@ def sigmas(scheduler: Any, num_steps: int, evenly: bool, mu: float | None) -> Te
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), **shifted)
     else:
         scheduler.set_timesteps(num_steps, **shifted)
-    return scheduler.sigmas.float().cpu()
+    return from_one(scheduler.sigmas.float().cpu())
+
+
+def from_one(sigmas: Tensor) -> Tensor:
+    """The same noise levels, of which one within rounding of 1 is exactly 1.
+
+    For some shifts s the quotient s / (1 + (s - 1)) is a neighbour of 1: above it for 1.57, below it for 1.67. There
+    Flow-SDE's noise rate and the log-SNR of a solver are not those of 1 but imaginary, or as good as infinite.
+    """
+    return torch.where((sigmas - 1).abs() < 1e-6, 1.0, sigmas)
 
 
 def linear_mu(config: Any, tokens: int, max_shift: float = 1.15) -> float:

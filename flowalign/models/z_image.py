@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from flowalign.models import schedule
 from flowalign.models.base import NEGATIVE, FlowModel
 from flowalign.types import Conditioning
 
@@ -27,7 +28,7 @@ class ZImage(FlowModel):
         # Even times of torch differ from NumPy's in their last bit, and the network makes that visible.
         even = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
         scheduler.set_timesteps(sigmas=even, mu=self.mu(num_steps, height, width, frames))
-        return scheduler.sigmas
+        return schedule.from_one(scheduler.sigmas)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.dynamics import ODE
+from flowalign.dynamics import ODE, FlowSDE
 from flowalign.flow import shifted
+from flowalign.models import schedule
 from flowalign.models.sd3 import SD3
 from flowalign.sampler import Noise, deterministic, walk
-from flowalign.solvers import Euler
+from flowalign.solvers import DPM, Euler
 from flowalign.types import Conditioning
 
 PROMPTS, NEGATIVES = ["two red circles", "a blue square above it"], ["blurry", ""]
@@ -164,6 +165,21 @@ def test_asking_for_a_schedule_leaves_the_pipelines_own_alone(sd3: SD3):
     before = sd3.pipe.scheduler.sigmas.clone()
     sd3.sigmas(3, HEIGHT, WIDTH)
     assert torch.equal(sd3.pipe.scheduler.sigmas, before)
+
+
+@pytest.mark.parametrize("shift", [1.57, 1.67, 2.34, 3.0])
+def test_every_shift_begins_at_pure_noise(shift: float):
+    """s / (1 + (s - 1)) is 1.0000001 for 1.57 and 0.99999994 for 1.67 and 2.34, and Flow-SDE's rate at 1 infinite."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for evenly in (True, False):
+        sigmas = schedule.sigmas(FlowMatchEulerDiscreteScheduler(shift=shift), 10, evenly, None)
+        assert sigmas[0] == 1
+        x, v = torch.randn(2, 1, 4, 4)
+        _, std = FlowSDE(0.7).moments(x, v, sigmas[0], sigmas[1], sigmas[1])
+        # At 1 the second level stands in for the first: 0.7 sqrt(1 / (1 - σ1)) sqrt(1 - σ1).
+        assert std.item() == pytest.approx(0.7, rel=1e-5)
+        assert DPM().start().step(x, v, sigmas[0], sigmas[1], last=False).isfinite().all()
 
 
 def test_the_shift_is_that_of_the_schedule(sd3: SD3, monkeypatch: Any):
