@@ -388,7 +388,7 @@ WRONG = [
 """Mistakes that the config alone shows."""
 LATE = [
     (("ckpt_path=nowhere.ckpt",), "ckpt_path=nowhere.ckpt does not exist"),
-    (("dynamics=cps", "dynamics.eta=1.5"), "dynamics: CPS needs eta in [0, 1]"),
+    (("dynamics=cps", "dynamics.eta=2.5"), "dynamics: CPS needs eta in [0, 2)"),
     (("model.pretrained=tiny_sd4",), "tiny_sd4 is neither a folder"),
     (("optimized_metric=val/rewad", "test=false"), "optimized_metric=val/rewad was not measured"),
     (("data.val.path=nowhere.jsonl",), "there is no prompt file nowhere.jsonl; embedded ones are shapes/test.jsonl"),
@@ -428,8 +428,8 @@ def test_a_mistake_that_a_class_sees_is_told_in_its_words(tiny: Callable[..., An
     from flowalign.checks import ConfigError
     from flowalign.run import instantiate
 
-    with pytest.raises(ConfigError, match=r"^dynamics: CPS needs eta in \[0, 1\]"):
-        instantiate(tiny("dynamics=cps", "dynamics.eta=1.5").dynamics)
+    with pytest.raises(ConfigError, match=r"^dynamics: CPS needs eta in \[0, 2\)"):
+        instantiate(tiny("dynamics=cps", "dynamics.eta=2.5").dynamics)
     with pytest.raises(ConfigError, match="^model: .*dtyp"):
         instantiate(tiny("+model.dtyp=float16").model)
 

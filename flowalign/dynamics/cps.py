@@ -12,16 +12,16 @@ from flowalign.flow import eps_from, mean_dims, x0_from
 class CPS(Dynamics):
     """Replaces a part of the predicted noise by fresh noise, so that the total amount of noise at sigma_next is exact.
 
-    eta = 0 keeps all of the predicted noise (the ODE), eta = 1 none of it. Published eta: 0.7 and 0.8.
+    eta = 0 keeps all of the predicted noise (the ODE), eta = 1 none of it. Between 1 and 2 the amount of fresh noise
+    falls again: eta and 2 - eta are the same dynamics. Published eta: 0.7 and 0.8; 1.2 to 1.8 for Qwen-Image.
     """
 
     still_at_end = True
 
     def __init__(self, eta: float = 0.7) -> None:
-        if not 0 <= eta <= 1:
+        if not 0 <= eta < 2:
             raise ValueError(
-                f"CPS needs eta in [0, 1] (got {eta}): sin(eta π/2) repeats itself beyond 1, "
-                "so that the walk of eta in (1, 2] is the one of 2 - eta."
+                f"CPS needs eta in [0, 2) (got {eta}): the share of fresh noise is sin(eta π/2), largest at eta=1."
             )
         self.eta = eta
         self.stochastic = eta > 0

@@ -30,13 +30,22 @@ def test_vanishing_eta_gives_the_ode():
     assert not CPS(0.0).stochastic
 
 
-@pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("eta", [0.3, 0.7, 1.0, 1.2])
 def test_predicted_and_fresh_noise_add_up_to_sigma_next(eta):
     x0, eps = torch.randn(2, 2, 3, dtype=torch.float64)
     x, v = interpolate(x0, eps, 0.8), velocity(x0, eps)
     mean, std = CPS(eta).moments(x, v, 0.8, 0.6)
     kept = (mean - 0.4 * x0) / eps_from(x, v, 0.8)
     torch.testing.assert_close(kept**2 + std**2, torch.full_like(x, 0.36))
+
+
+@pytest.mark.parametrize("eta", [1.2, 1.8])
+def test_beyond_one_the_fresh_noise_falls_as_it_rose(eta: float):
+    """Published configs for Qwen-Image have such values."""
+    x, v = torch.randn(2, 2, 3, dtype=torch.float64)
+    assert CPS(eta).stochastic
+    for one, other in zip(CPS(eta).moments(x, v, 0.8, 0.6), CPS(2 - eta).moments(x, v, 0.8, 0.6), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_at_full_eta_all_noise_is_fresh():
@@ -77,7 +86,7 @@ def test_log_prob_and_penalty_are_bare_squares():
     assert CPS().gaussian_kl(y, mean, std).item() == pytest.approx(2.5 / 0.02)
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.2, float("nan")])
+@pytest.mark.parametrize("eta", [-0.1, 2.0, float("nan")])
 def test_an_eta_out_of_range_is_refused(eta):
-    with pytest.raises(ValueError, match=r"eta in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"eta in \[0, 2\)"):
         CPS(eta)
