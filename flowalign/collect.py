@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithms.base import Algorithm
-from flowalign.checks.errors import refusals
+from flowalign.checks.errors import as_config_errors
 from flowalign.conditioner import Conditioner
 from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
@@ -306,7 +306,7 @@ class Collector:
         for start in range(0, len(which), batch):
             samples = share.samples[start : start + batch]
             numbers = [keyed_integer(self.seed, share.epoch, s, PICTURE) for s in samples]
-            with refusals():
+            with as_config_errors():
                 media = self.prompts.images(which[start : start + batch], numbers, *self.size.area)
             latents.append(self.model.encode_images(media.to(share.device)))
             images += list(media[self._first_of_groups(samples)[: SHOWN - len(images)]])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowalign.buffer import Buffer, IndexLoader
-from flowalign.checks.errors import ConfigError, refusals
+from flowalign.checks.errors import ConfigError, as_config_errors
 from flowalign.collect import Collector
 from flowalign.diversity import diversity
 from flowalign.exhausted import memory_of
@@ -88,7 +88,7 @@ class AlignModule(Forward):
         strategy = self.trainer.strategy
         self.base = strategy.broadcast(identity(r.model.denoisers()))  # of shards, only rank 0 has read the values
         shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
-        with refusals():
+        with as_config_errors():
             r.running.check(strategy.root_device)
             self.policy = Policy(
                 r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard,
@@ -145,7 +145,7 @@ class AlignModule(Forward):
 
     def configure_optimizers(self) -> Any:
         r = self.recipe
-        with refusals():  # a negative rate
+        with as_config_errors():  # a negative rate
             optimizer = r.optimizer(list(self.live.trained().values()))
         # A fused step would unscale float16's gradients itself, when they have been judged and clipped already.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from flowalign.checks import ConfigError, check_signatures, refusals
+from flowalign.checks import ConfigError, as_config_errors, check_signatures
 from flowalign.checks.errors import one_line
 from flowalign.checks.signatures import locate
 from flowalign.rewards.errors import RewardError
@@ -53,7 +53,7 @@ def check_plan(cfg: DictConfig) -> None:
         instantiate(node)
     parts = {field: instantiate(cfg[group]) for field, group in LIGHT.items()}
     scorer = SimpleNamespace(groupwise=any(map(_is_groupwise, objective(cfg.reward))))
-    with refusals():
+    with as_config_errors():
         geometry = batch_plan(SimpleNamespace(**parts, scorer=scorer), replicas(cfg))  # type: ignore[arg-type]
     if parts["algorithm"].point == "transition":
         plans = _plans(parts["steps"], parts["rollout"].num_steps, cfg.trainer.max_epochs)

@@ -15,7 +15,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from flowalign.checks import ConfigError, RunError, check_signatures, refusals
+from flowalign.checks import ConfigError, RunError, as_config_errors, check_signatures
 from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
@@ -183,7 +183,7 @@ def assembled(cfg: DictConfig, ckpt_path: str | None, cleanup: ExitStack) -> tup
     from flowalign.loggers import closed, continue_logs
     from flowalign.module import AlignModule
 
-    with refusals():
+    with as_config_errors():
         scorer = instantiate(cfg.reward)
         cleanup.callback(scorer.close)
         scorer.check()  # before the model is loaded: a broken reward is said at once

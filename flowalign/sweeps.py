@@ -103,7 +103,7 @@ def failures() -> dict[str, Failure]:
 
 
 def report() -> int:
-    """Shows the failures as a table. The exit code: 0 without any, 2 if all were refusals, otherwise 1."""
+    """Print the failures as a table. Returns the exit code: 0 without any, 2 if all are user errors, otherwise 1."""
     failed = failures()
     if not failed:
         return 0

@@ -19,7 +19,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from flowalign.checks import ConfigError, check_signatures, refusals
+from flowalign.checks import ConfigError, as_config_errors, check_signatures
 from flowalign.checks.preflight import preflight_or_exit
 from flowalign.conditioner import Conditioner
 from flowalign.models.base import FlowModel
@@ -106,7 +106,7 @@ def plain(node: Any) -> Any:
 def _main(cfg: DictConfig) -> None:
     try:
         check_signatures(cfg)
-        with refusals():
+        with as_config_errors():
             train(cfg, Path(HydraConfig.get().runtime.output_dir))
     except (ConfigError, RewardError) as error:
         log.error("%s", error)
