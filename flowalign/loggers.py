@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flowalign.checks.errors import ConfigError, one_line
 from flowalign.settings import flatten
-from flowalign.strategies.folders import opened
+from flowalign.strategies.folders import read_split
 
 
 class TensorBoard(TensorBoardLogger):
@@ -148,7 +148,7 @@ def continue_logs(loggers: Iterable[Logger], checkpoint: str | Path | None) -> N
     """Prepares the loggers of a run for going on from this checkpoint, if from any."""
     if checkpoint is None:
         return
-    frame = opened(Path(checkpoint))[0]
+    frame = read_split(Path(checkpoint))[0]
     runs = frame.get("flowalign", {}).get("logs", {})
     for logger in loggers:
         if isinstance(logger, (TensorBoard, Csv, Wandb, MLFlow)):

@@ -29,7 +29,7 @@ from rich.tree import Tree
 from flowalign.before import keep, kept
 from flowalign.grid import grid
 from flowalign.memory import GIB, Share, advice, by_size
-from flowalign.strategies.folders import opened
+from flowalign.strategies.folders import read_split
 
 if TYPE_CHECKING:
     from flowalign.evaluation import Shown
@@ -226,7 +226,7 @@ def _best(trainer: Trainer) -> list[str]:
             continue
         path, score = callback.best_model_path, callback.best_model_score
         if path and Path(path).exists():
-            epochs = opened(Path(path))[0]["epoch"] + 1
+            epochs = read_split(Path(path))[0]["epoch"] + 1
             value = "" if score is None else f" {float(score):.3f}"  # that of another folder's file is not restored
             found.append(f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {epochs}")
     return found

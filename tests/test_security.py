@@ -78,7 +78,11 @@ def test_a_checkpoint_with_code_in_it_is_refused_unexecuted(mark: Path, tmp_path
     torch.save({"state_dict": {}, "flowalign": Trap(mark)}, path)
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         opened(str(path), "live")
-    for read in (folders.read, folders.opened, lambda p: AtomicCheckpointIO().load_checkpoint(p, weights_only=True)):
+    for read in (
+        folders.read,
+        folders.read_split,
+        lambda p: AtomicCheckpointIO().load_checkpoint(p, weights_only=True),
+    ):
         with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
             read(path)
     folder = tmp_path / "sharded.ckpt"

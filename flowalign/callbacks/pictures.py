@@ -1,4 +1,4 @@
-"""Grids of fixed prompts and seeds in TensorBoard, W&B and MLflow: the slider shows what training changes."""
+"""Log image grids of fixed prompts and seeds to TensorBoard, W&B and MLflow; their slider shows the progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowalign.rewards.pixels import as_bytes
 
 
 class Pictures(Callback):
-    """Writes `val/pictures` at every evaluation, the baseline included, and `rollout/pictures` beside it."""
+    """Logs `val/pictures` at every evaluation, including the baseline, together with `rollout/pictures`."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, AlignModule) or not trainer.is_global_zero:

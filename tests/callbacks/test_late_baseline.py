@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.callbacks.late_baseline import LateBaseline, unmoved
+from flowalign.callbacks.late_baseline import LateBaseline, unchanged_copy
 from flowalign.evaluating import in_eval_mode
 from flowalign.loggers import read
 from flowalign.run import build_recipe, build_trainer, evaluate, fit, plan_accumulation, postpones
@@ -66,7 +66,7 @@ def test_it_is_the_baseline_from_before_and_training_goes_as_without(
 ):
     at_once, trainer, summary = trained(*words, late=False)
     late, other, found = trained(*words, late=True)
-    assert unmoved(late) == copy
+    assert unchanged_copy(late) == copy
     assert {"test/reward", "val/reward"} <= summary.results["baseline"].keys()
     assert summary.results["baseline"] == found.results["baseline"]
     assert summary.before
