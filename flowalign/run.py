@@ -1,4 +1,4 @@
-"""From a composed config to a finished run: check, instantiate, baseline, fit, final, summary."""
+"""From a compose_config config to a finished run: check, instantiate, baseline, fit, final, summary."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ log = logging.getLogger("flowalign")
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
 
 
-def composed(*words: str) -> DictConfig:
+def compose_config(*words: str) -> DictConfig:
     """The config of `train.py` with these overrides, refused in a sentence where that would refuse them."""
     words = tuple(preflight(words, CONF, "train", also=check_groups))
     with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
@@ -213,7 +213,7 @@ def look_back(cfg: DictConfig, trainer: Trainer, module: AlignModule, summary: S
 
 
 def typed(node: Any) -> list[str]:
-    """The words of the command line that decide what is composed; node: Hydra's own config."""
+    """The words of the command line that decide what is compose_config; node: Hydra's own config."""
     found = {source.provider: str(source.path) for source in node.runtime.config_sources}
     flags = {
         "--config-path": "" if found["main"] == str(CONF) else found["main"],

@@ -19,7 +19,7 @@ from flowalign.module import AlignModule
 from flowalign.points import drawn
 from flowalign.policy.follow import Average, Follow
 from flowalign.recipe import Recipe
-from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
+from flowalign.run import build_recipe, build_trainer, compose_config, plan_accumulation
 from flowalign.running import Running
 from flowalign.types import required
 
@@ -99,7 +99,9 @@ def test_on_policy_by_choice_the_old_policy_is_the_live_one_at_every_step(fit: F
 
 
 def test_the_settings_pass_the_check_of_a_command_line():
-    assert composed("algo=nft", "frozen.old.every=always", "optimisation.kl_share=0.5").frozen.old.every == "always"
+    assert (
+        compose_config("algo=nft", "frozen.old.every=always", "optimisation.kl_share=0.5").frozen.old.every == "always"
+    )
 
 
 def test_an_average_that_is_the_live_weights_is_refused(fit: Fit):
@@ -289,9 +291,9 @@ def test_states_kept_in_16_bits_take_half_and_are_on_policy(fit: Fit, algo: tupl
 
 def test_a_type_of_states_is_refused_where_it_is_none_or_nothing_is_recorded():
     with pytest.raises(ValueError, match=r"rollout.keep_in: expected one of .* did you mean bfloat16"):
-        composed("algo=grpo", "rollout.keep_in=bfloat61")
+        compose_config("algo=grpo", "rollout.keep_in=bfloat61")
     with pytest.raises(ValueError, match=r"algo=nft records none: use rollout.keep_in=float32, or algo=grpo"):
-        composed("rollout.keep_in=bfloat16")
+        compose_config("rollout.keep_in=bfloat16")
 
 
 # ------------------------------------------------------------ compiled blocks

@@ -72,12 +72,12 @@ def test_nothing_else_executes_what_it_reads():
 
 def test_a_checkpoint_with_code_in_it_is_refused_unexecuted(mark: Path, tmp_path: Path):
     from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
-    from flowalign.commands.saved import opened
+    from flowalign.commands.saved import load_run
 
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": {}, "flowalign": Trap(mark)}, path)
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
-        opened(str(path), "live")
+        load_run(str(path), "live")
     for read in (
         folders.read,
         folders.read_split,
