@@ -11,7 +11,7 @@ import torch
 
 from flowalign.beside import pictures_of, seen_pictures
 from flowalign.embeddings import Embeddings
-from flowalign.exhausted import memory_of
+from flowalign.exhausted import explain_oom
 from flowalign.models.base import FlowModel
 from flowalign.prompts import Prompt
 from flowalign.types import Conditioning
@@ -118,7 +118,7 @@ class Conditioner:
         seen = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in seen_pictures(prompt)]
         return (*text, *seen, f"{size}")
 
-    @memory_of("encode")
+    @explain_oom("encode")
     def _encode(self, keys: list[Key], prompts: list[Prompt], size: Area) -> None:
         negatives = [p.negative or "" for p in prompts] if self.guided else None
         texts = [p.text for p in prompts]

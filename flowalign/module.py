@@ -21,10 +21,10 @@ from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, as_config_errors
 from flowalign.collect import Collector
 from flowalign.diversity import diversity
-from flowalign.exhausted import memory_of
+from flowalign.exhausted import explain_oom
 from flowalign.forward import Forward
 from flowalign.guards import Finite, check_ratio, losses_of
-from flowalign.loggers import runs_of
+from flowalign.loggers import external_run_ids
 from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
@@ -70,7 +70,7 @@ class AlignModule(Forward):
 
     # ------------------------------------------------------------ building
 
-    @memory_of("build")
+    @explain_oom("build")
     def configure_model(self) -> None:
         if self.policy is not None:  # Lightning calls this at every fit, validate and test
             return
@@ -180,13 +180,13 @@ class AlignModule(Forward):
         with self._precision(), Turns(self.recipe.scorer.ahead) as turns:
             sampler = self.recipe.algorithm.samples_with
             asked = None if sampler in self.recipe.same_as_live else sampler
-            with memory_of("rollout"), self.live.use(asked):
+            with explain_oom("rollout"), self.live.use(asked):
                 got = self.collect(self.current_epoch, self.replica, self.device, turns, self._gather, self._rolled)
             self.buffer.fill(self.current_epoch, got.points, got.cond, got.prompt_of_point)
             self._consult_frozen()  # which knows nothing of rewards: the last ones are scored meanwhile
             if self.current_epoch + 1 != self.trainer.max_epochs:
                 self.collect.foresee(self.current_epoch + 1, self.replica)  # nor do prompts
-            with memory_of("rollout"):  # of the last rewards too
+            with explain_oom("rollout"):  # of the last rewards too
                 got.settle()
             spread = diversity(got.x0, g.batch.group_size, self._gather)
             self.report.end("rollout")
@@ -212,7 +212,7 @@ class AlignModule(Forward):
         """(replicas, …)"""
         return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.alike]  # type: ignore
 
-    @memory_of("frozen copies")
+    @explain_oom("frozen copies")
     def _consult_frozen(self) -> None:
         """Velocities of the frozen copies at every point, once: they do not change during the optimisation phase."""
         r, points = self.recipe, self.buffer.points
@@ -243,7 +243,7 @@ class AlignModule(Forward):
 
     # ------------------------------------------------------------ optimisation phase
 
-    @memory_of("optimise")
+    @explain_oom("optimise")
     def training_step(self, idx: Tensor, batch_idx: int) -> Tensor:
         planned, idx = len(idx), self._in_the_loss(idx)
         point, cond = self.buffer.gather(idx)
@@ -274,7 +274,7 @@ class AlignModule(Forward):
         kept = idx[(self.buffer.points.advantage[idx.to(self.device)] != 0).to(idx.device)]
         return kept if len(kept) else idx[:1]
 
-    @memory_of("optimise")
+    @explain_oom("optimise")
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         super().backward(loss, *args, **kwargs)
 
@@ -308,7 +308,7 @@ class AlignModule(Forward):
             self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=False, on_epoch=True)
 
-    @memory_of("optimise")
+    @explain_oom("optimise")
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         skipped = self.finite.skipped
         super().optimizer_step(*args, **kwargs)
@@ -359,7 +359,7 @@ class AlignModule(Forward):
             "counts": self.counts,
             "skipped": self.finite.skipped,
             "micro": self.geometry.micro,
-            "logs": runs_of(self.trainer.loggers),
+            "logs": external_run_ids(self.trainer.loggers),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import gelu
 
 from flowalign.algorithms.decay import Decay
 from flowalign.checks import ConfigError, check_signatures
-from flowalign.compiling import COMPILED
+from flowalign.compiling import COMPILE_OPTIONS
 from flowalign.module import AlignModule
 from flowalign.points import drawn
 from flowalign.policy.follow import Average, Follow
@@ -311,7 +311,7 @@ def test_the_compilers_options_are_known_to_it():
     """A release of PyTorch may drop one; it would then refuse the first batch."""
     from torch._inductor import config
 
-    assert COMPILED.keys() <= config.get_config_copy().keys()
+    assert COMPILE_OPTIONS.keys() <= config.get_config_copy().keys()
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_compiled_tanh_and_gelu_are_within_rounding_of_the_true_ones():
     functions: list[Callable[[Tensor], Tensor]] = [torch.tanh, partial(gelu, approximate="tanh")]
     for f in functions:
         exact = x.detach().double().requires_grad_()
-        found, true = torch.compile(f, options=COMPILED)(x), f(exact)
+        found, true = torch.compile(f, options=COMPILE_OPTIONS)(x), f(exact)
         slopes = [torch.autograd.grad(y.sum(), at)[0] for y, at in ((found, x), (true, exact))]
         assert ((found - true).abs() <= 4 * 2**-23 * (1 + x.abs())).all()
         assert ((slopes[0] - slopes[1]).abs() <= 16 * 2**-23 * (1 + x.abs())).all()

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from flowalign.checks.errors import RunError
-from flowalign.files import replacing
+from flowalign.files import atomic_write
 from flowalign.strategies import folders
 
 
@@ -23,7 +23,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with replacing(Path(str(path).removeprefix("file://"))) as file:
+            with atomic_write(Path(str(path).removeprefix("file://"))) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
             # On a failed write torch raises a RuntimeError about its archive, with the OSError as context.

@@ -6,7 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from flowalign.evaluation import stills
 from flowalign.grid import grid
-from flowalign.loggers import show
+from flowalign.loggers import log_images
 from flowalign.module import AlignModule
 from flowalign.rewards.pixels import as_bytes
 
@@ -18,7 +18,7 @@ class Pictures(Callback):
         if not isinstance(pl_module, AlignModule) or not trainer.is_global_zero:
             return
         if shown := pl_module.shown.get("val"):
-            show(trainer.loggers, "val/pictures", grid(shown)[None], trainer.global_step)
+            log_images(trainer.loggers, "val/pictures", grid(shown)[None], trainer.global_step)
         if pl_module.rollout_shown is not None:
             images = as_bytes(stills(pl_module.rollout_shown[:16]))
-            show(trainer.loggers, "rollout/pictures", images, trainer.global_step)
+            log_images(trainer.loggers, "rollout/pictures", images, trainer.global_step)

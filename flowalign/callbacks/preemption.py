@@ -14,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from flowalign.module import AlignModule
-from flowalign.stopping import Stopped, asked
+from flowalign.stopping import Stopped, stop_requests
 
 log = logging.getLogger("flowalign")
 
@@ -41,16 +41,16 @@ class Preemption(Callback):
     # ------------------------------------------------------------ while signals are polled
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        asked.heed(True)
+        stop_requests.set_polled(True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        asked.heed(True)
+        stop_requests.set_polled(True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        asked.heed(True)
+        stop_requests.set_polled(True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        asked.heed(False)
+        stop_requests.set_polled(False)
 
     # ------------------------------------------------------------ where all ranks synchronise
 
@@ -91,9 +91,9 @@ class Preemption(Callback):
 
     def _check(self, trainer: Trainer, remaining: float = math.inf) -> None:
         """Raise Stopped on all ranks if any was asked to stop and finishing takes too long (`remaining` seconds)."""
-        too_long = remaining > 0 and asked.age + remaining > self.grace
-        at_once = bool(asked.number) and (asked.times > 1 or too_long)
-        number, at_once = self._max_over_ranks(trainer, asked.number, at_once)
+        too_long = remaining > 0 and stop_requests.age + remaining > self.grace
+        at_once = bool(stop_requests.number) and (stop_requests.times > 1 or too_long)
+        number, at_once = self._max_over_ranks(trainer, stop_requests.number, at_once)
         if number and at_once:
             raise Stopped(number)
         if number and trainer.is_global_zero and not self.announced:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from flowalign.files import replacing
+from flowalign.files import atomic_write
 from flowalign.shapes import tokenizer
 from flowalign.shapes.data import Captions, cache_latents, draw_specs, pictures, to_numpy
 from flowalign.shapes.muon import Muon
@@ -165,7 +165,7 @@ class GeneratorTraining:
             "averaged": self.averaged.state_dict(),
             "optimisers": [opt.state_dict() for opt in self.optimisers],
         }
-        with replacing(self.path) as file:
+        with atomic_write(self.path) as file:
             torch.save(state, file)
 
     def run(self) -> Generator:

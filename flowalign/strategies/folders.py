@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from flowalign.files import PARTIAL, take_place
+from flowalign.files import PARTIAL, replace
 from flowalign.tensors import Place, put_together, taken_apart
 
 META = "meta.pt"
@@ -55,7 +55,7 @@ def write(checkpoint: dict[str, Any], target: Path, first: bool) -> None:
             torch.save(frame, file)
             file.flush()
             os.fsync(file.fileno())
-        take_place(partial, target)
+        replace(partial, target)
     dist.barrier()
 
 

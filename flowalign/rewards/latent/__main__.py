@@ -23,7 +23,7 @@ from flowalign.checks import ConfigError, as_config_errors, check_signatures
 from flowalign.checks.preflight import preflight_or_exit
 from flowalign.conditioner import Conditioner
 from flowalign.models.base import FlowModel
-from flowalign.process import quieten
+from flowalign.process import silence_libraries
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.latent.data import Maker
 from flowalign.rewards.latent.files import load, save
@@ -115,7 +115,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """A mistake ends with one sentence and exit code 2."""
-    quieten()
+    silence_libraries()
     sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "latent_reward")
     _main()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowalign.collect import Size
 from flowalign.conditioner import Conditioner
-from flowalign.files import replacing
+from flowalign.files import atomic_write
 from flowalign.generate import Generated, generate
 from flowalign.models.base import FlowModel
 from flowalign.prompts import Prompt
@@ -84,7 +84,7 @@ class Maker:
             path = folder / f"{start:06d}.safetensors"
             if not path.is_file():
                 tensors = self.made(some[start : start + media.prompts_per_file], media, start * media.per_prompt)
-                with replacing(path) as file:
+                with atomic_write(path) as file:
                     file.write(save(tensors))
                 log.info("%s: latents of prompt %d of %d", folder.name, start + media.prompts_per_file, len(some))
             parts.append(load_file(path))
