@@ -14,7 +14,7 @@ class RunError(RuntimeError):
 
 @contextmanager
 def as_config_errors() -> Iterator[None]:
-    """Turn a ValueError into a ConfigError, where it can only be the user's mistake; elsewhere it keeps its trace."""
+    """Turn ValueErrors raised inside into ConfigErrors, for code where they can only mean a user's mistake."""
     try:
         yield
     except ConfigError:

@@ -136,8 +136,8 @@ def _bound_scorer(rewards: Rewards | None, config: DictConfig, model: FlowModel)
 
 
 def _prepare(saved: SavedRun, device: str) -> SavedRun:
-    """Move to the device and apply the run's `running` settings, except those that need extra packages or only pay off
-    in training."""
+    """Move to the device and apply the run's `running` settings, without gradient checkpointing, compilation and the
+    attention backend, which change only speed and memory and may not be installed here."""
     torch.set_float32_matmul_precision("high")
     running = instantiate(saved.config.running)
     replace(running, gradient_checkpointing=False, compile=False, attention=None).apply(saved.model)

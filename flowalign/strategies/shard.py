@@ -31,7 +31,7 @@ def shard(
     """
     # The warning concerns in-place changes of outputs, which nothing here does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
-    values = _values_with_first_rank_types(denoiser)
+    values = _match_first_rank(denoiser)
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     # Inputs are not cast, since bfloat16 would change a time of 987.3; the Trainer's autocast casts the products.
     # A float32 output of a block would break the next one; of the root, it is what losses are computed from.
@@ -45,8 +45,8 @@ def shard(
     _distribute(denoiser, values, device, torch.device("cpu") if offload else device)
 
 
-def _values_with_first_rank_types(denoiser: nn.Module) -> dict[str, Tensor]:
-    """This rank's parameters (meta tensors where it has read none), after changing their types to those of rank 0.
+def _match_first_rank(denoiser: nn.Module) -> dict[str, Tensor]:
+    """Change the parameter types to those of rank 0, and return this rank's values (meta tensors where it read none).
 
     Raises ConfigError if their names or shapes differ from rank 0's.
     """
