@@ -155,7 +155,7 @@ def test_ranks_ask_each_other_once_a_step(monkeypatch: pytest.MonkeyPatch, ranks
     """Of three micro-batches; the last step of a limited epoch has two."""
     looked: list[int] = []
     trainer: Any = SimpleNamespace(world_size=ranks, accumulate_grad_batches=3, num_training_batches=8)
-    monkeypatch.setattr(Preemption, "_look", lambda self, trainer, left: looked.append(batch + 1))
+    monkeypatch.setattr(Preemption, "_check", lambda self, trainer, left: looked.append(batch + 1))
     callback, nobody = Preemption(), cast(Any, None)
     for batch in range(8):
         callback.on_train_batch_start(trainer, nobody, None, batch)
