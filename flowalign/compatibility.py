@@ -157,7 +157,7 @@ def _check_strategy(cfg: DictConfig) -> None:
     strategy = OmegaConf.select(cfg, "trainer.strategy")
     if several and (strategy == "ddp" or (strategy == "auto" and replicas(cfg) > 1)):
         raise ConfigError(
-            f"model={choice('model', cfg)} has several denoisers, and not every batch asks each of them: use "
+            f"model={choice('model', cfg)} has several denoisers, and not every batch uses each of them: use "
             "trainer.strategy=ddp_find_unused_parameters_true, or strategy=fsdp."
         )
 

@@ -382,7 +382,7 @@ WRONG = [
     (("model=sd3_5_medium",), "model=sd3_5_medium loads them in bfloat16: use model.train_dtype=float32"),
     (
         ("model=wan2_2_t2v", "tune=lora", "trainer.devices=2", "batch.updates=1", "resolution=64"),
-        "has several denoisers, and not every batch asks each of them: use trainer.strategy=ddp_find_unused",
+        "has several denoisers, and not every batch uses each of them: use trainer.strategy=ddp_find_unused",
     ),
 ]
 """Mistakes that the config alone shows."""

@@ -30,7 +30,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             reason = error if isinstance(error, OSError) else error.__context__
             if not isinstance(reason, OSError):
                 raise
-            raise RunError(f"{path} could not be written ({reason.strerror}): what was there before stands.") from error
+            raise RunError(f"{path} could not be written ({reason.strerror}); the previous file is intact.") from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
         """Load a checkpoint file, or assemble a folder of shards."""

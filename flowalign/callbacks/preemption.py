@@ -99,7 +99,7 @@ class Preemption(Callback):
         if number and trainer.is_global_zero and not self.announced:
             self.announced = True
             log.warning(
-                "asked to stop: the epoch is finished first, in about %.0f s; once more stops at once", remaining
+                "asked to stop: finishing the epoch first, in about %.0f s; a second signal stops at once", remaining
             )
 
     @staticmethod

@@ -109,8 +109,8 @@ class Profiler(Callback):
         last = trainer.max_epochs or -1
         if stage == "fit" and 0 < last <= self.epochs[0]:
             raise ConfigError(
-                f"callbacks.profiler.epochs={self.epochs} counts from 0 and none of trainer.max_epochs={last} is among "
-                f"them: use callbacks.profiler.epochs=[{last - 1}]."
+                f"callbacks.profiler.epochs={self.epochs} counts from 0, and a run with trainer.max_epochs={last} "
+                f"reaches none of these epochs: use callbacks.profiler.epochs=[{last - 1}]."
             )
 
     # ------------------------------------------------------------ the epoch

@@ -105,7 +105,7 @@ class Heartbeat(threading.Thread):
         self._store.set(key, value)
 
     def _end(self, reason: str) -> None:
-        log.error("%s: rank %d ends too. The last checkpoint stands: go on with ckpt_path=…", reason, self.rank)
+        log.error("%s: rank %d exits too. Resume from the last checkpoint with ckpt_path=…", reason, self.rank)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         logging.shutdown()

@@ -43,7 +43,7 @@ def check_intact(path: str | Path) -> None:
 
 def _of_file(path: Path) -> Any:
     if not path.stat().st_size:
-        raise ConfigError(f"ckpt_path={path} is empty: the file before it is the one to go on from.")
+        raise ConfigError(f"ckpt_path={path} is empty: resume from an earlier checkpoint.")
     if not zipfile.is_zipfile(path):
         raise ConfigError(f"ckpt_path={path} is cut short, or no checkpoint at all.")
     with zipfile.ZipFile(path) as file:

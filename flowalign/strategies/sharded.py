@@ -93,7 +93,7 @@ class Sharded(ModelParallelStrategy):
         denoisers = list(model.denoisers().values())
         if len(denoisers) > 1 and not self.sync_each_micro:
             raise ConfigError(
-                f"{type(model).__name__} has several denoisers, and the last micro-batch of a step need not ask all of "
+                f"{type(model).__name__} has several denoisers, and the last micro-batch of a step may not use all of "
                 "them: use trainer.strategy.sync_each_micro=true."
             )
         if self.context > 1:
@@ -146,7 +146,7 @@ class Sharded(ModelParallelStrategy):
         odd = [place[-1] for place, t in taken_apart(state["state"])[1].items() if not isinstance(t, DTensor)]
         if odd:
             raise ConfigError(
-                f"{type(inner).__name__} keeps {odd[0]} in a form that shards cannot be put together from: use "
+                f"{type(inner).__name__} stores {odd[0]} in a form that cannot be gathered from shards: use "
                 "optimizer._target_=torch.optim.AdamW."
             )
         return self._for_checkpoint(state)
