@@ -38,10 +38,10 @@ def composed(words: Iterable[str]) -> DictConfig:
     """The config of these overrides, of which later ones win."""
     from hydra import compose, initialize_config_dir
 
-    from flowalign.process import quieten
+    from flowalign.process import silence_libraries
     from flowalign.run import CONF
 
-    quieten()
+    silence_libraries()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", settled(words))
 

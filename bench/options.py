@@ -131,7 +131,7 @@ def main() -> None:
     import torch
 
     from bench.epoch import random_model
-    from flowalign.process import quieten
+    from flowalign.process import silence_libraries
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=None, help="folder; outputs/bench/<time> unless given")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    quieten()
+    silence_libraries()
     folder = given.to or ROOT / "outputs" / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

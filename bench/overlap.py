@@ -37,11 +37,11 @@ def collector(overrides: list[str]) -> Any:
 
     from flowalign.collect import Collector
     from flowalign.conditioner import Conditioner
-    from flowalign.process import quieten
+    from flowalign.process import silence_libraries
     from flowalign.recipe import batch_plan
     from flowalign.run import CONF, build_recipe
 
-    quieten()
+    silence_libraries()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", ["paths.output_dir=outputs/bench", *overrides])
     r = build_recipe(cfg)

@@ -131,13 +131,13 @@ def _program(words: Sequence[str], output: Path) -> None:
 
 def reached(run: Path) -> tuple[int, str]:
     """Epochs in the newest checkpoint, and whether it opens whole."""
-    from flowalign.commands.saved import opened
+    from flowalign.commands.saved import load_run
 
     path = run / "checkpoints" / "last.ckpt"
     if not path.is_file():
         return 0, "none"
     try:
-        return opened(str(path), "live").epoch, "opens"
+        return load_run(str(path), "live").epoch, "opens"
     except Exception as error:
         return 0, f"broken ({type(error).__name__})"
 

@@ -1,4 +1,4 @@
-"""Pictures from before the training, in a folder, so that a continued run has them too."""
+"""Save the images from before training in a folder, so that a resumed run has them too."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from flowalign.media import save
 INDEX = "shown.json"
 
 
-def keep(shown: Shown, folder: Path) -> None:
-    """Numbered PNG files and an index, in place of what the folder held. The index comes last: without it there is
-    nothing."""
+def save_shown(shown: Shown, folder: Path) -> None:
+    """Replace the folder by numbered PNG files and an index, which is written last and marks the folder complete."""
     shutil.rmtree(folder, ignore_errors=True)
     for i, image in enumerate(shown.images):
         save(image, folder / f"{i:02d}.png")
@@ -26,8 +25,8 @@ def keep(shown: Shown, folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"prompts": shown.prompts, "scores": scores}, indent=1))
 
 
-def kept(folder: Path) -> Shown | None:
-    """What `keep` has written there, or None; pictures are rounded to 256 values."""
+def load_shown(folder: Path) -> Shown | None:
+    """Load what `save_shown` has written (images are quantised to 8 bits), or None without an index."""
     if not (folder / INDEX).is_file():
         return None
     about = json.loads((folder / INDEX).read_text())

@@ -1,4 +1,4 @@
-"""`flowalign COMMAND key=value …`: what to do with a checkpoint, or with a reward."""
+"""`flowalign COMMAND key=value …`: the commands for checkpoints and rewards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowalign.commands.evaluate import evaluate
 from flowalign.commands.export import export
 from flowalign.commands.reward_server import reward_server
 from flowalign.commands.sample import sample
-from flowalign.process import find_own_modules, quieten
+from flowalign.process import add_cwd_to_path, silence_libraries
 from flowalign.rewards.base import RewardError
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -25,9 +25,9 @@ BOOLEANS = {"true": True, "false": False}
 
 
 def parse(name: str, words: list[str]) -> dict[str, Any]:
-    """key=value words to the arguments of a command, of their types; everything after the first = is the value.
+    """Parse key=value words into typed arguments of a command; everything after the first = is the value.
 
-    A command with `**options` also takes dotted keys, which are options of the config.
+    A command with `**options` also accepts dotted keys, which are options of the config.
     """
     known = dict(inspect.signature(COMMANDS[name]).parameters)
     takes_options = known.pop("options", None) is not None
@@ -71,13 +71,13 @@ def _help() -> None:
 
 
 def main() -> None:
-    """A mistake ends with one sentence and exit code 2."""
+    """Run a command; a user error ends with one sentence and exit code 2."""
     name, *words = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
         _help()
         return
-    quieten()
-    find_own_modules()
+    silence_libraries()
+    add_cwd_to_path()
     try:
         if name not in COMMANDS:
             raise ValueError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}.")

@@ -1,4 +1,4 @@
-"""Which choices of different groups go together. Runs on the config alone, before anything heavy is imported."""
+"""Check that the choices of different config groups are compatible, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from flowalign.steps.base import Steps
 
 OPTIONS = {"FlowSDE": "flow_sde", "DanceSDE": "dance_sde", "CPS": "cps", "ODE": "ode"}
-"""What the dynamics classes are called in a command."""
+"""Option names of the dynamics classes."""
 
 LOGGERS = {"Wandb": "wandb", "MLFlow": "mlflow"}
-"""Those that want a package of this name, which is the name of an extra and of their option too."""
+"""Loggers that need a package of this name, which is also the name of their extra and of their option."""
 
 
 def choice(group: str, cfg: DictConfig) -> str:
-    """What the user called it: the option of a group, or the class where it was set by hand."""
+    """The chosen option of a group, or the class name if it was set by hand."""
     if HydraConfig.initialized():
         return str(HydraConfig.get().runtime.choices.get(group, cfg[group]))
     return str(cfg[group]["_target_"]).rsplit(".", 1)[-1]
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """Raises ConfigError, in a sentence with the nearest valid choice, where two groups contradict each other."""
+    """Raise ConfigError, with the nearest valid choice, if two groups contradict each other."""
     algorithm, dynamics = locate(cfg.algo["_target_"]), locate(cfg.dynamics["_target_"])
     if algorithm.stochastic:
         _check_density(cfg, dynamics)
@@ -64,15 +64,15 @@ def check_groups(cfg: DictConfig) -> None:
     _check_extremes(cfg, algorithm)
     _check_kept(cfg, algorithm)
     _check_guard(cfg)
-    if (steps := _built(cfg.steps)) is not None:
+    if (steps := _instantiate_or_none(cfg.steps)) is not None:
         _check_steps(cfg, steps, algorithm, dynamics)
 
 
 def _check_loggers(cfg: DictConfig) -> None:
-    """Lightning would miss their packages only after the model has been loaded."""
+    """Check that the loggers' packages are installed; Lightning would notice only after the model has been loaded."""
     for node in cfg.logger.values():
         name = LOGGERS.get(str(node["_target_"]).rsplit(".", 1)[-1]) if node is not None else None
-        # A folder of that name, such as W&B's own, passes for a package without a file.
+        # A folder of that name, such as W&B's output, is found as a namespace package, without an origin.
         if name is not None and ((found := find_spec(name)) is None or found.origin is None):
             raise ConfigError(
                 f"logger={name} needs a package that is not there: pip install 'flowalign[{name}]', or use "
@@ -81,7 +81,7 @@ def _check_loggers(cfg: DictConfig) -> None:
 
 
 def _check_gradient(cfg: DictConfig) -> None:
-    """Every reward of the objective must judge noisy latents, since its gradient is followed there."""
+    """Check that every reward of the objective scores noisy latents, where its gradient is computed."""
     names = [str(node["_target_"]) for node in objective(cfg.reward)]
     without = [name for name in names if not hasattr(locate(name), "of_noisy")]
     if without:
@@ -93,8 +93,8 @@ def _check_gradient(cfg: DictConfig) -> None:
 
 
 def _check_density(cfg: DictConfig, dynamics: Any) -> None:
-    """What an algorithm that weighs recorded steps needs of the other groups."""
-    # An algorithm that replays nothing has no use for some choices of steps either.
+    """Check what an algorithm with per-step log-probabilities needs from the other groups."""
+    # algo=nft is no alternative for choices of steps that need an algorithm with replay.
     otherwise = "" if locate(cfg.steps["_target_"]).replayed else ", or algo=nft"
     if not dynamics.stochastic:
         raise ConfigError(
@@ -117,11 +117,11 @@ def _check_density(cfg: DictConfig, dynamics: Any) -> None:
 
 
 def _check_numbers(cfg: DictConfig) -> None:
-    """What neither a class of ours nor the Trainer refuses in a sentence."""
+    """Check numbers for which neither a class of this package nor the Trainer has a clear error."""
     rate, trainer = cfg.optimizer.get("lr", 0.0), cfg.trainer
     if type(rate) not in (int, float) or not 0 <= rate < math.inf:
         raise ConfigError(f"optimizer.lr is a number from 0 on (got {rate}).")
-    if isinstance(cfg.seed, int) and cfg.seed < 0:  # another type is refused by its annotation
+    if isinstance(cfg.seed, int) and cfg.seed < 0:  # other types are rejected by the annotation
         raise ConfigError(f"seed is a number from 0 on (got {cfg.seed}).")
     if isinstance(every := trainer.check_val_every_n_epoch, int) and every < 1:
         raise ConfigError(
@@ -136,7 +136,7 @@ def _check_numbers(cfg: DictConfig) -> None:
 
 
 def _check_precision(cfg: DictConfig) -> None:
-    """What is trained is trained in float32: in 16 bits small updates are rounded away."""
+    """Require float32 for trained weights: in 16 bits, small updates are rounded away."""
     precision = str(cfg.trainer.precision)
     if precision in ("16-true", "bf16-true"):
         raise ConfigError(
@@ -152,18 +152,18 @@ def _check_precision(cfg: DictConfig) -> None:
 
 
 def _check_strategy(cfg: DictConfig) -> None:
-    """Plain DDP waits for gradients of every weight, and a batch may leave an expert without."""
+    """Reject plain DDP for several denoisers: it waits for gradients of all weights, but a batch may skip an expert."""
     several = len(locate(cfg.model["_target_"]).denoiser_names) > 1
     strategy = OmegaConf.select(cfg, "trainer.strategy")
     if several and (strategy == "ddp" or (strategy == "auto" and replicas(cfg) > 1)):
         raise ConfigError(
-            f"model={choice('model', cfg)} has several denoisers, and not every batch asks each of them: use "
+            f"model={choice('model', cfg)} has several denoisers, and not every batch uses each of them: use "
             "trainer.strategy=ddp_find_unused_parameters_true, or strategy=fsdp."
         )
 
 
 def _check_quantised(cfg: DictConfig) -> None:
-    """Quantised weights are frozen, and every device holds all of them."""
+    """Reject full tuning and sharding of quantised weights, which are frozen and whole on every device."""
     if (kind := cfg.model.get("quantised")) is None:
         return
     if locate(cfg.tune["_target_"]).kind == "full":
@@ -179,7 +179,7 @@ def _check_quantised(cfg: DictConfig) -> None:
 
 
 def _check_noise(cfg: DictConfig, algorithm: Any, dynamics: Any) -> None:
-    """Somewhere the pictures of a group must come to differ."""
+    """Check that the images of a group can differ, by their initial noise or by the dynamics."""
     still = not dynamics.stochastic or cfg.dynamics.get("eta", 1) == 0
     if cfg.rollout.get("same_noise") and still and algorithm.source == "rollout":
         raise ConfigError(
@@ -189,7 +189,7 @@ def _check_noise(cfg: DictConfig, algorithm: Any, dynamics: Any) -> None:
 
 
 def _check_extremes(cfg: DictConfig, algorithm: Any) -> None:
-    """The best and the worst are chosen where there are rewards, and where the method does not choose by itself."""
+    """Check that batch.extremes, which selects by reward, suits the algorithm and its steps."""
     if (extremes := cfg.batch.get("extremes")) is None:
         return
     name, keep = choice("algo", cfg), "leave batch.extremes=null"
@@ -211,7 +211,7 @@ def _check_extremes(cfg: DictConfig, algorithm: Any) -> None:
 
 
 def _check_kept(cfg: DictConfig, algorithm: Any) -> None:
-    """A type for recorded states wants an algorithm that has them."""
+    """Check that rollout.keep_in, a type for recorded states, comes with an algorithm that records them."""
     if cfg.rollout.get("keep_in") in ("bfloat16", "float16") and algorithm.point != "transition":
         raise ConfigError(
             f"rollout.keep_in={cfg.rollout.keep_in} rounds the states of recorded steps, and "
@@ -220,7 +220,7 @@ def _check_kept(cfg: DictConfig, algorithm: Any) -> None:
 
 
 def _check_guard(cfg: DictConfig) -> None:
-    """The hacking guard watches rewards that there are."""
+    """Check that the hacking guard's metrics are measured."""
     if (guard := OmegaConf.select(cfg, "callbacks.hacking_guard")) is None:
         return
     several = cfg.reward.objective if "_target_" not in cfg.reward.objective else {}
@@ -234,8 +234,8 @@ def _check_guard(cfg: DictConfig) -> None:
             )
 
 
-def _built(node: DictConfig) -> Any:
-    """The object of a light group, or None where its class refuses: that is said by the check of signatures."""
+def _instantiate_or_none(node: DictConfig) -> Any:
+    """The object of a cheap group, or None if its class rejects the node, which check_plan reports."""
     try:
         return instantiate(node)
     except InstantiationException:
@@ -243,7 +243,7 @@ def _built(node: DictConfig) -> Any:
 
 
 def _check_steps(cfg: DictConfig, steps: Steps, algorithm: Any, dynamics: Any) -> None:
-    """Chosen steps are to be replayed, and a batch plan is one for all epochs."""
+    """Check that the algorithm replays the selected steps, and that their number is the same in all epochs."""
     name = choice("steps", cfg)
     if steps.replayed and algorithm.point != "transition":
         raise ConfigError(
@@ -258,5 +258,5 @@ def _check_steps(cfg: DictConfig, steps: Steps, algorithm: Any, dynamics: Any) -
     if algorithm.point == "transition" and isinstance(cfg.rollout.num_steps, int):
         try:
             steps(0, cfg.rollout.num_steps)
-        except ValueError as refusal:
-            raise ConfigError(str(refusal)) from refusal
+        except ValueError as error:
+            raise ConfigError(str(error)) from error

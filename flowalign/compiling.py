@@ -1,4 +1,4 @@
-"""What blocks ask of PyTorch's compiler. It is imported with this file, which takes a second."""
+"""Options of torch.compile for the denoisers' blocks. Importing this file imports the compiler and takes a second."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch.utils._triton import has_triton
 aten = torch.ops.aten
 
 
-class BiasesApart(CustomGraphPass):
-    """addmm(bias, x, w) becomes mm(x, w) + bias, and the sum a part of the kernel that reads it.
+class SplitBias(CustomGraphPass):
+    """Splits addmm(bias, x, w) into mm(x, w) + bias, so that the sum is fused into the kernel that reads it.
 
-    In float32 on a CPU only: the library's addmm begins with a copy of the bias to every row. On a GPU the compiler
-    does so itself; in bfloat16 the product would be rounded before the sum.
+    Only for float32 on a CPU, whose addmm first copies the bias to every row. On a GPU the compiler does this itself;
+    in bfloat16 the product would be rounded before the sum.
     """
 
     def __call__(self, graph: Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=aten.addmm.default):
-            if _has_a_bias_to_part(node):
-                _part(graph, node)
+            if _can_split(node):
+                _split(graph, node)
 
     def uuid(self) -> bytes:
-        """For the compiler's cache: other code, other blocks."""
+        """Key of this pass in the compiler's cache, which changes with this file."""
         return get_hash_for_files((__file__,))
 
 
-def _has_a_bias_to_part(node: Node) -> bool:
+def _can_split(node: Node) -> bool:
     bias, result = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
     return bias.ndim == 1 and not node.kwargs and result.device.type == "cpu" and result.dtype == torch.float32
 
 
-def _part(graph: Graph, node: Node) -> None:
+def _split(graph: Graph, node: Node) -> None:
     bias, x, w = node.args
     with graph.inserting_before(node):
         product = graph.call_function(aten.mm.default, (x, w))
@@ -46,7 +46,7 @@ def _part(graph: Graph, node: Node) -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises ValueError where blocks could not be compiled, which PyTorch would say at the first batch."""
+    """Raise ValueError if blocks cannot be compiled on this device, which PyTorch would report at the first batch."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -65,11 +65,12 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
-COMPILED: dict[str, str | int | bool | Callable[..., Any]] = {
+COMPILE_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp.use_decompose_tanh": True,
-    # Before forward and backward are parted, so that products are kept rather than sums, and after the compiler's own
-    # passes, which join the two again.
-    "joint_custom_post_pass": BiasesApart(),
-    "post_grad_custom_post_pass": BiasesApart(),
+    # Before forward and backward are partitioned, so that products are saved rather than sums, and after the compiler's
+    # own passes, which fuse the two again.
+    "joint_custom_post_pass": SplitBias(),
+    "post_grad_custom_post_pass": SplitBias(),
 }
-"""Options. On a CPU tanh comes of one exp, a few ulps of 1 off: most of what GELU costs, which is a tenth."""
+"""Options for torch.compile. On a CPU tanh is computed from one exp, with an error of a few ulps of 1: tanh is most of
+the cost of GELU, which is a tenth of a pass."""

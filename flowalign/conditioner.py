@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from flowalign.embeddings import Embeddings
-from flowalign.exhausted import memory_of
+from flowalign.exhausted import explain_oom
 from flowalign.models.base import FlowModel
 from flowalign.prompt_media import image_paths, load_images
 from flowalign.prompts import Prompt
@@ -118,7 +118,7 @@ class Conditioner:
         seen = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in image_paths(prompt)]
         return (*text, *seen, f"{size}")
 
-    @memory_of("encode")
+    @explain_oom("encode")
     def _encode(self, keys: list[Key], prompts: list[Prompt], size: Area) -> None:
         negatives = [p.negative or "" for p in prompts] if self.guided else None
         texts = [p.text for p in prompts]

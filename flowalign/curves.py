@@ -1,4 +1,4 @@
-"""A run's curves, read back from what its loggers have left in its folder."""
+"""Read a run's metric curves from the logs in its folder."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from omegaconf import OmegaConf
 
 
 def curves(folder: Path, prefix: str) -> dict[str, dict[int, float]]:
-    """Metrics that start with `prefix`, by name and epoch (0: the baseline), of TensorBoard's files or metrics.csv."""
+    """Metrics that start with `prefix`, by name and epoch (0: the baseline), from TensorBoard files or metrics.csv."""
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     updates = config.batch.updates * config.batch.passes
     between = updates * config.trainer.check_val_every_n_epoch
 
     def epoch(step: int, first: bool) -> int:
-        """Lightning files an evaluation during the fit under its last step, counted from 0; others, of which the first
-        is the baseline, after it."""
+        """Epochs completed at an evaluation. Lightning logs one during fit at its last step, counted from 0; others,
+        the first of which is the baseline, at the step after that."""
         during = (step > 0 or not first) and (step + 1) % between == 0
         return (step + 1 if during else step) // updates
 
@@ -31,7 +31,7 @@ def curves(folder: Path, prefix: str) -> dict[str, dict[int, float]]:
 
 
 def _of_tensorboard(folder: Path) -> Iterator[tuple[str, int, float]]:
-    """Name, step and value; the files of an interrupted run are one."""
+    """Name, step and value, over all files of an interrupted run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for file in sorted(folder.glob("events*")):
@@ -41,7 +41,7 @@ def _of_tensorboard(folder: Path) -> Iterator[tuple[str, int, float]]:
 
 
 def _of_csv(folder: Path) -> Iterator[tuple[str, int, float]]:
-    from flowalign.loggers import read
+    from flowalign.loggers import read_csv
 
-    for row in read(folder / "metrics.csv"):
+    for row in read_csv(folder / "metrics.csv"):
         yield from ((name, int(row["step"]), float(value)) for name, value in row.items())

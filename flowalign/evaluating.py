@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 
 from flowalign.conditioner import Conditioner
 from flowalign.evaluation import Positions, Shown, gathered, stills
-from flowalign.exhausted import memory_of
+from flowalign.exhausted import explain_oom
 from flowalign.generate import generate
 from flowalign.policy import Policy
 from flowalign.prompts import Prompt
@@ -124,7 +124,7 @@ class Evaluating(LightningModule):
             self.meters[key] = MeanMetric(nan_strategy="ignore").to(self.device)
         return self.meters[key]  # type: ignore[return-value]
 
-    @memory_of("evaluate")
+    @explain_oom("evaluate")
     @torch.no_grad()
     def _evaluate(self, stage: str, positions: Tensor, copy: str | None) -> None:
         r, sampling = self.recipe, self.recipe.evaluation.sampling

@@ -1,4 +1,4 @@
-"""Memory that does not suffice, told as one sentence: in which phase, and what makes it smaller."""
+"""Explain out-of-memory errors in one sentence: the phase, and the settings that reduce memory."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ REMEDIES = {
     "optimise": "a smaller batch.micro, running.gradient_checkpointing=true, policy.device_of_frozen=cpu, tune=lora",
     "evaluate": "a smaller evaluation.sampling.batch_size, running.vae_slicing=true, running.vae_tiling=true",
 }
-"""What to set, by phase, what helps most first."""
+"""Settings that reduce memory, by phase, most effective first."""
 
 
 class NoMemoryError(RunError):
-    """The accelerator's memory or the machine's did not suffice."""
+    """The accelerator or the machine ran out of memory."""
 
 
 @contextmanager
-def memory_of(phase: str) -> Iterator[None]:
-    """Inside, memory that does not suffice becomes NoMemoryError; the innermost phase is named."""
+def explain_oom(phase: str) -> Iterator[None]:
+    """Turn out-of-memory errors into NoMemoryError, which names the innermost phase."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_exhaustion(error):
+        if not is_out_of_memory(error):
             raise
         raise NoMemoryError(
             f"out of memory in the phase '{phase}' ({_first_words(error)}); what helps, most first: {REMEDIES[phase]}."
@@ -40,15 +40,15 @@ def memory_of(phase: str) -> Iterator[None]:
 
 
 def nothing_fits(micro: int) -> NoMemoryError:
-    """batch.micro=auto has found that not even its smallest micro-batch fits."""
+    """The error for batch.micro=auto when not even its smallest micro-batch fits."""
     return NoMemoryError(
         f"batch.micro=auto: the smallest micro-batch, of {micro} point(s), does not fit into the memory that is left; "
         f"what helps, most first: {REMEDIES['fit']}. batch.micro={micro} tries it all the same."
     )
 
 
-def is_exhaustion(error: BaseException) -> bool:
-    """Whether it says that memory does not suffice."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is an out-of-memory error."""
     # The CPU's allocator raises a plain RuntimeError.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: what replaces another one is made beside it and then takes its place."""
+"""Atomic replacement of files and folders: write the new one under a temporary name, then rename it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `target` when the block ends well, and vanishes when it does not."""
+def atomic_write(target: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that replaces `target` when the block succeeds and is deleted when it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{uuid4().hex[:8]}{PARTIAL}")
     try:
@@ -23,15 +23,15 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        take_place(partial, target)
+        replace(partial, target)
     except BaseException:  # Ctrl-C too
         partial.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
 
 
-def sweep(folder: str | Path) -> list[Path]:
-    """Remove what killed runs left half written; call it before anything writes there. Returns what was removed."""
+def remove_partials(folder: str | Path) -> list[Path]:
+    """Delete and return what killed runs left incomplete; call this before anything is written there."""
     leftovers = sorted(Path(folder).glob(f".*{PARTIAL}"))
     for leftover in leftovers:
         if leftover.is_dir():
@@ -40,9 +40,9 @@ def sweep(folder: str | Path) -> list[Path]:
     return leftovers
 
 
-def take_place(partial: Path, target: Path) -> None:
-    """A file replaces a file in one move. Where either is a folder it takes two, between which the old one waits under
-    a name of its own."""
+def replace(partial: Path, target: Path) -> None:
+    """Replace a file by a file in one rename. If either is a folder it takes two renames, between which the old one has
+    a name that `restore` recognises."""
     if not (partial.is_dir() or target.is_dir()):
         os.replace(partial, target)
         return
@@ -55,14 +55,14 @@ def take_place(partial: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A file or a folder, or nothing."""
+    """Delete a file or a folder, if it exists."""
     if path.is_file():
         path.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def restore(folder: Path) -> None:
-    """Puts back what a kill between those two moves left waiting, and removes what it left behind after them."""
+    """Undo a replacement that was killed between its two renames, and delete what one killed after them left over."""
     for waiting in sorted(folder.glob(".*.old")):
         target = waiting.with_name(waiting.name.removeprefix(".").removesuffix(".old"))
         if target.exists():
@@ -73,7 +73,7 @@ def restore(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The new name itself must survive a power cut. Some network file systems cannot sync a folder; they need not.
+    # So that the new name survives a power failure. Some network file systems cannot sync a folder, and need not.
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from flowalign.exhausted import is_exhaustion, nothing_fits
+from flowalign.exhausted import is_out_of_memory, nothing_fits
 
 SHARE = 0.5
 """Of the free memory, that what is counted may take: the insides of operations and other programs are not counted."""
@@ -65,7 +65,7 @@ def tried(
             with _in_place(trained, besides + _margin(device), device):
                 step(rows)
         except (MemoryError, RuntimeError) as error:
-            if not is_exhaustion(error):
+            if not is_out_of_memory(error):
                 raise
             return False
         return True

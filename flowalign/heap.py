@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process, which else fetches it anew for every pass, page by page."""
+"""Keep freed memory in the process, which would otherwise fetch it again, page by page, for every pass."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_… of glibc's malloc.h
 KEPT = 2**31 - 1
-"""Bytes that may lie free at the end of the heap, the most one can say. Untold, the library keeps twice a block."""
+"""Bytes that may stay free at the top of the heap: the maximum. By default, glibc keeps twice the mmap threshold."""
 MAPPED = 32 * 2**20
-"""Larger blocks are the system's and go back at once, as they do anyway."""
+"""Blocks above this size are mapped, and returned to the system at once; 32 MiB is also glibc's largest default."""
 
 
 def keep_freed() -> bool:
-    """For the whole process. False where the C library is another one, or its environment has told it already."""
-    told = " ".join([*os.environ, os.environ.get("GLIBC_TUNABLES", "")]).lower()
-    if sys.platform != "linux" or "trim_threshold" in told or "mmap_threshold" in told:
+    """Configure glibc's malloc for this process. Returns False for another C library, or if the environment has set
+    these thresholds."""
+    environment = " ".join([*os.environ, os.environ.get("GLIBC_TUNABLES", "")]).lower()
+    if sys.platform != "linux" or "trim_threshold" in environment or "mmap_threshold" in environment:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(*o) == 1 for o in ((TRIM_THRESHOLD, KEPT), (MMAP_THRESHOLD, MAPPED)))

@@ -1,4 +1,4 @@
-"""Imports without the garbage collector, which goes through all that is there again and again."""
+"""Import libraries without the garbage collector, which would traverse all existing objects again and again."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Inside, cycles wait, and what is there at its end is left alone for good: of the many thousand objects that
-    libraries leave behind, next to none is garbage. For the start of a process, before there is a model."""
-    on = gc.isenabled()
+def without_gc() -> Iterator[None]:
+    """Disable the garbage collector, and freeze all objects that exist on exit: hardly any of the many thousand objects
+    that imports create are garbage. For the start of a process, before there is a model."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # or the next collection would cost what was saved
-        if on:
+        gc.freeze()  # or the next collection would take the time that was saved
+        if enabled:
             gc.enable()

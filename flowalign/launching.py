@@ -1,4 +1,4 @@
-"""How a run's processes come to be: what they agree on before Hydra makes a folder, and what cannot be started."""
+"""Launching a run's processes: what they agree on before Hydra creates a folder, and which launches are invalid."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from flowalign.checks import ConfigError
 from flowalign.planning import devices
 
 STARTED = "FLOWALIGN_STARTED"
-"""Names the folder of a run; conf/train.yaml takes the time of day where it is not set."""
-PATIENCE = timedelta(minutes=5)
-"""Until rank 0 must have come as far as the others."""
+"""Environment variable that names the folder of a run; conf/train.yaml uses the time of day if it is not set."""
+START_TIMEOUT = timedelta(minutes=5)
+"""How long the other ranks wait for rank 0 to set the name."""
 
 
-def agree(argv: Sequence[str]) -> list[str]:
-    """The arguments for this rank. All ranks take the folder of rank 0, which alone writes what Hydra writes there.
+def rank_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments for this rank. All ranks use the folder of rank 0, where only rank 0 writes Hydra's files.
 
-    Processes that Lightning starts need nothing: it tells them.
+    Processes started by Lightning need no change: Lightning passes them their arguments.
     """
     rank = launched_rank(os.environ)
     if rank is None:
         return list(argv)
-    os.environ[STARTED] = os.environ.get(STARTED) or started(os.environ, rank)
+    os.environ[STARTED] = os.environ.get(STARTED) or launch_id(os.environ, rank)
     own = [] if rank == 0 else ["hydra.output_subdir=null", f"hydra.job.name=rank{rank}"]
     return [*argv, *own]
 
 
 def launched_rank(environment: Mapping[str, str]) -> int | None:
-    """This process's rank under torchrun or srun; None without them."""
+    """This process's rank under torchrun or srun; None otherwise."""
     if "TORCHELASTIC_RUN_ID" in environment:
         return int(environment["RANK"])
     if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
@@ -43,31 +43,33 @@ def launched_rank(environment: Mapping[str, str]) -> int | None:
 
 
 def local_rank(environment: Mapping[str, str]) -> int:
-    """This process's number on its machine: of torchrun, of Lightning for those that it starts, or of srun."""
+    """This process's rank on its machine, as set by torchrun, Lightning's launcher or srun."""
     own = environment.get("SLURM_LOCALID", "0") if launched_rank(environment) is not None else "0"
     return int(environment.get("LOCAL_RANK", own))
 
 
 def choose_device(trainer: DictConfig) -> None:
-    """Makes this process's GPU the current one before a reward or a model is loaded: Lightning does so after that, and
-    until then every process of a machine would use the first one."""
+    """Make this process's GPU current before a reward or a model is loaded.
+
+    Lightning does so later; until then every process on a machine would use the first GPU.
+    """
     import torch
 
     if torch.backends.mps.is_available():
-        _pass_over_apples(trainer)
+        _avoid_mps(trainer)
     elif trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ConfigError(f"trainer.accelerator={trainer.accelerator}: PyTorch finds no GPU here; use trainer=cpu.")
     if trainer.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return
-    there = torch.cuda.device_count()
-    named = trainer.devices if isinstance(trainer.devices, ListConfig) else range(there)
-    place = local_rank(os.environ)
-    if place < len(named) and named[place] < there:  # what is not there, the Trainer refuses
-        torch.cuda.set_device(named[place])
+    available = torch.cuda.device_count()
+    gpus = trainer.devices if isinstance(trainer.devices, ListConfig) else range(available)
+    rank = local_rank(os.environ)
+    if rank < len(gpus) and gpus[rank] < available:  # the Trainer rejects missing devices
+        torch.cuda.set_device(gpus[rank])
 
 
-def _pass_over_apples(trainer: DictConfig) -> None:
-    """Lightning would choose their GPUs, which lack float64."""
+def _avoid_mps(trainer: DictConfig) -> None:
+    """Use the CPU where Lightning would choose an Apple GPU, which lacks float64; ConfigError if it was asked for."""
     if trainer.accelerator == "auto":
         trainer.accelerator = "cpu"
     elif trainer.accelerator in ("gpu", "mps"):
@@ -77,25 +79,25 @@ def _pass_over_apples(trainer: DictConfig) -> None:
         )
 
 
-def started(environment: Mapping[str, str], rank: int) -> str:
-    """The same text on every rank, however far apart they start: the time of rank 0, or the number of the job."""
+def launch_id(environment: Mapping[str, str], rank: int) -> str:
+    """A text that is the same on every rank, however far apart they start: the time of rank 0, or the job's id."""
     if "TORCHELASTIC_RUN_ID" not in environment:
         return f"slurm_{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}"
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return environment["TORCHELASTIC_RUN_ID"]
     from torch.distributed import PrefixStore, TCPStore
 
-    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=PATIENCE)
-    again = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-    shared = PrefixStore(f"flowalign/{environment['TORCHELASTIC_RUN_ID']}/{again}", store)
+    store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=START_TIMEOUT)
+    restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = PrefixStore(f"flowalign/{environment['TORCHELASTIC_RUN_ID']}/{restart}", store)
     if rank == 0:
         shared.set(STARTED, time.strftime("%Y-%m-%d_%H-%M-%S"))
     return shared.get(STARTED).decode()
 
 
 def check_launch(cfg: DictConfig, multirun: bool) -> None:
-    """ConfigError for a sweep whose runs would each start processes out of this one: these would repeat the sweep; and
-    for tasks of SLURM that are not the devices of the run.
+    """Raise ConfigError for a sweep whose runs would each start processes from this one, which would repeat the sweep,
+    and for SLURM tasks that do not match the devices of the run.
     """
     node = HydraConfig.get()
     number = devices(cfg.trainer)
@@ -117,8 +119,9 @@ def check_launch(cfg: DictConfig, multirun: bool) -> None:
 
 
 def check_tasks(environment: Mapping[str, str], number: int, nodes: int) -> None:
-    """ConfigError where Lightning would wait for tasks that nobody starts, or leave devices out: it counts the tasks of
-    SLURM, but for torchrun and interactive shells.
+    """Raise ConfigError if Lightning would wait for tasks that are never started, or leave devices unused.
+
+    Lightning counts SLURM's tasks, except under torchrun and in interactive shells.
     """
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     if "SLURM_NTASKS" not in environment or "TORCHELASTIC_RUN_ID" in environment or interactive:

@@ -1,4 +1,4 @@
-"""One run a folder, as long as the process lives."""
+"""Lock a run's output folder, so that only one run at a time uses it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ log = logging.getLogger("flowalign")
 NAME = ".lock"
 
 
-def is_of_a_run(folder: Path) -> bool:
-    """Whether a run has ever held it."""
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run has ever locked this folder."""
     return (folder / NAME).is_file()
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Inside, `folder` is this process's: ConfigError if another one has it. The kernel lets go when a process dies."""
+def locked(folder: Path) -> Iterator[None]:
+    """Lock `folder` for this process; ConfigError if another one holds it. The kernel releases it if a process dies."""
     with (folder / NAME).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""Loggers that go on in the folder of the run that they continue, as if it had never stopped.
+"""Loggers that continue the logs of a resumed run as if it had never stopped.
 
-Lightning's CSV logger removes the file that it finds, TensorBoard shows twice what an interrupted run had logged beyond
-its checkpoint, and W&B and MLflow begin a new run.
+Lightning's CSV logger deletes an existing file, TensorBoard shows twice what an interrupted run had logged beyond its
+checkpoint, and W&B and MLflow start a new run.
 """
 
 from __future__ import annotations
@@ -20,51 +20,51 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flowalign.checks.errors import ConfigError, one_line
 from flowalign.settings import flatten
-from flowalign.strategies.folders import opened
+from flowalign.strategies.folders import read_split
 
 
 class TensorBoard(TensorBoardLogger):
-    """Hides what lies beyond the checkpoint."""
+    """TensorBoard logger that purges what was logged beyond the checkpoint."""
 
     def save(self) -> None:
-        """Not before the settings are there: an empty hparams.yaml would never be filled."""
+        """Save once the hyperparameters are known: an empty hparams.yaml would never be overwritten."""
         if self.hparams:
             super().save()
 
     def continue_after(self, step: int, run: str | None) -> None:
-        """To be called before anything is logged; run: the `version` of the logger in the run that is continued."""
+        """Call this before anything is logged. run: the logger's `version` in the run that is resumed."""
         del run
-        # Not from `step` on: the validation before the checkpoint has this step. Of the epoch that begins at it, only
-        # the rollout's points can be there twice, with equal rewards.
+        # Not from `step` on, which is also the step of the validation before the checkpoint. Of the epoch that begins
+        # there, only the rollout's points may appear twice, with equal rewards.
         self._kwargs["purge_step"] = step + 1
 
-    def show(self, name: str, images: np.ndarray, step: int) -> None:
+    def log_images(self, name: str, images: np.ndarray, step: int) -> None:
         """Images (B, H, W, 3) uint8."""
         self.experiment.add_images(name, images, step, dataformats="NHWC")
 
 
 class Csv(CSVLogger):
-    """Keeps the rows up to the checkpoint."""
+    """CSV logger that keeps the rows up to the checkpoint."""
 
     def continue_after(self, step: int, run: str | None) -> None:
-        """To be called before anything is logged."""
+        """Call this before anything is logged."""
         del run
-        rows = read(Path(self.log_dir) / "metrics.csv")
+        rows = read_csv(Path(self.log_dir) / "metrics.csv")
         self.experiment.metrics = [row for row in rows if not _is_repeated(row, step)]
         self.experiment.save()
 
 
 class Wandb(WandbLogger):
-    """Goes on with the W&B run whose id the checkpoint holds, wherever the output folder is.
+    """W&B logger that resumes the run whose id the checkpoint holds, wherever the output folder is.
 
-    Nothing of it is taken back or refused: W&B counts calls, and the optimiser step is a value beside others, against
-    which the charts are drawn. So what an interrupted run had logged beyond its checkpoint is there twice.
+    Points logged beyond the checkpoint stay and appear twice: W&B's own step counts calls, and the optimiser step is
+    an ordinary value, against which the charts are drawn.
     """
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run at W&B, which begins when first asked for."""
+        """The W&B run, which starts on first access."""
         import wandb  # type: ignore[import-not-found]
 
         try:
@@ -76,26 +76,26 @@ class Wandb(WandbLogger):
             ) from error
 
     def continue_after(self, step: int, run: str | None) -> None:
-        """To be called before anything is logged; an id that the config gives has the last word."""
+        """Call this before anything is logged. An id from the config takes precedence."""
         del step
         self._id = self._wandb_init["id"] = self._id or run
 
-    def show(self, name: str, images: np.ndarray, step: int) -> None:
+    def log_images(self, name: str, images: np.ndarray, step: int) -> None:
         """Images (B, H, W, 3) uint8."""
         self.log_image(name, list(images), step)
 
     def close(self, failed: bool) -> None:
-        """Otherwise the next run of a sweep would log into this one."""
+        """Finish the run; otherwise the next run of a sweep would log into it."""
         if self._experiment is not None:
             self._experiment.finish(exit_code=int(failed))
             self._experiment = None
 
 
 class MLFlow(MLFlowLogger):
-    """Goes on with the MLflow run whose id the checkpoint holds; what was logged beyond that is there twice."""
+    """MLflow logger that resumes the run whose id the checkpoint holds; points logged beyond it appear twice."""
 
     def continue_after(self, step: int, run: str | None) -> None:
-        """To be called before anything is logged; an id that the config gives has the last word."""
+        """Call this before anything is logged. An id from the config takes precedence."""
         from mlflow.exceptions import MlflowException  # type: ignore[import-not-found]
 
         del step
@@ -111,26 +111,26 @@ class MLFlow(MLFlowLogger):
             ) from error
 
     def log_hyperparams(self, params: Any) -> None:
-        """Without those that the run has already: MLflow refuses to change a parameter."""
+        """Log only parameters that the run does not have yet, since MLflow rejects changes."""
         if rank_zero_only.rank == 0:
             known = self.experiment.get_run(self.run_id).data.params
             super().log_hyperparams({key: value for key, value in params.items() if key not in known})
 
-    def show(self, name: str, images: np.ndarray, step: int) -> None:
+    def log_images(self, name: str, images: np.ndarray, step: int) -> None:
         """Images (B, H, W, 3) uint8."""
         for i, image in enumerate(images):
             key = name if len(images) == 1 else f"{name}/{i}"
             self.experiment.log_image(self.run_id, image, key=key, step=step)
 
     def finalize(self, status: str = "success") -> None:
-        """Not yet: Lightning calls this after every evaluation."""
+        """Do nothing, since Lightning calls this after every evaluation; `close` finalizes the run."""
 
     def close(self, failed: bool) -> None:
         super().finalize("failed" if failed else "success")
 
 
-def read(file: Path) -> list[dict[str, str]]:
-    """Rows of a metrics.csv, each with the columns that it has a value for."""
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """Read the rows of a metrics.csv, each without its empty columns."""
     if not file.is_file():
         return []
     with file.open(newline="") as text:
@@ -138,38 +138,38 @@ def read(file: Path) -> list[dict[str, str]]:
 
 
 def _is_repeated(row: dict[str, str], step: int) -> bool:
-    """Whether the continued run will log it: what is later, and the rollout of the epoch that begins."""
+    """Whether the resumed run logs this row again: later steps, and the rollout of the epoch that begins at `step`."""
     at = int(row["step"])
     return at > step or (at == step and any(key.startswith("rollout/") for key in row))
 
 
 @rank_zero_only
 def continue_logs(loggers: Iterable[Logger], checkpoint: str | Path | None) -> None:
-    """Prepares the loggers of a run for going on from this checkpoint, if from any."""
+    """Prepare the loggers of a run that resumes from this checkpoint, if it resumes from one."""
     if checkpoint is None:
         return
-    frame = opened(Path(checkpoint))[0]
+    frame = read_split(Path(checkpoint))[0]
     runs = frame.get("flowalign", {}).get("logs", {})
     for logger in loggers:
         if isinstance(logger, (TensorBoard, Csv, Wandb, MLFlow)):
             logger.continue_after(int(frame["global_step"]), runs.get(type(logger).__name__))
 
 
-def runs_of(loggers: Iterable[Logger]) -> dict[str, str]:
-    """What `continue_logs` has to find in a checkpoint: the ids of runs that are kept elsewhere; rank 0 knows them."""
-    elsewhere = [logger for logger in loggers if isinstance(logger, (Wandb, MLFlow))]
-    return {type(logger).__name__: logger.version for logger in elsewhere if logger.version}
+def external_run_ids(loggers: Iterable[Logger]) -> dict[str, str]:
+    """Ids of W&B and MLflow runs by logger class, for the checkpoint that `continue_logs` reads; known on rank 0."""
+    external = [logger for logger in loggers if isinstance(logger, (Wandb, MLFlow))]
+    return {type(logger).__name__: logger.version for logger in external if logger.version}
 
 
-def show(loggers: Iterable[Logger], name: str, images: np.ndarray, step: int) -> None:
-    """Images (B, H, W, 3) uint8 to every logger that takes any; on rank 0 only."""
+def log_images(loggers: Iterable[Logger], name: str, images: np.ndarray, step: int) -> None:
+    """Log images (B, H, W, 3) uint8 to every logger that supports them; call on rank 0 only."""
     for logger in loggers:
         if isinstance(logger, (TensorBoard, Wandb, MLFlow)):
-            logger.show(name, images, step)
+            logger.log_images(name, images, step)
 
 
 def log_settings(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None:
-    """Flat, plain values, but for W&B, whose names of settings should have no dots."""
+    """Log the settings as flat, plain values; nested for W&B, whose config keys should have no dots."""
     flat = flatten(settings)
     for logger in loggers:
         if isinstance(logger, TensorBoard):
@@ -181,8 +181,8 @@ def log_settings(loggers: Iterable[Logger], settings: Mapping[str, Any]) -> None
 
 
 @contextmanager
-def closed(loggers: Iterable[Logger]) -> Iterator[None]:
-    """Tells those that keep runs elsewhere how this one has ended."""
+def closing(loggers: Iterable[Logger]) -> Iterator[None]:
+    """On exit, mark the W&B and MLflow runs as finished or failed."""
     failed = True
     try:
         yield

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowalign.buffer import Buffer, IndexLoader
-from flowalign.checks.errors import ConfigError, refusals
+from flowalign.checks.errors import ConfigError, as_config_errors
 from flowalign.collect import Collector
 from flowalign.diversity import diversity
-from flowalign.exhausted import memory_of
+from flowalign.exhausted import explain_oom
 from flowalign.forward import Forward
 from flowalign.guards import Finite, check_ratio, losses_of
-from flowalign.loggers import runs_of
+from flowalign.loggers import external_run_ids
 from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
@@ -70,7 +70,7 @@ class AlignModule(Forward):
 
     # ------------------------------------------------------------ building
 
-    @memory_of("build")
+    @explain_oom("build")
     def configure_model(self) -> None:
         if self.policy is not None:  # Lightning calls this for every fit, validate and test
             return
@@ -88,7 +88,7 @@ class AlignModule(Forward):
         strategy = self.trainer.strategy
         self.base = strategy.broadcast(identity(r.model.denoisers()))  # if sharded, only rank 0 has read the weights
         shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
-        with refusals():
+        with as_config_errors():
             r.running.check(strategy.root_device)
             self.policy = Policy(
                 r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard,
@@ -149,7 +149,7 @@ class AlignModule(Forward):
 
     def configure_optimizers(self) -> Any:
         r = self.recipe
-        with refusals():  # for example of a negative learning rate
+        with as_config_errors():  # for example of a negative learning rate
             optimizer = r.optimizer(list(self.live.trained().values()))
         # A fused step would unscale float16 gradients itself, after they have been checked and clipped.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ class AlignModule(Forward):
         with self._precision(), ScoreQueue(self.recipe.scorer.ahead) as queue:
             sampler = self.recipe.algorithm.samples_with
             asked = None if sampler in self.recipe.same_as_live else sampler
-            with memory_of("rollout"), self.live.use(asked):
+            with explain_oom("rollout"), self.live.use(asked):
                 collected = self.collect(
                     self.current_epoch, self.replica, self.device, queue, self._gather, self._on_rollout_progress
                 )
@@ -192,7 +192,7 @@ class AlignModule(Forward):
             self._evaluate_frozen()  # needs no rewards, so the last batches are scored meanwhile
             if self.current_epoch + 1 != self.trainer.max_epochs:
                 self.collect.encode_ahead(self.current_epoch + 1, self.replica)  # needs none either
-            with memory_of("rollout"):  # rewards may run out of memory here
+            with explain_oom("rollout"):  # rewards may run out of memory here
                 collected.assign_credit()
             spread = diversity(collected.x0, g.batch.group_size, self._gather)
             self.report.end("rollout")
@@ -218,7 +218,7 @@ class AlignModule(Forward):
         """Local values (…) of all replicas as (replicas, …)."""
         return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.context]  # type: ignore
 
-    @memory_of("frozen copies")
+    @explain_oom("frozen copies")
     def _evaluate_frozen(self) -> None:
         """Store the velocities of the frozen copies at the points. They are constant during the optimisation phase."""
         r, points = self.recipe, self.buffer.points
@@ -249,7 +249,7 @@ class AlignModule(Forward):
 
     # ------------------------------------------------------------ optimisation phase
 
-    @memory_of("optimise")
+    @explain_oom("optimise")
     def training_step(self, idx: Tensor, batch_idx: int) -> Tensor:
         planned, idx = len(idx), self._in_the_loss(idx)
         point, cond = self.buffer.gather(idx)
@@ -280,7 +280,7 @@ class AlignModule(Forward):
         kept = idx[(self.buffer.points.advantage[idx.to(self.device)] != 0).to(idx.device)]
         return kept if len(kept) else idx[:1]
 
-    @memory_of("optimise")
+    @explain_oom("optimise")
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         super().backward(loss, *args, **kwargs)
 
@@ -314,7 +314,7 @@ class AlignModule(Forward):
             self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=False, on_epoch=True)
 
-    @memory_of("optimise")
+    @explain_oom("optimise")
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         skipped = self.finite.skipped
         super().optimizer_step(*args, **kwargs)
@@ -365,7 +365,7 @@ class AlignModule(Forward):
             "counts": self.counts,
             "skipped": self.finite.skipped,
             "micro": self.geometry.micro,
-            "logs": runs_of(self.trainer.loggers),
+            "logs": external_run_ids(self.trainer.loggers),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

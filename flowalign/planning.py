@@ -1,4 +1,4 @@
-"""The batch plan of a config, from its light parts: refused before a reward or a model is loaded."""
+"""Check the batch plan of a config from its cheap parts, before a reward or a model is loaded."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from flowalign.checks import ConfigError, check_signatures, refusals
+from flowalign.checks import ConfigError, as_config_errors, check_signatures
 from flowalign.checks.errors import one_line
 from flowalign.checks.signatures import locate
 from flowalign.rewards.errors import RewardError
 
-if TYPE_CHECKING:  # PyTorch takes longer to import than a help text to be written
+if TYPE_CHECKING:  # they import PyTorch, which takes longer than printing a help text
     from flowalign.geometry import Geometry
     from flowalign.steps.base import StepPlan, Steps
 
-LIGHT = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
-"""Fields of a Recipe that a plan follows from, by config group."""
-ALSO = ("tune", "encoding", "evaluation", "optimisation", "schedule")
-"""Groups that are made beforehand only to hear what their classes refuse."""
-LOOKED_AT = 1000
-"""Epochs whose steps are counted beforehand."""
+PLAN_GROUPS = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
+"""Config group by the Recipe field that the batch plan depends on."""
+CHECKED_GROUPS = ("tune", "encoding", "evaluation", "optimisation", "schedule")
+"""Groups that are instantiated early only for the checks of their classes."""
+MAX_CHECKED_EPOCHS = 1000
+"""Epochs whose steps are counted in advance, at most."""
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:
-    """The object that a node describes. What its class refuses is said in the class's own words, not in Hydra's."""
+    """Instantiate a node. Errors of its class become a ConfigError with the class's message instead of Hydra's."""
     try:
         return hydra.utils.instantiate(node, _convert_="object", **arguments)
     except InstantiationException as error:
         cause: BaseException | None = error
         while isinstance(cause, InstantiationException):
             cause = cause.__cause__
-        # Lightning's refusal is known by its name: a reward server has no Lightning.
-        told = isinstance(cause, (ValueError, TypeError, RewardError, ImportError))
-        if cause is not None and (told or type(cause).__name__ == "MisconfigurationException"):
-            where = node._get_full_key(None) or str(node.get("_target_"))
-            raise ConfigError(f"{where}: {one_line(cause)}") from error
+        # Lightning's error is recognised by name, since a reward server does not import Lightning.
+        is_user_error = isinstance(cause, (ValueError, TypeError, RewardError, ImportError))
+        if cause is not None and (is_user_error or type(cause).__name__ == "MisconfigurationException"):
+            key = node._get_full_key(None) or str(node.get("_target_"))
+            raise ConfigError(f"{key}: {one_line(cause)}") from error
         raise
 
 
 def check_plan(cfg: DictConfig) -> None:
-    """Raises ConfigError for a batch plan that does not fit, with the nearest that does, or for one of its parts."""
+    """Raise ConfigError for an invalid part of a batch plan, or for a plan that does not fit, naming the nearest."""
     from flowalign.recipe import batch_plan
 
-    check_signatures({group: cfg[group] for group in (*LIGHT.values(), *ALSO, "frozen")})
-    for node in (*(cfg[group] for group in ALSO), *cfg.frozen.values()):
+    check_signatures({group: cfg[group] for group in (*PLAN_GROUPS.values(), *CHECKED_GROUPS, "frozen")})
+    for node in (*(cfg[group] for group in CHECKED_GROUPS), *cfg.frozen.values()):
         instantiate(node)
-    parts = {field: instantiate(cfg[group]) for field, group in LIGHT.items()}
+    parts = {field: instantiate(cfg[group]) for field, group in PLAN_GROUPS.items()}
     scorer = SimpleNamespace(groupwise=any(map(_is_groupwise, objective(cfg.reward))))
-    with refusals():
+    with as_config_errors():
         geometry = batch_plan(SimpleNamespace(**parts, scorer=scorer), replicas(cfg))  # type: ignore[arg-type]
     if parts["algorithm"].point == "transition":
         plans = _plans(parts["steps"], parts["rollout"].num_steps, cfg.trainer.max_epochs)
@@ -63,13 +63,13 @@ def check_plan(cfg: DictConfig) -> None:
 
 
 def _plans(steps: Steps, num_steps: int, epochs: Any) -> list[StepPlan]:
-    """Of the first epochs of a run."""
-    number = epochs if isinstance(epochs, int) and epochs > 0 else LOOKED_AT
-    return [steps(epoch, num_steps) for epoch in range(min(number, LOOKED_AT))]
+    """Step plans of the first epochs of a run."""
+    number = epochs if isinstance(epochs, int) and epochs > 0 else MAX_CHECKED_EPOCHS
+    return [steps(epoch, num_steps) for epoch in range(min(number, MAX_CHECKED_EPOCHS))]
 
 
 def _check_every_epoch(geometry: Geometry, plans: Sequence[StepPlan]) -> None:
-    """The batches of a run are of one size, so every epoch has to train equally many steps."""
+    """Require the same number of trained steps in every epoch, since the batch size is fixed."""
     for epoch, plan in enumerate(plans):
         if plan.points != geometry.points_per_sample:
             raise ConfigError(
@@ -79,7 +79,7 @@ def _check_every_epoch(geometry: Geometry, plans: Sequence[StepPlan]) -> None:
 
 
 def _check_last_step(num_steps: int, plans: Sequence[StepPlan]) -> None:
-    """A step without noise has no density to be weighed by."""
+    """Reject training of a last step to which the dynamics adds no noise: it has no density."""
     if any(num_steps - 1 in plan.trained for plan in plans):
         raise ConfigError(
             "steps trains the last step, to which this dynamics adds no noise, so that it has no density: use "
@@ -88,16 +88,16 @@ def _check_last_step(num_steps: int, plans: Sequence[StepPlan]) -> None:
 
 
 def objective(reward: DictConfig) -> list[DictConfig]:
-    """Nodes of the rewards that are trained on: one, or several by name, each perhaps in a Measure."""
+    """Nodes of the rewards that are trained on: one or several, unwrapped from their Measures."""
 
-    def inside(node: Any) -> list[DictConfig]:
+    def rewards_in(node: Any) -> list[DictConfig]:
         if not isinstance(node, DictConfig):
             return []
         if "_target_" not in node:
-            return [found for child in node.values() for found in inside(child)]
-        return inside(node.get("reward")) if str(node["_target_"]).endswith(".Measure") else [node]
+            return [found for child in node.values() for found in rewards_in(child)]
+        return rewards_in(node.get("reward")) if str(node["_target_"]).endswith(".Measure") else [node]
 
-    return inside(reward.get("objective"))
+    return rewards_in(reward.get("objective"))
 
 
 def _is_groupwise(reward: DictConfig) -> bool:
@@ -105,20 +105,20 @@ def _is_groupwise(reward: DictConfig) -> bool:
 
 
 def replicas(cfg: DictConfig) -> int:
-    """Devices that have samples of their own: all, or those that share sequences counted once."""
-    nodes = cfg.trainer.num_nodes if isinstance(cfg.trainer.num_nodes, int) else 1  # refused where the trainer is
+    """Number of data-parallel replicas: ranks that share sequences (`context`) count as one."""
+    nodes = cfg.trainer.num_nodes if isinstance(cfg.trainer.num_nodes, int) else 1  # the Trainer rejects other types
     ranks = int(os.environ.get("WORLD_SIZE", 0)) or max(nodes, 1) * devices(cfg.trainer)
-    alike = OmegaConf.select(cfg, "trainer.strategy.context") if is_sharded(cfg) else 1
-    return max(ranks // alike, 1)
+    context = OmegaConf.select(cfg, "trainer.strategy.context") if is_sharded(cfg) else 1
+    return max(ranks // context, 1)
 
 
 def devices(trainer: DictConfig) -> int:
-    """How many `trainer.devices` asks for on a node, as Lightning reads it: a number, a list of numbers (also as text,
-    "0,1"), or all that there are, of which a CPU is one."""
+    """Number of devices on a node in `trainer.devices`, as Lightning reads it: a number, a list of numbers (also as
+    text, "0,1"), or all available ones; a CPU counts as one."""
     given = trainer.devices
     if isinstance(given, str) and given != "auto":
         numbers = [int(part) for part in given.split(",") if part.strip().lstrip("-").isdecimal()]
-        given = numbers if "," in given else (numbers or ["auto"])[0]  # what else it is, the Trainer refuses
+        given = numbers if "," in given else (numbers or ["auto"])[0]  # the Trainer rejects any other text
     if isinstance(given, int) and given > 0:
         return given
     if isinstance(given, (list, ListConfig)):
@@ -131,5 +131,5 @@ def devices(trainer: DictConfig) -> int:
 
 
 def is_sharded(cfg: DictConfig) -> bool:
-    """Whether the strategy is one of ours, which shard."""
+    """Whether the strategy is one of this package, which shards."""
     return str(OmegaConf.select(cfg, "trainer.strategy._target_")).startswith("flowalign.strategies.")

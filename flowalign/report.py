@@ -1,16 +1,16 @@
-"""What the module tells about its progress, as plain calls that a progress bar may listen to."""
+"""Progress reports of the module, for progress bars and profilers."""
 
 from __future__ import annotations
 
 
 class Report:
-    """Says nothing; callbacks/progress.py listens."""
+    """Progress interface that does nothing; callbacks/progress.py and callbacks/profiler.py override it."""
 
     def begin(self, phase: str, total: int) -> None:
-        """A phase starts, with so many units of work: "encode", "rollout", "frozen", "optimise" or "evaluate"."""
+        """Begin a phase of `total` units of work: "encode", "rollout", "frozen", "optimise" or "evaluate"."""
 
     def advance(self, phase: str, done: int, **values: float) -> None:
-        """`done` units are finished; values are shown beside the bar."""
+        """Report that `done` units are finished, with values to show beside the bar."""
 
     def end(self, phase: str) -> None:
-        """The phase is over."""
+        """End a phase."""

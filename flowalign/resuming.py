@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whose it must not replace."""
+"""Find the checkpoint to resume from, and protect the checkpoints of other runs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 
 from flowalign.checks import ConfigError
 from flowalign.files import restore
-from flowalign.lock import held, is_of_a_run
+from flowalign.lock import is_run_folder, locked
 
 
 def last_checkpoint(run: Path) -> str | None:
-    """The last one of the run in this folder, if there is one."""
-    _mend(run / "checkpoints")
+    """The last checkpoint of the run in this folder, or None."""
+    _restore_if_idle(run / "checkpoints")
     return _last(run)
 
 
 def own_checkpoint(folder: Path) -> str | None:
-    """The same of the folder that is this run's: what `auto` means."""
+    """The last checkpoint in this run's own, locked folder, or None: the meaning of ckpt_path=auto."""
     restore(folder / "checkpoints")
     return _last(folder)
 
 
 def check_unused(folder: Path) -> None:
-    """ConfigError where a run that begins would replace the checkpoints of another one."""
+    """Raise ConfigError if a new run would replace the checkpoints of another one."""
     if (last := own_checkpoint(folder)) is not None:
         raise ConfigError(
             f"{folder} holds a run already ({last}), and this one would replace it: ckpt_path=auto goes on with that "
@@ -32,8 +32,11 @@ def check_unused(folder: Path) -> None:
 
 
 def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None:
-    """The file to resume from, or a sentence; `last` is that of this output folder, or else the newest last.ckpt under
-    outputs/. The folder of a run stands for its last one."""
+    """The checkpoint to resume from; ConfigError if there is none.
+
+    given: a file, a run's folder (its last checkpoint), or `last`: the last checkpoint of `folder`, this run's own, or
+    else the newest last.ckpt under outputs/.
+    """
     from flowalign.strategies.folders import is_folder
 
     if given is None:
@@ -42,7 +45,7 @@ def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None
     if given == "last":
         return own or _newest()
     path = Path(given)
-    _mend(path.parent)
+    _restore_if_idle(path.parent)
     if (last := last_checkpoint(path)) is not None:
         return last
     if not path.is_file() and not is_folder(path):
@@ -56,18 +59,18 @@ def _last(run: Path) -> str | None:
     return str(last) if last.exists() else None
 
 
-def _mend(checkpoints: Path) -> None:
-    """Puts back what a kill has left waiting. A run that is still going is let be: it may be about to do so itself."""
-    if not is_of_a_run(checkpoints.parent):
+def _restore_if_idle(checkpoints: Path) -> None:
+    """Restore what a killed run left half replaced, unless its run is still going: it may be in the middle of it."""
+    if not is_run_folder(checkpoints.parent):
         restore(checkpoints)
         return
-    with suppress(ConfigError, OSError), held(checkpoints.parent):
+    with suppress(ConfigError, OSError), locked(checkpoints.parent):
         restore(checkpoints)
 
 
 def _newest() -> str:
     for waiting in Path("outputs").glob("**/.*.old"):
-        _mend(waiting.parent)
+        _restore_if_idle(waiting.parent)
     found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise ConfigError("ckpt_path=last: there is no checkpoints/last.ckpt below outputs/ here.")

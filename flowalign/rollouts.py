@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithms.base import Algorithm
-from flowalign.checks.errors import refusals
+from flowalign.checks.errors import as_config_errors
 from flowalign.dynamics import Dynamics
 from flowalign.geometry import Geometry
 from flowalign.keyed import PICTURE, keyed_integer
@@ -175,7 +175,7 @@ class Rollouts:
         latents, kept = [], {}
         for start in range(0, len(distinct), self.sampling.batch_size):
             part = distinct[start : start + self.sampling.batch_size]
-            with refusals():
+            with as_config_errors():
                 media = self.prompts.images([i for i, _ in part], [n for _, n in part], *self.size.area)
             latents.append(self.model.encode_images(media.to(local.device)))
             kept |= {key: media[row] for row, key in enumerate(part) if key in shown}

@@ -1,4 +1,4 @@
-"""From a composed config to a finished run: check, instantiate, baseline, fit, final, summary."""
+"""Run training from a composed config: check, instantiate, baseline, fit, final evaluation, summary."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from flowalign.checks import ConfigError, RunError, check_signatures, refusals
+from flowalign.checks import ConfigError, RunError, as_config_errors, check_signatures
 from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
-from flowalign.files import sweep
-from flowalign.imports import uncollected
-from flowalign.launching import agree, check_launch
-from flowalign.lock import held, is_of_a_run
+from flowalign.files import remove_partials
+from flowalign.imports import without_gc
+from flowalign.launching import check_launch, rank_arguments
+from flowalign.lock import is_run_folder, locked
 from flowalign.planning import check_plan, instantiate, is_sharded, replicas
-from flowalign.process import begin_process, find_own_modules, quieten
+from flowalign.process import add_cwd_to_path, begin_process, silence_libraries
 from flowalign.resuming import check_unused, find_checkpoint, own_checkpoint
 from flowalign.rewards.errors import RewardError
-from flowalign.stopping import Stopped, asked, farewell
-from flowalign.sweeps import report, surviving
+from flowalign.stopping import Stopped, stop_requests, wind_down
+from flowalign.sweeps import record_failures, report_failures
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -43,23 +43,23 @@ log = logging.getLogger("flowalign")
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parents[1] / "conf") if p.is_dir())
 
 
-def composed(*words: str) -> DictConfig:
-    """The config of `train.py` with these overrides, refused in a sentence where that would refuse them."""
+def compose_config(*words: str) -> DictConfig:
+    """Compose the config of `train.py` with these overrides; raises ConfigError where `train.py` would."""
     words = tuple(preflight(words, CONF, "train", also=check_groups))
     with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         return hydra.compose("train", list(words))
 
 
 def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
-    """Every part of a run, instantiated from its group, but for a scorer that is there already."""
+    """Instantiate every part of a run from its config group, except a scorer that is passed in."""
     from flowalign.models.loading import without_weights
     from flowalign.recipe import Recipe
 
     make = instantiate
-    chosen: Scorer = scorer or make(cfg.reward)
-    with without_weights(not (reads_weights(cfg) or chosen.binds)):
+    run_scorer: Scorer = scorer or make(cfg.reward)
+    with without_weights(not (reads_weights(cfg) or run_scorer.binds)):
         model = make(cfg.model)
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    config = OmegaConf.to_container(cfg, resolve=True)
     return Recipe(
         model=model,
         algorithm=make(cfg.algo),
@@ -67,7 +67,7 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         steps=make(cfg.steps),
         times=make(cfg.times),
         credit=make(cfg.credit),
-        scorer=chosen,
+        scorer=run_scorer,
         tune=make(cfg.tune),
         data={stage: make(cfg.data[stage]) for stage in ("train", "val", "test")},
         batch=make(cfg.batch),
@@ -83,20 +83,20 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         encoding=make(cfg.encoding),
         running=make(cfg.running),
         seed=cfg.seed,
-        config=plain,  # type: ignore[arg-type]
+        config=config,  # type: ignore[arg-type]
     )
 
 
 def reads_weights(cfg: DictConfig) -> bool:
-    """Whether this process has to read the trained networks' files: of a sharded run only rank 0, which sends them
-    round. A reward that is made of the model's own parts needs them on every rank."""
+    """Whether this process must read the trained networks' files. In a sharded run only rank 0 does and broadcasts
+    them; a reward made of the model's own parts (`binds`) needs them on every rank."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     return not is_sharded(cfg) or rank_zero_only.rank == 0
 
 
 def size_of(cfg: DictConfig, part: str) -> Size:
-    """resolution.train or resolution.eval: a node, or in short a number or a list of them."""
+    """The Size of resolution.train or resolution.eval, given as a node, a number or a list of numbers."""
     from flowalign.size import Size
 
     node = cfg.resolution[part]
@@ -111,9 +111,9 @@ def size_of(cfg: DictConfig, part: str) -> Size:
 def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
     from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
 
-    # On purpose: what is trained has to be what made the rollouts, so nothing may behave differently.
+    # Intended: training must use the same network as the rollouts, so dropout etc. stay off.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
-    # The checkpoint of resumption last: it holds what the others know, and they must have judged this epoch by then.
+    # The checkpoint for resuming comes last: it saves the state of the other callbacks after this epoch.
     callbacks = sorted(cfg.callbacks.items(), key=lambda item: item[0] == "last")
     trainer: Trainer = instantiate(
         cfg.trainer,
@@ -122,13 +122,13 @@ def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
         plugins=[AtomicCheckpointIO()],
         accumulate_grad_batches=accumulate,
     )
-    # With max_steps it takes the finished epoch of a checkpoint for an unfinished one, and ends it a second time.
+    # With max_steps, Lightning takes the finished epoch of a checkpoint for an unfinished one and ends it again.
     trainer.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
     return trainer
 
 
 def run(cfg: DictConfig) -> float | None:
-    """One run; returns the optimised metric of the final evaluation (None if it was not measured)."""
+    """Execute one run; returns the optimised metric of the final evaluation (None if it was not measured)."""
     check(cfg)
     check_signatures(cfg)
     from flowalign.summary import Summary, show_config
@@ -136,13 +136,13 @@ def run(cfg: DictConfig) -> float | None:
     begin_process(cfg)
     folder = Path(cfg.paths.output_dir)
     with ExitStack() as cleanup:
-        ckpt_path = claim(folder, cfg, cleanup)
+        ckpt_path = prepare_folder(folder, cfg, cleanup)
         show_config(cfg, folder)
-        module, trainer = assembled(cfg, ckpt_path, cleanup)
-        summary = Summary(folder, cfg.seed, module, typed(HydraConfig.get()))
-        look_back(cfg, trainer, module, summary, ckpt_path)
+        module, trainer = assemble(cfg, ckpt_path, cleanup)
+        summary = Summary(folder, cfg.seed, module, typed_words(HydraConfig.get()))
+        establish_baseline(cfg, trainer, module, summary, ckpt_path)
         if cfg.train:
-            fit(trainer, module, summary, ckpt_path, late=ckpt_path is None and postpones(cfg))
+            fit(trainer, module, summary, ckpt_path, late=ckpt_path is None and postpones_test(cfg))
             summary.final(evaluate(trainer, module, cfg.test))
         elif ckpt_path is not None:
             metrics = evaluate(trainer, module, cfg.test, ckpt_path)
@@ -153,20 +153,20 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def check(cfg: DictConfig) -> None:
-    """ConfigError for choices that do not go together, and for a batch plan that does not fit."""
+    """Raise ConfigError for choices that contradict each other, and for a batch plan that does not fit."""
     check_groups(cfg)
     check_plan(cfg)
 
 
-def claim(folder: Path, cfg: DictConfig, cleanup: ExitStack) -> str | None:
-    """Makes the output folder this run's until `cleanup`; the checkpoint to resume from, if there is one, is whole.
+def prepare_folder(folder: Path, cfg: DictConfig, cleanup: ExitStack) -> str | None:
+    """Create and lock the output folder until `cleanup`; returns the verified checkpoint to resume from, or None.
 
-    Raises ConfigError for a folder that is another run's, and for a checkpoint that is absent or damaged.
+    Raises ConfigError for a folder of another run, and for a checkpoint that is missing or damaged.
     """
     from flowalign.strategies.intact import check_intact
 
     folder.mkdir(parents=True, exist_ok=True)
-    take(folder, cleanup)
+    lock_folder(folder, cleanup)
     ckpt_path = find_checkpoint(own_checkpoint(folder) if cfg.ckpt_path == "auto" else cfg.ckpt_path, folder)
     if cfg.train and cfg.ckpt_path is None:
         check_unused(folder)
@@ -175,18 +175,18 @@ def claim(folder: Path, cfg: DictConfig, cleanup: ExitStack) -> str | None:
     return ckpt_path
 
 
-def assembled(cfg: DictConfig, ckpt_path: str | None, cleanup: ExitStack) -> tuple[AlignModule, Trainer]:
-    """Rewards, model and trainer; what they have opened is closed by `cleanup`."""
+def assemble(cfg: DictConfig, ckpt_path: str | None, cleanup: ExitStack) -> tuple[AlignModule, Trainer]:
+    """Build rewards, module and trainer; `cleanup` closes what they open."""
     import torch
 
     from flowalign.callbacks.hyperparameters import Hyperparameters
-    from flowalign.loggers import closed, continue_logs
+    from flowalign.loggers import closing, continue_logs
     from flowalign.module import AlignModule
 
-    with refusals():
+    with as_config_errors():
         scorer = instantiate(cfg.reward)
         cleanup.callback(scorer.close)
-        scorer.check()  # before the model is loaded: a broken reward is said at once
+        scorer.check()  # before the model is loaded, so that a broken reward is reported at once
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         recipe = build_recipe(cfg, scorer)
@@ -195,25 +195,27 @@ def assembled(cfg: DictConfig, ckpt_path: str | None, cleanup: ExitStack) -> tup
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         shrink(module)
     continue_logs(trainer.loggers, ckpt_path if cfg.train else None)
-    cleanup.enter_context(closed(trainer.loggers))
+    cleanup.enter_context(closing(trainer.loggers))
     trainer.callbacks.append(Hyperparameters(recipe.config))  # type: ignore[attr-defined]
     return module, trainer
 
 
-def look_back(cfg: DictConfig, trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str | None) -> None:
-    """The baseline: of the untouched policy, or that of the run that is resumed."""
+def establish_baseline(
+    cfg: DictConfig, trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str | None
+) -> None:
+    """Evaluate the untrained policy, or take over the baseline of the run that is resumed."""
     if ckpt_path is None:
-        summary.baseline(evaluate(trainer, module, cfg.test and not postpones(cfg)))
-        optimised(cfg, summary)  # a metric that nobody measures is refused before the training, not after it
+        summary.baseline(evaluate(trainer, module, cfg.test and not postpones_test(cfg)))
+        optimised(cfg, summary)  # raises for an unknown metric before training rather than after it
         return
     log.info("resuming from %s", ckpt_path)
     before = Path(ckpt_path).absolute().parent.parent
-    tidy(before)
-    summary.continued(before)
+    clean_folder(before)
+    summary.continue_from(before)
 
 
-def typed(node: Any) -> list[str]:
-    """The words of the command line that decide what is composed; node: Hydra's own config."""
+def typed_words(node: Any) -> list[str]:
+    """The command-line words that determine the composed config; node: Hydra's own config."""
     found = {source.provider: str(source.path) for source in node.runtime.config_sources}
     flags = {
         "--config-path": "" if found["main"] == str(CONF) else found["main"],
@@ -224,28 +226,28 @@ def typed(node: Any) -> list[str]:
     return [part for flag in flags.items() if flag[1] for part in flag] + searched + list(node.overrides.task)
 
 
-def postpones(cfg: DictConfig) -> bool:
-    """Whether the test prompts' baseline waits for the end of the first epoch; a metric that is to be optimised is
-    measured before, so that its name is known to be right."""
+def postpones_test(cfg: DictConfig) -> bool:
+    """Whether the baseline on the test prompts is measured after the first epoch. A test metric to be optimised is
+    measured before training, which verifies its name."""
     return cfg.train and cfg.test and not cfg.optimized_metric.startswith("test/")
 
 
 def fit(trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str | None, late: bool) -> None:
-    """Trains; late: the test prompts' baseline is still to come."""
+    """Train. late: the baseline on the test prompts is still to be measured."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import LambdaCallback
 
     from flowalign.callbacks.late_baseline import LateBaseline
     from flowalign.summary import show_plan
 
-    baseline = LateBaseline(summary.completed)
-    # Not before: a resumed run has no baseline, and batch.micro=auto is settled with the loader.
+    baseline = LateBaseline(summary.extend_baseline)
+    # Not earlier: a resumed run evaluates no baseline, and batch.micro=auto is resolved with the loader.
     plan = LambdaCallback(on_train_start=show_plan)
     trainer.callbacks.extend([baseline, plan] if late else [plan])  # type: ignore
-    summary.begins()
+    summary.start_training()
     try:
         trainer.fit(module, ckpt_path=ckpt_path)
-    except MisconfigurationException as error:  # a checkpoint of more epochs than there are to be
+    except MisconfigurationException as error:  # a checkpoint with more epochs than trainer.max_epochs
         raise ConfigError(one_line(error)) from error
     if module.buffer.epoch < 0:
         log.warning(
@@ -253,54 +255,55 @@ def fit(trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str 
             trainer.current_epoch,
             trainer.max_epochs,
         )
-    summary.trained()
-    if late and baseline.waiting:  # there was nothing to train, and the weights are those of the beginning
-        summary.completed(plain(trainer.test(module, verbose=False)), 0.0)
+    summary.end_training()
+    if late and baseline.waiting:  # there was nothing to train, so these are the initial weights
+        summary.extend_baseline(to_floats(trainer.test(module, verbose=False)), 0.0)
 
 
-def take(folder: Path, cleanup: ExitStack) -> None:
-    """The first rank locks the output folder, and removes what a killed run has left half written there."""
+def lock_folder(folder: Path, cleanup: ExitStack) -> None:
+    """On rank 0, lock the output folder and delete files that a killed run left incomplete there."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     if rank_zero_only.rank == 0:
-        cleanup.enter_context(held(folder))
-        sweep(folder / "checkpoints")
+        cleanup.enter_context(locked(folder))
+        remove_partials(folder / "checkpoints")
 
 
-def tidy(folder: Path) -> None:
-    """The same of the run's folder that is resumed from, unless its run is still going or it cannot be written to."""
-    if is_of_a_run(folder):
-        with suppress(ConfigError, OSError), held(folder):
-            sweep(folder / "checkpoints")
+def clean_folder(folder: Path) -> None:
+    """Delete incomplete files in the folder that is resumed from, unless its run is active or it is read-only."""
+    if is_run_folder(folder):
+        with suppress(ConfigError, OSError), locked(folder):
+            remove_partials(folder / "checkpoints")
 
 
 def plan_accumulation(cfg: DictConfig, recipe: Recipe) -> int:
-    """Micro-batches per optimiser step; Lightning wants to know it before it knows the module."""
+    """Micro-batches per optimiser step, which Lightning needs before the module."""
     from flowalign.recipe import batch_plan
 
     return batch_plan(recipe, replicas(cfg)).accumulate
 
 
 def shrink(module: AlignModule) -> None:
-    """fast_dev_run: Lightning runs one batch of everything, so the evaluations need only a handful of pictures."""
+    """Reduce the evaluations to 8 prompts for fast_dev_run, in which Lightning runs one batch of everything."""
     for prompts in module.eval_prompts.values():
         del prompts[8:]
 
 
 def evaluate(trainer: Trainer, module: AlignModule, test: bool, ckpt_path: str | None = None) -> dict[str, float]:
     """Validation and, if wanted, test metrics of the current weights (or of a checkpoint)."""
-    found = plain(trainer.validate(module, ckpt_path=ckpt_path, verbose=False))
+    metrics = to_floats(trainer.validate(module, ckpt_path=ckpt_path, verbose=False))
     if test:
-        found |= plain(trainer.test(module, ckpt_path=ckpt_path, verbose=False))
-    return found
+        metrics |= to_floats(trainer.test(module, ckpt_path=ckpt_path, verbose=False))
+    return metrics
 
 
-def plain(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of an evaluation, without what is for TensorBoard alone."""
-    return {key: float(value) for key, value in found[0].items() if not key.startswith("hp/")}
+def to_floats(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of an evaluation as floats, without the hp/ metrics, which are for TensorBoard only."""
+    return {key: float(value) for key, value in results[0].items() if not key.startswith("hp/")}
 
 
 def optimised(cfg: DictConfig, summary: Summary) -> float | None:
+    """The value of optimized_metric; ConfigError if it was not measured, except under fast_dev_run."""
     metrics = summary.results["final"] or summary.results["baseline"]
     if cfg.optimized_metric not in metrics:
         if cfg.trainer.fast_dev_run:
@@ -312,28 +315,28 @@ def optimised(cfg: DictConfig, summary: Summary) -> float | None:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-@surviving
+@record_failures
 def _main(cfg: DictConfig) -> float | None:
     folder = HydraConfig.get().runtime.output_dir
     try:
-        with asked.listening():
+        with stop_requests.listening():
             return run(cfg)
     except Stopped as stop:
-        farewell(stop, Path(folder), cfg.ckpt_path, cfg.requeue)
+        wind_down(stop, Path(folder), cfg.ckpt_path, cfg.requeue)
         raise
-    except (ConfigError, RewardError) as error:  # what a user can set right is one sentence; the rest keeps its trace
-        refuse(error, 2)
+    except (ConfigError, RewardError) as error:  # user errors are one sentence; all others keep their trace
+        exit_with(error, 2)
     except RunError as error:
-        refuse(error, 1)
+        exit_with(error, 1)
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT):
             raise
-        refuse(error, 1)
+        exit_with(error, 1)
     finally:
         log.info("output folder: %s", folder)
 
 
-def refuse(error: Exception, code: int) -> NoReturn:
+def exit_with(error: Exception, code: int) -> NoReturn:
     log.debug("details", exc_info=True)
     log.error("%s", error)
     raise SystemExit(code) from None
@@ -341,16 +344,16 @@ def refuse(error: Exception, code: int) -> NoReturn:
 
 def main() -> None:
     """The entry point of `train.py` and `flowalign-train`."""
-    quieten()
-    find_own_modules()
-    sweeps = any(word in ("-m", "--multirun") for word in sys.argv[1:])
+    silence_libraries()
+    add_cwd_to_path()
+    multirun = any(word in ("-m", "--multirun") for word in sys.argv[1:])
 
     def also(cfg: DictConfig) -> None:
         check(cfg)
-        check_launch(cfg, sweeps)
+        check_launch(cfg, multirun)
 
-    with uncollected():
-        sys.argv[1:] = agree(preflight_or_exit(sys.argv[1:], CONF, "train", also))
+    with without_gc():
+        sys.argv[1:] = rank_arguments(preflight_or_exit(sys.argv[1:], CONF, "train", also))
     _main()
-    if code := report():
+    if code := report_failures():
         raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""How the networks run: memory against time, without another result but for rounding."""
+"""How the networks run: trade memory for time, with results that differ only by rounding."""
 
 from __future__ import annotations
 
@@ -15,50 +15,51 @@ if TYPE_CHECKING:
     from flowalign.models.base import FlowModel
 
 VARIANTS = 256
-"""Of a block's code: with a gradient and without, by sizes of batches and pictures, for the odd last block. Past the
-compiler's own limit of 8 what is new runs as it is, with no more than a warning; a run with evaluations has more."""
+"""Limit on compiled variants of a block: with and without gradient, by batch and image size, for a different last
+block. Beyond the compiler's own limit of 8, which a run with evaluations exceeds, new variants run uncompiled with only
+a warning."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """Settings of the denoisers and the VAE; all are off where nothing is said."""
+    """Execution settings of the denoisers and the VAE."""
 
     gradient_checkpointing: bool = False
-    """Forget what is inside a block and compute it again on the way back: a third more time, far less memory."""
+    """Recompute the activations of a block in the backward pass: a third more time, far less memory."""
     compile: bool = False
-    """torch.compile for one block after the other, which share their code: minutes at first, a quarter off later.
+    """Compile each block with torch.compile, with shared code: minutes at the start, then a quarter less time.
 
-    Sizes have code of their own where they are few, so that the code does not depend on the sizes that came before.
+    Where there are few sizes, each has its own (static) code, so that the code does not depend on earlier sizes.
     """
     merge_adapters: bool = True
-    """Fold adapters into the weights where nothing is trained; in float32, on weights that are whole."""
+    """Merge adapters into the weights while nothing is trained; only in float32 and for unsharded weights."""
     attention: str | None = None
     """Name of a diffusers attention backend, e.g. flash, _flash_3, sage; None: PyTorch's own."""
     vae_tiling: bool = False
-    """Decode large pictures tile by tile. Seams are blended, hence pixels differ slightly."""
+    """Decode large images tile by tile. Seams are blended, hence pixels differ slightly."""
     vae_slicing: bool = False
-    """Decode the pictures of a batch one by one."""
+    """Decode the images of a batch one by one."""
     vae_channels_last: bool = False
-    """Keep the VAE's weights and activations with the channels last in memory."""
+    """Keep the VAE's weights and activations in the channels-last memory format."""
     keep_freed: bool = False
-    """Memory that is free again stays with the process (glibc): without new pages for every pass on a CPU."""
+    """Keep freed memory in the process (glibc), so that a pass on a CPU does not fetch new pages every time."""
 
     @property
     def native(self) -> bool:
-        """Whether attention is PyTorch's own, in which operations and memory can be counted."""
+        """Whether attention is PyTorch's own, for which FLOPs and memory can be counted."""
         return (self.attention or "native").lstrip("_").startswith("native")
 
     def check(self, device: torch.device) -> None:
-        """Raises ValueError for what is not installed for this device."""
+        """Raise ValueError if something that this device needs is not installed."""
         if self.compile:
             from flowalign.compiling import check_compiler
 
             check_compiler(device)
 
     def apply(self, model: FlowModel, rows_vary: bool = False) -> None:
-        """To the pipeline as the policy has prepared it. Raises ValueError for what the family cannot do.
+        """Apply the settings to a pipeline that the policy has prepared.
 
-        rows_vary: whether training batches are of any size.
+        rows_vary: whether training batches vary in size. Raises ValueError for what the model family does not support.
         """
         if self.gradient_checkpointing and not model.checkpointing_is_exact:
             raise ValueError(
@@ -74,13 +75,13 @@ class Running:
         if self.keep_freed:
             keep_freed()
         if self.compile:
-            from flowalign.compiling import COMPILED  # brings the compiler, which takes a second
+            from flowalign.compiling import COMPILE_OPTIONS  # imports the compiler, which takes a second
 
             limits = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
             sizes_are_few = model.one_text_length and not rows_vary
             for block in model.blocks():
-                block.compile(options=COMPILED, dynamic=False if sizes_are_few else None)
+                block.compile(options=COMPILE_OPTIONS, dynamic=False if sizes_are_few else None)
         for wanted, switch in ((self.vae_tiling, "enable_tiling"), (self.vae_slicing, "enable_slicing")):
             if wanted:
                 if not hasattr(model.pipe.vae, switch):

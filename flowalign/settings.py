@@ -1,19 +1,19 @@
-"""The settings of a run as flat names and values, and in what those of two runs differ."""
+"""Flatten the settings of a run, and compare those of two runs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-OWN = (
+RUN_SPECIFIC = (
     "ckpt_path", "paths.", "task_name", "trainer.max_", "trainer.default_root_dir", "logger.", "callbacks.", "test",
     "requeue", "hydra", "debug",
 )  # fmt: skip
-"""What a continued run has of its own, by how the names begin."""
+"""Prefixes of settings in which a resumed run may differ."""
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Plain values by their names, with dots; what is neither a number nor a text is one."""
+    """Plain values by dotted names; values other than numbers, strings and bools become text."""
     if isinstance(node, Mapping):
         return {k: v for key, child in node.items() for k, v in flatten(child, f"{prefix}{key}.").items()}
     key = prefix.rstrip(".")
@@ -21,9 +21,9 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """ "name=now instead of then" for each setting that a continued run and the one before do not share."""
+    """Describe each setting in which a resumed run differs from the one before, as "name=now instead of then"."""
     old, new = flatten(then), flatten(now)
-    names = [name for name in sorted(old.keys() | new.keys()) if not name.startswith(OWN)]
+    names = [name for name in sorted(old.keys() | new.keys()) if not name.startswith(RUN_SPECIFIC)]
     return [
         f"{name}={new.get(name, 'absent')} instead of {old.get(name, 'absent')}"
         for name in names

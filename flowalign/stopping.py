@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noticed at once, obeyed where nothing is lost."""
+"""Signals that ask a run to stop: recorded at once, and acted on where nothing is lost."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from types import FrameType
 log = logging.getLogger("flowalign")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PATIENCE = 15.0
+EXIT_TIMEOUT = 15.0
 """Seconds that threads of rewards have to end once the run has ended."""
 
 
 class Stopped(SystemExit):
-    """A signal was obeyed. The exit code is 128 + its number, as a shell counts."""
+    """Raised to stop on a signal. The exit code is 128 + its number, as in shells."""
 
     def __init__(self, number: int) -> None:
         self.signal = signal.Signals(number)
-        # Lightning's launcher kills the first rank as soon as a process that it has started does not end with 0.
+        # Lightning's launcher kills the first rank as soon as a process that it started exits with another code than 0.
         super().__init__(0 if _started_by_lightning() else 128 + number)
 
 
 class Requests:
-    """What signals have asked this process for.
+    """The stop signals that this process has received.
 
-    Inside `heeded` the handler only takes notes, except of Ctrl-C; elsewhere nothing is lost by an end, and it raises.
+    While polled (see `set_polled`), the handler only records a signal, except Ctrl-C, which raises Stopped; otherwise
+    nothing is lost by stopping, and every signal raises it.
     """
 
     def __init__(self) -> None:
-        self._heeded = False
-        self._forget()
+        self._polled = False
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.number = 0
         self.times = 0
         self._since = math.inf
@@ -48,71 +49,71 @@ class Requests:
 
     @property
     def age(self) -> float:
-        """Seconds since the first one; 0 before it."""
+        """Seconds since the first signal; 0 before it."""
         return max(time.monotonic() - self._since, 0.0)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals are ours; in any thread but the main one they cannot be, and stay as they are."""
+        """Install the handlers and restore the previous ones on exit; outside the main thread, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._forget()
+        self._reset()
         before = {number: signal.getsignal(number) for number in SIGNALS}
         self._install()
         try:
             yield
         finally:
-            self._heeded = False
+            self._polled = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def heed(self, heeded: bool) -> None:
-        """Whether somebody asks for `number` from time to time. Takes the handlers back from whoever replaced them."""
-        self._heeded = heeded
-        # Lightning's own handler for SIGTERM broadcasts from inside of it, which locks ranks up.
-        if signal.getsignal(signal.SIGUSR1) == self._notice:
+    def set_polled(self, polled: bool) -> None:
+        """Set whether `number` is checked regularly, and reinstall handlers that were replaced."""
+        self._polled = polled
+        # Lightning replaces that for SIGTERM by one that broadcasts inside the handler, which deadlocks ranks.
+        if signal.getsignal(signal.SIGUSR1) == self._handle:
             self._install()
 
     def _install(self) -> None:
         for number in SIGNALS:
-            signal.signal(number, self._notice)
+            signal.signal(number, self._handle)
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.times += 1
         if self.times == 1:
             self.number, self._since = number, time.monotonic()
         if number == signal.SIGINT and self._interrupted:
-            os._exit(128 + number)  # somebody insists
+            os._exit(128 + number)  # a second Ctrl-C in a row
         self._interrupted = number == signal.SIGINT
-        if number == signal.SIGINT or not self._heeded:
+        if number == signal.SIGINT or not self._polled:
             raise Stopped(number)
 
 
-asked = Requests()
-"""Of this process, as signals are."""
+stop_requests = Requests()
+"""The one instance, since signals are per process."""
 
 
-def farewell(stop: Stopped, folder: Path, given: str | None, requeue: bool) -> None:
-    """Says how to go on from what is in the output folder, or was `given`; puts a SLURM job back into its queue.
+def wind_down(stop: Stopped, folder: Path, given: str | None, requeue: bool) -> None:
+    """Log how to resume, from the output folder or from `given`; requeue the SLURM job if `requeue`.
 
-    From here on the process ends within PATIENCE, whatever a thread of a reward is waiting for.
+    The process then exits within EXIT_TIMEOUT, even if a reward's thread is still blocked.
     """
     last = folder / "checkpoints" / "last.ckpt"
     found = last if last.exists() else given
-    way = f"go on with ckpt_path={found}" if found else "nothing was saved yet"
-    log.warning("stopped by %s: %s", stop.signal.name, way)
+    hint = f"go on with ckpt_path={found}" if found else "nothing was saved yet"
+    log.warning("stopped by %s: %s", stop.signal.name, hint)
     job = slurm_job(os.environ)
     if requeue and job and stop.signal == signal.SIGUSR1 and _is_first_rank():
         _requeue(job)
-    timer = threading.Timer(PATIENCE, os._exit, (stop.code,))
+    timer = threading.Timer(EXIT_TIMEOUT, os._exit, (stop.code,))
     timer.daemon = True
     timer.start()
 
 
 def slurm_job(environment: Mapping[str, str]) -> str | None:
-    """The job of this process as SLURM's commands call it. The number alone may name all jobs of an array."""
+    """The id of this process's job for SLURM's commands; with the task in an array, or it could name all its jobs."""
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment.get("SLURM_JOB_ID")
@@ -125,7 +126,7 @@ def _is_first_rank() -> bool:
 
 
 def _requeue(job: str) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to what is left of the job; we are about to end
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM sends it to the rest of the job; this process is ending
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
         failure = done.stderr.strip() if done.returncode else ""
@@ -138,5 +139,5 @@ def _requeue(job: str) -> None:
 
 
 def _started_by_lightning() -> bool:
-    local = os.environ.get("LOCAL_RANK", "0")  # a task of srun may have been told its own number by this name
+    local = os.environ.get("LOCAL_RANK", "0")  # a task of srun may have its own number in this variable
     return local not in ("0", os.environ.get("SLURM_LOCALID")) and "RANK" not in os.environ

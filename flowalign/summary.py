@@ -1,4 +1,4 @@
-"""What a run tells: the config at its start, the batch plan, and at its end what changed, on screen and on disk."""
+"""Reports of a run: its config, the batch and memory plans, and the summary at its end, on screen and on disk."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.tree import Tree
 
-from flowalign.before import keep, kept
+from flowalign.before import load_shown, save_shown
 from flowalign.grid import grid
 from flowalign.memory import GIB, Share, advice, by_size
-from flowalign.strategies.folders import opened
+from flowalign.strategies.folders import read_split
 
 if TYPE_CHECKING:
     from flowalign.evaluation import Shown
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 PACKAGES = ("flowalign", "torch", "lightning", "diffusers", "transformers", "peft", "hydra-core")
 BEFORE = "before"
-"""The folder of the pictures from before the training, in a run's own."""
+"""Subfolder of a run's output with the images from before training."""
 _console = Console(highlight=False)
 
 
 @rank_zero_only
 def show_config(cfg: DictConfig, folder: Path) -> None:
-    """The composed config as a tree, on screen and in config_tree.log."""
+    """Print the composed config as a tree, and write it to config_tree.log."""
     tree = Tree("config")
     for name in sorted(cfg, key=lambda n: isinstance(cfg[n], DictConfig)):
         node = cfg[name]
@@ -57,8 +57,8 @@ def show_config(cfg: DictConfig, folder: Path) -> None:
 
 
 def show_plan(trainer: Trainer, module: AlignModule) -> None:
-    """The batch plan, the sizes and the memory plan, before the first epoch."""
-    lines = module.memory_plan()  # on every rank: a sharded network is asked by all together
+    """Print the batch plan, the sizes and the memory plan before the first epoch."""
+    lines = module.memory_plan()  # on every rank, since sharded networks are called by all ranks together
     if trainer.is_global_zero:
         _show_batches(trainer, module)
         _show_memory(module.device, lines)
@@ -78,7 +78,7 @@ def _show_batches(trainer: Trainer, module: AlignModule) -> None:
 
 
 def _show_memory(device: torch.device, lines: list[Share]) -> None:
-    """The memory plan of this rank's device, and what to change if it does not fit."""
+    """Print the memory plan of this rank's device, and what to change if it does not fit."""
     table = Table(title=f"memory plan, {device}", show_header=False)
     for line in by_size(lines):
         table.add_row(line.name, f"{line.size / GIB:.3f} GiB")
@@ -105,36 +105,35 @@ class Summary:
         self.train_s = 0.0
 
     def baseline(self, metrics: dict[str, float]) -> None:
-        """The untouched policy. Its results travel in the checkpoints, so that a resumed run still has them."""
+        """Record the metrics of the untrained policy. Checkpoints hold them too, for runs that resume."""
         self.results["baseline"] = self.module.baseline = metrics
-        self._keep_before()
+        self._save_before()
 
-    def completed(self, metrics: dict[str, float], seconds: float) -> None:
-        """More of the untouched policy, which took so many seconds in the midst of training and was none."""
+    def extend_baseline(self, metrics: dict[str, float], seconds: float) -> None:
+        """Add baseline metrics measured during training; their seconds do not count as training time."""
         self.module.baseline |= metrics
-        self._keep_before()
+        self._save_before()
         self.began_training += seconds
 
-    def continued(self, folder: Path) -> None:
-        """Of the run in this folder, whose pictures from before the training are this one's too."""
-        self.before = kept(folder / BEFORE)
+    def continue_from(self, folder: Path) -> None:
+        """Take over the images from before training of the run in this folder, which is resumed."""
+        self.before = load_shown(folder / BEFORE)
         if self.before is not None and folder.resolve() != self.folder.resolve():
             self._write_before(self.before)
 
-    def _keep_before(self) -> None:
+    def _save_before(self) -> None:
         self.before = self._shown()
         if self.before is not None:
             self._write_before(self.before)
 
     @rank_zero_only
     def _write_before(self, shown: Shown) -> None:
-        keep(shown, self.folder / BEFORE)
+        save_shown(shown, self.folder / BEFORE)
 
-    def begins(self) -> None:
-        """The training."""
+    def start_training(self) -> None:
         self.began_training = time.perf_counter()
 
-    def trained(self) -> None:
+    def end_training(self) -> None:
         self.train_s = time.perf_counter() - self.began_training
         self.results["baseline"] = self.module.baseline
 
@@ -165,16 +164,16 @@ class Summary:
         self._table(trainer)
 
     def _write_pictures(self, file: Path) -> None:
-        """None where other prompts are shown than before the training, and none that an earlier part of it has left."""
+        """Write the comparison if the same prompts are shown before and after; remove that of an earlier part."""
         file.unlink(missing_ok=True)
         if self.before and self.after and self.before.prompts == self.after.prompts:
             Image.fromarray(grid(self.before, self.after, titles=("before", "after"))).save(file)
 
-    def _again(self, last: Path, trainer: Trainer) -> str:
-        """The command that goes on from `last` to twice the length: its own words, but for those that are set anew."""
+    def _resume_command(self, last: Path, trainer: Trainer) -> str:
+        """The command that resumes from `last` and doubles the length: this run's words with those options replaced."""
         ends = {"trainer.max_epochs": trainer.max_epochs or -1, "trainer.max_steps": trainer.max_steps}
-        anew = {"ckpt_path": str(last)} | {key: str(2 * end) for key, end in ends.items() if end > 0}
-        words = [*_without(self.overrides, anew), *("=".join(item) for item in anew.items())]
+        replaced = {"ckpt_path": str(last)} | {key: str(2 * end) for key, end in ends.items() if end > 0}
+        words = [*_without(self.overrides, replaced), *("=".join(item) for item in replaced.items())]
         program = "flowalign-train" if Path(sys.argv[0]).name == "flowalign-train" else "python train.py"
         return f"{program} {shlex.join(words)}"
 
@@ -197,19 +196,19 @@ class Summary:
             lines += [
                 f"sample    flowalign sample ckpt={last} prompt='two red circles'",
                 f"export    flowalign export ckpt={last} to={self.folder / 'export'}",
-                f"resume    {self._again(last, trainer)}",
+                f"resume    {self._resume_command(last, trainer)}",
             ]
         lines += [f"best      {line}" for line in _best(trainer)]
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-            # All runs side by side, where this one is among them.
-            among = (Path.cwd() / "outputs").resolve() in self.folder.resolve().parents
-            lines.append(f"watch     tensorboard --logdir {'outputs' if among else self.folder}")
+            # Show all runs side by side if this one is below outputs/.
+            inside = (Path.cwd() / "outputs").resolve() in self.folder.resolve().parents
+            lines.append(f"watch     tensorboard --logdir {'outputs' if inside else self.folder}")
         for line in lines:
-            _console.print(line, soft_wrap=True, markup=False)  # a command has brackets of its own
+            _console.print(line, soft_wrap=True, markup=False)  # commands may contain brackets
 
 
 def _without(words: Sequence[str], options: Collection[str]) -> list[str]:
-    """Words of a command line, of several for one option the last, and none for these options."""
+    """Command-line words without those that set `options`, and only the last of several for the same option."""
 
     def option(word: str) -> str:
         return word.partition("=")[0].lstrip("+")
@@ -219,21 +218,21 @@ def _without(words: Sequence[str], options: Collection[str]) -> list[str]:
 
 
 def _best(trainer: Trainer) -> list[str]:
-    """For each metric by which the best checkpoint was kept, the command that looks at it, with what it was."""
+    """For each monitored metric, the command that evaluates the best checkpoint, with the metric's value."""
     found = []
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
             continue
         path, score = callback.best_model_path, callback.best_model_score
         if path and Path(path).exists():
-            epochs = opened(Path(path))[0]["epoch"] + 1
-            value = "" if score is None else f" {float(score):.3f}"  # that of another folder's file is not restored
+            epochs = read_split(Path(path))[0]["epoch"] + 1
+            value = "" if score is None else f" {float(score):.3f}"  # not restored for a file in another folder
             found.append(f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {epochs}")
     return found
 
 
 def _rank(key: str) -> tuple[bool, bool, str]:
-    """Test before validation, totals before their parts."""
+    """Sort key: test before validation, totals before their parts."""
     return not key.startswith("test/"), key.count("/") > 1, key
 
 
@@ -252,7 +251,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """Of the source that runs, with a plus where it was changed; None outside a git checkout."""
+    """Git commit of the running source, with a plus if it has local changes; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(

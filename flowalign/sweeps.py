@@ -1,4 +1,4 @@
-"""Sweeps: a run that fails does not end the others, and a table at the end says which did and why."""
+"""Sweeps: a failed run does not end the others, and a table at the end lists the failures and their causes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from flowalign.checks.errors import one_line
 log = logging.getLogger("flowalign")
 RECORD = "failure.json"
 _sweeps: dict[Path, set[str]] = {}
-"""Folders of the sweeps that this process has started, with the words that all runs of each have in common."""
+"""Folders of the sweeps that this process has started, with the overrides that all runs of each share."""
 
 
 class Remember(Callback):
-    """Hydra's callback: runs may be in other processes, and their records lie in the folder of the sweep."""
+    """Hydra callback that remembers the sweep's folder, where runs, possibly in other processes, record failures."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """See the base class."""
@@ -34,76 +34,76 @@ class Remember(Callback):
         folder = Path(config.hydra.sweep.dir).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         if config.hydra.sweeper.get("storage"):
-            Path("outputs").mkdir(exist_ok=True)  # where hparams_search=optuna keeps its data base
+            Path("outputs").mkdir(exist_ok=True)  # where hparams_search=optuna keeps its database
         _sweeps[folder] = {word.lower() for word in config.hydra.overrides.task}
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run of a sweep that came to nothing."""
+    """A failed run of a sweep."""
 
     words: list[str]
     why: str
     refused: bool
-    """Whether its user can set it right."""
+    """Whether the config was refused, which the user can fix."""
 
 
-def surviving(run: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
-    """`run`, which leaves a record in place of its failure where it is one of several, and a trace in the log."""
+def record_failures(run: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
+    """Wrap `run` to log the trace of an error and, in a sweep, to record it in a file instead of raising it."""
 
     @functools.wraps(run)
-    def one_of_several(cfg: DictConfig) -> float | None:
+    def wrapper(cfg: DictConfig) -> float | None:
         alone = HydraConfig.get().mode != RunMode.MULTIRUN
         try:
             return run(cfg)
-        except SystemExit as left:
-            if alone or left.code not in (1, 2):  # a signal, whoever obeyed it: the sweep has been asked to stop too
+        except SystemExit as end:
+            if alone or end.code not in (1, 2):  # any other code is a signal, which asks the whole sweep to stop
                 raise
-            return _failed(left.__context__ or left, refused=left.code == 2)
+            return _record(end.__context__ or end, refused=end.code == 2)
         except Exception as error:
             if alone:
-                keep_trace()
+                log_trace()
                 raise
             log.exception("this run failed; the sweep goes on")
-            return _failed(error, refused=False)
+            return _record(error, refused=False)
 
-    return one_of_several
+    return wrapper
 
 
-def keep_trace() -> None:
-    """The trace of an error into the log files; the terminal gets it from Python."""
+def log_trace() -> None:
+    """Write the trace of the current error to the log files; Python prints it on the terminal."""
     record = log.makeRecord(log.name, logging.ERROR, __file__, 0, "the run failed", (), sys.exc_info())
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(record)
 
 
-def _failed(error: BaseException, refused: bool) -> None:
+def _record(error: BaseException, refused: bool) -> None:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     node = HydraConfig.get()
     folder = Path(node.runtime.output_dir)
     if rank_zero_only.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        found = Failure(list(node.overrides.task), one_line(error), refused)
-        (folder / RECORD).write_text(json.dumps(asdict(found)))
-    if not node.sweeper._target_.endswith(".BasicSweeper"):  # a search has to know that there is no number
+        failure = Failure(list(node.overrides.task), one_line(error), refused)
+        (folder / RECORD).write_text(json.dumps(asdict(failure)))
+    if not node.sweeper._target_.endswith(".BasicSweeper"):  # a search must know that there is no result
         raise RuntimeError(one_line(error)) from error
 
 
 def failures() -> dict[str, Failure]:
-    """By the run's folder within its sweep, of all sweeps of this process; of the words those that were its own."""
+    """Failures of all sweeps of this process, by the run's folder within its sweep, with the words of that run only."""
     found = {}
     for folder, common in _sweeps.items():
         for path in sorted(folder.rglob(RECORD)):
-            held = Failure(**json.loads(path.read_text()))
-            own = [word for word in held.words if word.lower() not in common]  # true is handed on as True
-            found[str(path.parent.relative_to(folder))] = replace(held, words=own)
+            failure = Failure(**json.loads(path.read_text()))
+            own = [word for word in failure.words if word.lower() not in common]  # Hydra passes true on as True
+            found[str(path.parent.relative_to(folder))] = replace(failure, words=own)
     return found
 
 
-def report() -> int:
-    """Shows the failures as a table. The exit code: 0 without any, 2 if all were refusals, otherwise 1."""
+def report_failures() -> int:
+    """Print the failures as a table. Returns the exit code: 0 without any, 2 if all are user errors, otherwise 1."""
     failed = failures()
     if not failed:
         return 0

@@ -14,12 +14,12 @@ from torch.nn.functional import gelu
 
 from flowalign.algorithms.decay import Decay
 from flowalign.checks import ConfigError, check_signatures
-from flowalign.compiling import COMPILED
+from flowalign.compiling import COMPILE_OPTIONS
 from flowalign.module import AlignModule
 from flowalign.points import drawn
 from flowalign.policy.follow import Average, Follow
 from flowalign.recipe import Recipe
-from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
+from flowalign.run import build_recipe, build_trainer, compose_config, plan_accumulation
 from flowalign.running import Running
 from flowalign.types import required
 
@@ -99,7 +99,9 @@ def test_on_policy_by_choice_the_old_policy_is_the_live_one_at_every_step(fit: F
 
 
 def test_the_settings_pass_the_check_of_a_command_line():
-    assert composed("algo=nft", "frozen.old.every=always", "optimisation.kl_share=0.5").frozen.old.every == "always"
+    assert (
+        compose_config("algo=nft", "frozen.old.every=always", "optimisation.kl_share=0.5").frozen.old.every == "always"
+    )
 
 
 def test_an_average_that_is_the_live_weights_is_refused(fit: Fit):
@@ -289,9 +291,9 @@ def test_states_kept_in_16_bits_take_half_and_are_on_policy(fit: Fit, algo: tupl
 
 def test_a_type_of_states_is_refused_where_it_is_none_or_nothing_is_recorded():
     with pytest.raises(ValueError, match=r"rollout.keep_in: expected one of .* did you mean bfloat16"):
-        composed("algo=grpo", "rollout.keep_in=bfloat61")
+        compose_config("algo=grpo", "rollout.keep_in=bfloat61")
     with pytest.raises(ValueError, match=r"algo=nft records none: use rollout.keep_in=float32, or algo=grpo"):
-        composed("rollout.keep_in=bfloat16")
+        compose_config("rollout.keep_in=bfloat16")
 
 
 # ------------------------------------------------------------ compiled blocks
@@ -309,7 +311,7 @@ def test_the_compilers_options_are_known_to_it():
     """A release of PyTorch may drop one; it would then refuse the first batch."""
     from torch._inductor import config
 
-    assert COMPILED.keys() <= config.get_config_copy().keys()
+    assert COMPILE_OPTIONS.keys() <= config.get_config_copy().keys()
 
 
 @pytest.mark.slow
@@ -320,7 +322,7 @@ def test_compiled_tanh_and_gelu_are_within_rounding_of_the_true_ones():
     functions: list[Callable[[Tensor], Tensor]] = [torch.tanh, partial(gelu, approximate="tanh")]
     for f in functions:
         exact = x.detach().double().requires_grad_()
-        found, true = torch.compile(f, options=COMPILED)(x), f(exact)
+        found, true = torch.compile(f, options=COMPILE_OPTIONS)(x), f(exact)
         slopes = [torch.autograd.grad(y.sum(), at)[0] for y, at in ((found, x), (true, exact))]
         assert ((found - true).abs() <= 4 * 2**-23 * (1 + x.abs())).all()
         assert ((slopes[0] - slopes[1]).abs() <= 16 * 2**-23 * (1 + x.abs())).all()

@@ -159,9 +159,9 @@ def test_sample_writes_a_picture_of_the_asked_size(trained: Path, tmp_path: Path
 
 
 def test_guidance_of_zero_is_not_that_of_the_run(trained: Path):
-    from flowalign.commands.saved import opened
+    from flowalign.commands.saved import load_run
 
-    saved = opened(str(trained / "checkpoints" / "last.ckpt"), "live")
+    saved = load_run(str(trained / "checkpoints" / "last.ckpt"), "live")
     assert saved.sampling(guidance=0.0).guidance == 0.0  # off for families that are guided from 0 on
     assert saved.sampling().guidance == saved.config.evaluation.sampling.guidance != 0
 
@@ -184,12 +184,12 @@ def test_exported_adapters_are_the_trained_model_in_plain_diffusers(
     trained: Path, tmp_path: Path, say: Callable[..., Any]
 ):
     from flowalign.cli import main
-    from flowalign.commands.saved import opened
+    from flowalign.commands.saved import load_run
 
     last = str(trained / "checkpoints" / "last.ckpt")
     code, _, _ = say(main, "export", f"ckpt={last}", f"to={tmp_path}")
     assert code == 0
-    saved = opened(last, "live")
+    saved = load_run(last, "live")
     config, model = saved.config, saved.model
     assert config["tune"]["alpha"] != config["tune"]["rank"]  # equal ones would hide a lost alpha
     pipe = plain_pipeline()
@@ -206,7 +206,7 @@ def test_an_exported_transformer_is_the_trained_one(tiny: Callable[..., Any], tm
     from diffusers import SD3Transformer2DModel
 
     from flowalign.cli import main
-    from flowalign.commands.saved import opened
+    from flowalign.commands.saved import load_run
     from flowalign.module import AlignModule
     from flowalign.run import build_recipe, build_trainer, plan_accumulation
 
@@ -218,7 +218,7 @@ def test_an_exported_transformer_is_the_trained_one(tiny: Callable[..., Any], tm
     code, _, _ = say(main, "export", f"ckpt={last}", f"to={tmp_path / 'export'}")
     assert code == 0
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "export" / "transformer").state_dict()
-    model = opened(last, "live").model
+    model = load_run(last, "live").model
     live = recipe.model.pipe.transformer.state_dict()
     for name, tensor in model.pipe.transformer.state_dict().items():
         assert torch.equal(loaded[name], tensor)
@@ -243,7 +243,7 @@ def test_merged_adapters_are_the_adapted_model(trained: Path, tmp_path: Path, sa
     from diffusers import SD3Transformer2DModel
 
     from flowalign.cli import main
-    from flowalign.commands.saved import opened
+    from flowalign.commands.saved import load_run
 
     last = str(trained / "checkpoints" / "last.ckpt")
     assert say(main, "export", f"ckpt={last}", f"to={tmp_path}", "merge=true")[0] == 0
@@ -251,7 +251,7 @@ def test_merged_adapters_are_the_adapted_model(trained: Path, tmp_path: Path, sa
     base = picture(pipe)
     pipe.transformer = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
     assert not any("lora" in name for name, _ in pipe.transformer.named_parameters())
-    assert (picture(pipe) - picture(opened(last, "live").model.pipe)).abs().max() < 1e-4
+    assert (picture(pipe) - picture(load_run(last, "live").model.pipe)).abs().max() < 1e-4
     assert (picture(pipe) - base).abs().max() > 1e-3
 
 
@@ -382,7 +382,7 @@ WRONG = [
     (("model=sd3_5_medium",), "model=sd3_5_medium loads them in bfloat16: use model.train_dtype=float32"),
     (
         ("model=wan2_2_t2v", "tune=lora", "trainer.devices=2", "batch.updates=1", "resolution=64"),
-        "has several denoisers, and not every batch asks each of them: use trainer.strategy=ddp_find_unused",
+        "has several denoisers, and not every batch uses each of them: use trainer.strategy=ddp_find_unused",
     ),
 ]
 """Mistakes that the config alone shows."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from flowalign.checks import ConfigError
-from flowalign.compiling import COMPILED, BiasesApart
+from flowalign.compiling import COMPILE_OPTIONS, SplitBias
 from flowalign.module import AlignModule
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.running import Running
@@ -38,7 +38,7 @@ def operands(*bias: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Te
 def test_biases_are_added_apart_and_the_result_is_the_same():
     traced = make_fx(linear, tracing_mode="fake")(*operands(3))
     assert len(traced.graph.find_nodes(op="call_function", target=ADDMM)) == 2
-    BiasesApart()(traced.graph)
+    SplitBias()(traced.graph)
     traced.recompile()
     assert not traced.graph.find_nodes(op="call_function", target=ADDMM)
     assert all("val" in node.meta for node in traced.graph.nodes if node.op == "call_function")
@@ -58,7 +58,7 @@ def test_biases_are_added_apart_and_the_result_is_the_same():
 def test_what_is_no_bias_in_float32_on_a_cpu_stays(function, given: tuple[Tensor, ...]):
     traced = make_fx(function, tracing_mode="fake")(*given)
     before = str(traced.graph)
-    BiasesApart()(traced.graph)
+    SplitBias()(traced.graph)
     assert str(traced.graph) == before
 
 
@@ -99,7 +99,7 @@ def test_no_compiled_product_begins_with_a_copy_of_a_bias():
 
     torch._dynamo.reset()
     with config.patch(force_disable_caches=True):
-        found, code = run_and_get_code(step, torch.compile(layers, options=COMPILED))
+        found, code = run_and_get_code(step, torch.compile(layers, options=COMPILE_OPTIONS))
     assert "extern_kernels.mm(" in code[0]
     assert not any("addmm(" in text for text in code)
     torch.testing.assert_close(found, step(layers), rtol=1e-4, atol=1e-4)

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from flowalign.exhausted import REMEDIES, NoMemoryError, memory_of
+from flowalign.exhausted import REMEDIES, NoMemoryError, explain_oom
 
 
 @pytest.mark.parametrize("phase", REMEDIES)
 def test_a_refused_allocation_names_the_phase_and_what_helps(phase: str):
     says = rf"phase '{phase}' \(.*you tried to allocate.*most first: "
-    with pytest.raises(NoMemoryError, match=says) as told, memory_of(phase):
+    with pytest.raises(NoMemoryError, match=says) as told, explain_oom(phase):
         torch.empty(2**60, dtype=torch.uint8)
     assert "\n" not in str(told.value)
 
@@ -16,7 +16,7 @@ def test_a_refused_allocation_names_the_phase_and_what_helps(phase: str):
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError()]
 )
 def test_accelerators_and_python_run_out_of_memory_too(error: Exception):
-    @memory_of("rollout")
+    @explain_oom("rollout")
     def roll() -> None:
         raise error
 
@@ -25,12 +25,12 @@ def test_accelerators_and_python_run_out_of_memory_too(error: Exception):
 
 
 def test_the_innermost_phase_is_named():
-    with pytest.raises(NoMemoryError, match="phase 'encode'"), memory_of("rollout"), memory_of("encode"):
+    with pytest.raises(NoMemoryError, match="phase 'encode'"), explain_oom("rollout"), explain_oom("encode"):
         raise MemoryError
 
 
 def test_other_errors_pass():
-    with pytest.raises(RuntimeError, match="^a bug$"), memory_of("rollout"):
+    with pytest.raises(RuntimeError, match="^a bug$"), explain_oom("rollout"):
         raise RuntimeError("a bug")
 
 

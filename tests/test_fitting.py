@@ -19,7 +19,7 @@ from flowalign.geometry import Batch, Geometry
 from flowalign.models.sd3 import SD3
 from flowalign.module import AlignModule
 from flowalign.planning import check_plan
-from flowalign.run import build_recipe, build_trainer, composed, plan_accumulation
+from flowalign.run import build_recipe, build_trainer, compose_config, plan_accumulation
 from flowalign.strategies import folders
 from tests.conftest import settled
 from tests.resuming.cells import ALGORITHMS, CHOSEN, fitting
@@ -138,9 +138,9 @@ def test_an_open_plan_may_take_every_micro_batch_that_a_given_one_may(together: 
 
 
 def test_auto_passes_the_checks_of_a_command_line_and_a_misspelling_does_not():
-    assert composed("batch.micro=auto").batch.micro == "auto"
+    assert compose_config("batch.micro=auto").batch.micro == "auto"
     with pytest.raises(ValueError, match=r"batch.micro: expected an integer or 'auto', got 'atuo'; did you mean auto"):
-        composed("batch.micro=atuo")
+        compose_config("batch.micro=atuo")
 
 
 # ------------------------------------------------------------ runs

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowalign.checks import ConfigError
-from flowalign.loggers import read
+from flowalign.loggers import read_csv
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from tests.conftest import ROOT, TINY, settled
 
@@ -40,7 +40,7 @@ def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., None]:
 
 def errors(folder: Path) -> list[float]:
     """Of flow matching, by epoch."""
-    rows = read(folder / "csv" / "metrics.csv")
+    rows = read_csv(folder / "csv" / "metrics.csv")
     return [float(row["train/matching"]) for row in rows if "train/matching" in row]
 
 

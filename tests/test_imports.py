@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 
-from flowalign.imports import uncollected
+from flowalign.imports import without_gc
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -15,9 +15,9 @@ def test_the_collector_is_afterwards_as_it_was(on: bool):
     before = gc.isenabled()
     try:
         gc.enable() if on else gc.disable()
-        with pytest.raises(ImportError), uncollected():
+        with pytest.raises(ImportError), without_gc():
             import_module("flowalign.absent")
-        with uncollected():
+        with without_gc():
             assert not gc.isenabled()
         assert gc.isenabled() == on
         assert gc.get_freeze_count()

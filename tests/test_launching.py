@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flowalign.checks import ConfigError
-from flowalign.launching import STARTED, agree, check_tasks, choose_device, launched_rank, started
+from flowalign.launching import STARTED, check_tasks, choose_device, launch_id, launched_rank, rank_arguments
 from tests.conftest import ROOT, TINY, installed, settled
 
 SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
@@ -83,7 +83,7 @@ def test_a_mac_trains_on_its_cpu_since_its_gpu_lacks_float64(monkeypatch: pytest
 def test_without_a_launcher_nothing_is_changed(monkeypatch: pytest.MonkeyPatch):
     for name in ("TORCHELASTIC_RUN_ID", STARTED, *SLURM):
         monkeypatch.delenv(name, raising=False)
-    assert agree(["seed=1"]) == ["seed=1"]
+    assert rank_arguments(["seed=1"]) == ["seed=1"]
     assert STARTED not in os.environ
 
 
@@ -91,10 +91,10 @@ def test_ranks_of_slurm_name_their_job_and_only_the_first_writes_hydras_files(mo
     monkeypatch.setenv(STARTED, "")  # so that it is put back
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    assert agree(["seed=1"]) == ["seed=1", "hydra.output_subdir=null", "hydra.job.name=rank3"]
+    assert rank_arguments(["seed=1"]) == ["seed=1", "hydra.output_subdir=null", "hydra.job.name=rank3"]
     assert os.environ[STARTED] == "slurm_77.0"
     monkeypatch.setenv("SLURM_PROCID", "0")
-    assert agree(["seed=1"]) == ["seed=1"]
+    assert rank_arguments(["seed=1"]) == ["seed=1"]
     assert launched_rank(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # sbatch without srun
 
 
@@ -141,10 +141,10 @@ def test_ranks_of_torchrun_take_the_time_of_the_first(monkeypatch: pytest.Monkey
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     times = iter(["first", "second"])
     monkeypatch.setattr("flowalign.launching.time.strftime", lambda form: next(times))
-    assert [started(environment, rank) for rank in (0, 1, 2)] == ["first"] * 3
+    assert [launch_id(environment, rank) for rank in (0, 1, 2)] == ["first"] * 3
     again = environment | {"TORCHELASTIC_RESTART_COUNT": "1"}
-    assert [started(again, rank) for rank in (0, 1)] == ["second"] * 2
-    assert started({"TORCHELASTIC_RUN_ID": "mine"}, 0) == "mine"
+    assert [launch_id(again, rank) for rank in (0, 1)] == ["second"] * 2
+    assert launch_id({"TORCHELASTIC_RUN_ID": "mine"}, 0) == "mine"
 
 
 def test_the_name_of_the_folder_is_the_agreed_one(compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
@@ -211,22 +211,22 @@ def test_a_failed_run_leaves_a_record_and_the_table_names_it(
     def broken(cfg: Any) -> float:
         raise ZeroDivisionError("division by zero")
 
-    assert sweeps.surviving(lambda cfg: 1.5)(cfg) == 1.5
-    assert sweeps.report() == 0
-    assert sweeps.surviving(refused)(cfg) is None
-    assert sweeps.report() == 2
+    assert sweeps.record_failures(lambda cfg: 1.5)(cfg) == 1.5
+    assert sweeps.report_failures() == 0
+    assert sweeps.record_failures(refused)(cfg) is None
+    assert sweeps.report_failures() == 2
     assert capsys.readouterr().err == "1 failed:\n     1  seed=1  use seed=2.\n"
     for code in (143, -1):  # a signal that was obeyed by us, by submitit
         with pytest.raises(SystemExit):
-            sweeps.surviving(lambda cfg, code=code: sys.exit(code))(cfg)
-    assert sweeps.surviving(broken)(cfg) is None
-    assert sweeps.report() == 1
+            sweeps.record_failures(lambda cfg, code=code: sys.exit(code))(cfg)
+    assert sweeps.record_failures(broken)(cfg) is None
+    assert sweeps.report_failures() == 1
     cfg.sweeper._target_ = "some.OptunaSweeper"  # which has to know
     with pytest.raises(RuntimeError, match="division by zero"):
-        sweeps.surviving(broken)(cfg)
+        sweeps.record_failures(broken)(cfg)
     cfg.mode = sweeps.RunMode.RUN
     with pytest.raises(SystemExit):
-        sweeps.surviving(refused)(cfg)
+        sweeps.record_failures(refused)(cfg)
 
 
 FAILING = ("data.val.limit=4,0,3", "hydra.sweep.dir=sweep")

@@ -19,7 +19,7 @@ from flowalign.callbacks.hyperparameters import Hyperparameters
 from flowalign.checks import ConfigError
 from flowalign.compatibility import check_groups
 from flowalign.curves import curves
-from flowalign.loggers import Wandb, closed, continue_logs, read, runs_of
+from flowalign.loggers import Wandb, closing, continue_logs, external_run_ids, read_csv
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def train(tiny: Callable[..., DictConfig], tmp_path: Path) -> Train:
         recipe = build_recipe(cfg)
         module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
         continue_logs(trainer.loggers, resume)
-        with closed(trainer.loggers):
+        with closing(trainer.loggers):
             trainer.callbacks.append(Hyperparameters(recipe.config))  # type: ignore[attr-defined]
             if resume is None:
                 trainer.validate(module, verbose=False)
@@ -136,14 +136,14 @@ def test_an_id_of_ones_own_begins_another_branch(fake: Any, train: Train, tmp_pa
 
 def test_a_run_that_fails_is_told_so_and_the_next_one_does_not_log_into_it(fake: Any):
     def fail() -> None:
-        with closed([logger := Wandb()]):
+        with closing([logger := Wandb()]):
             logger.log_metrics({"a": 1.0}, step=0)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
     assert [run.ended for _, run in fake] == [1]
-    assert runs_of([Wandb()]) == {}
+    assert external_run_ids([Wandb()]) == {}
 
 
 def test_who_is_not_logged_in_gets_a_sentence(fake: Any, monkeypatch: pytest.MonkeyPatch):
@@ -209,7 +209,7 @@ def test_wandb_itself_keeps_every_value_under_one_id(train: Train, tmp_path: Pat
     assert {"algo", "parameters"} <= settings
     losses = [(row["trainer/global_step"], row["train/loss"]) for row in rows if "train/loss" in row]
     assert [step for step, _ in losses] == [1, 3]
-    (again,) = [row for row in read(tmp_path / "second" / "csv" / "metrics.csv") if "train/loss" in row]
+    (again,) = [row for row in read_csv(tmp_path / "second" / "csv" / "metrics.csv") if "train/loss" in row]
     assert losses[1][1] == pytest.approx(float(again["train/loss"]))
 
 
@@ -248,7 +248,7 @@ def test_several_loggers_are_told_the_same(train: Train, tmp_path: Path):
     board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     board.Reload()
     assert set(board.Tags()["images"]) == {"val/pictures", "rollout/pictures"}
-    rows = read(tmp_path / "run" / "csv" / "metrics.csv")
+    rows = read_csv(tmp_path / "run" / "csv" / "metrics.csv")
     for tag in ("val/reward", "train/loss", "rollout/reward_mean"):
         shown = [(event.step, pytest.approx(event.value)) for event in board.Scalars(tag)]
         assert [(int(row["step"]), float(row[tag])) for row in rows if tag in row] == shown

@@ -72,13 +72,17 @@ def test_nothing_else_executes_what_it_reads():
 
 def test_a_checkpoint_with_code_in_it_is_refused_unexecuted(mark: Path, tmp_path: Path):
     from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
-    from flowalign.commands.saved import opened
+    from flowalign.commands.saved import load_run
 
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": {}, "flowalign": Trap(mark)}, path)
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
-        opened(str(path), "live")
-    for read in (folders.read, folders.opened, lambda p: AtomicCheckpointIO().load_checkpoint(p, weights_only=True)):
+        load_run(str(path), "live")
+    for read in (
+        folders.read,
+        folders.read_split,
+        lambda p: AtomicCheckpointIO().load_checkpoint(p, weights_only=True),
+    ):
         with pytest.raises(pickle.UnpicklingError, match="[Ww]eights"):
             read(path)
     folder = tmp_path / "sharded.ckpt"

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flowalign.callbacks.preemption import Preemption
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
-from flowalign.stopping import Requests, Stopped, asked, farewell, slurm_job
+from flowalign.stopping import Requests, Stopped, slurm_job, stop_requests, wind_down
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -34,7 +34,7 @@ def test_a_signal_outside_of_a_stage_ends_the_process_at_once():
 def test_a_signal_inside_of_a_stage_is_noted_and_ctrl_c_is_obeyed():
     requests = Requests()
     with requests.listening():
-        requests.heed(True)
+        requests.set_polled(True)
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert (requests.number, requests.times) == (signal.SIGUSR1, 2)
@@ -46,10 +46,10 @@ def test_handlers_are_taken_back_from_lightning():
     requests = Requests()
     with requests.listening():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        requests.heed(True)
+        requests.set_polled(True)
         os.kill(os.getpid(), signal.SIGTERM)
         assert requests.number == signal.SIGTERM
-    requests.heed(True)  # nobody listens: handlers are none of its business
+    requests.set_polled(True)  # nobody listens: handlers are none of its business
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
@@ -116,7 +116,7 @@ def test_a_slurm_job_goes_back_into_its_queue_once_if_asked_to(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setattr(threading.Timer, "start", lambda self: None)  # this process goes on
-    farewell(Stopped(number), tmp_path, None, requeue)
+    wind_down(Stopped(number), tmp_path, None, requeue)
     assert (tmp_path / "asked").exists() == done
     if done:
         assert (tmp_path / "asked").read_text() == "requeue 17\n"
@@ -143,7 +143,7 @@ def fit(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Any]:
         recipe = build_recipe(cfg)
         module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
         trainer.callbacks.append(Trap(str(tmp_path / folder), moment))  # type: ignore[attr-defined]
-        with asked.listening():
+        with stop_requests.listening():
             trainer.fit(module, ckpt_path=resume)
         return module
 
@@ -155,7 +155,7 @@ def test_ranks_ask_each_other_once_a_step(monkeypatch: pytest.MonkeyPatch, ranks
     """Of three micro-batches; the last step of a limited epoch has two."""
     looked: list[int] = []
     trainer: Any = SimpleNamespace(world_size=ranks, accumulate_grad_batches=3, num_training_batches=8)
-    monkeypatch.setattr(Preemption, "_look", lambda self, trainer, left: looked.append(batch + 1))
+    monkeypatch.setattr(Preemption, "_check", lambda self, trainer, left: looked.append(batch + 1))
     callback, nobody = Preemption(), cast(Any, None)
     for batch in range(8):
         callback.on_train_batch_start(trainer, nobody, None, batch)

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from flowalign.summary import Summary
-from flowalign.sweeps import surviving
+from flowalign.sweeps import record_failures
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,9 @@ from flowalign.sweeps import surviving
 def test_the_command_to_go_on_with_ends_later_than_the_run(epochs: int, steps: int, given: list[str], said: str):
     trainer: Any = SimpleNamespace(max_epochs=epochs, max_steps=steps)
     summary = Summary(Path(), 0, SimpleNamespace(), given)  # type: ignore[arg-type]
-    assert summary._again(Path("last.ckpt"), trainer) == "python train.py " + said.format(again="ckpt_path=last.ckpt")
+    assert summary._resume_command(Path("last.ckpt"), trainer) == "python train.py " + said.format(
+        again="ckpt_path=last.ckpt"
+    )
 
 
 @pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
@@ -43,9 +45,9 @@ def test_the_trace_of_an_error_is_in_the_log_file_once(tmp_path: Path, monkeypat
     file, terminal = logging.FileHandler(tmp_path / "run.log"), logging.StreamHandler(io.StringIO())
     monkeypatch.setattr(logging.getLogger(), "handlers", [file, terminal])
     monkeypatch.setattr("flowalign.sweeps.HydraConfig", SimpleNamespace(get=lambda: SimpleNamespace(mode=mode)))
-    monkeypatch.setattr("flowalign.sweeps._failed", lambda error, refused: None)
+    monkeypatch.setattr("flowalign.sweeps._record", lambda error, refused: None)
 
-    @surviving
+    @record_failures
     def run(cfg: Any) -> float | None:
         raise KeyError("velocity")
 

@@ -1,1 +1,1 @@
-"""Lightning callbacks: progress, pictures, checkpoints."""
+"""Lightning callbacks: progress, images, checkpoints, preemption, profiling and monitoring."""

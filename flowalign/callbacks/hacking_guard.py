@@ -1,4 +1,4 @@
-"""Notices when the objective is raised by what nobody wanted."""
+"""Detect reward hacking."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("flowalign")
 
 @dataclass
 class Best:
-    """The evaluation with the highest gold so far."""
+    """The evaluation with the highest gold measure so far."""
 
     gold: float
     objective: float
@@ -29,10 +29,10 @@ class Best:
 
 
 class HackingGuard(Callback):
-    """Compares an objective with a gold measure, which is never optimised, at every evaluation.
+    """Compares the objective with a gold measure, which is never optimised, at every evaluation.
 
-    The reward counts as hacked once gold has been more than `tolerance` below its best, and the objective above what it
-    was then, for `patience` evaluations in a row. That is said once, with the numbers, and logged as `val/hacked`.
+    The reward counts as hacked once, for `patience` evaluations in a row, gold is more than `tolerance` below its best
+    while the objective is above its value at that best. Warns once, with the numbers, and logs `val/hacked`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class HackingGuard(Callback):
         self.strikes = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the baseline and at the evaluations of the training; not at the last one, which repeats one."""
+        """Judge the baseline and the evaluations during training; the final evaluation repeats one of these."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting or (self.best is None and trainer.global_step == 0):
             objective, gold = self._read(trainer, self.objective), self._read(trainer, self.gold)
@@ -68,7 +68,7 @@ class HackingGuard(Callback):
         return float(metrics[name])
 
     def judge(self, objective: float, gold: float, epoch: int) -> bool:
-        """Whether the reward counts as hacked after this evaluation; a NaN is no evidence of anything."""
+        """Whether the reward counts as hacked after this evaluation. NaN changes nothing."""
         if math.isnan(gold) or math.isnan(objective):
             return self.strikes >= self.patience
         if self.best is None or gold > self.best.gold:

@@ -1,4 +1,4 @@
-"""What a run was made with, for the loggers."""
+"""Log the hyperparameters of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowalign.module import AlignModule
 
 
 class Hyperparameters(Callback):
-    """Logs the config, and how many parameters there are, once: as soon as the policy is built, before any metric."""
+    """Logs the config and the parameter counts once, as soon as the policy is built and before any metric."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings

@@ -1,4 +1,4 @@
-"""Stops on a signal to any rank, with all ranks together and where nothing is lost."""
+"""Stop all ranks together, at a point where nothing is lost, when any of them receives a signal."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from flowalign.module import AlignModule
-from flowalign.stopping import Stopped, asked
+from flowalign.stopping import Stopped, stop_requests
 
 log = logging.getLogger("flowalign")
 
 
 class Preemption(Callback):
-    """An optimisation phase, or the evaluation after it, is finished if that takes no longer than `grace` seconds from
-    the signal on; the checkpoint is then written as ever. A rollout, a phase that would take longer, any evaluation
-    before or after the training, and anything after a second signal end between two batches: the last checkpoint
-    stands, and the epoch is repeated from it.
+    """Finishes the epoch after a signal if there is time, and otherwise stops between two batches.
+
+    An optimisation phase, or the evaluation after it, is finished if it ends within `grace` seconds of the signal; the
+    checkpoint is then written as usual. A rollout, a longer phase, any evaluation before or after training, and
+    anything after a second signal stop between two batches: the epoch is repeated from the last checkpoint.
     """
 
     def __init__(self, grace: float = 25.0) -> None:
-        """grace: what the scheduler grants before it kills, less the time to write a checkpoint."""
+        """grace: seconds between the scheduler's signal and its kill, less the time to write a checkpoint."""
         self.grace = grace
         self.began = 0.0
         self.announced = False
@@ -35,26 +36,26 @@ class Preemption(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del stage
         if isinstance(pl_module, AlignModule):
-            pl_module.between_batches = partial(self._look, trainer)
+            pl_module.between_batches = partial(self._check, trainer)
 
-    # ------------------------------------------------------------ who listens
+    # ------------------------------------------------------------ while signals are polled
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        asked.heed(True)
+        stop_requests.set_polled(True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        asked.heed(True)
+        stop_requests.set_polled(True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        asked.heed(True)
+        stop_requests.set_polled(True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        asked.heed(False)
+        stop_requests.set_polled(False)
 
-    # ------------------------------------------------------------ where all ranks come by
+    # ------------------------------------------------------------ where all ranks synchronise
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look(trainer)  # the last checkpoint is written, and the rollout has not begun
+        self._check(trainer)  # the last checkpoint is written and the rollout has not begun
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
@@ -64,9 +65,9 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         done, total = batch_idx + 1, trainer.num_training_batches
-        # Micro-batches between two steps wait for no other rank, and are not to wait for this.
+        # Ranks synchronise only at optimiser steps: a check at every micro-batch would add a wait.
         if trainer.world_size == 1 or done % trainer.accumulate_grad_batches == 0 or done == total:
-            self._look(trainer, self._left(done, total))
+            self._check(trainer, self._remaining(done, total))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = time.monotonic()
@@ -76,32 +77,35 @@ class Preemption(Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         within = trainer.state.fn == TrainerFn.FITTING
-        self._look(trainer, self._left(batch_idx + 1, trainer.num_val_batches[dataloader_idx]) if within else math.inf)
+        total = trainer.num_val_batches[dataloader_idx]
+        self._check(trainer, self._remaining(batch_idx + 1, total) if within else math.inf)
 
     def on_test_batch_end(self, trainer: Trainer, *others: Any) -> None:
-        self._look(trainer)
+        self._check(trainer)
 
-    def _left(self, done: int, total: float) -> float:
-        """Seconds that the rest of a phase will take, if it goes on as it began."""
+    def _remaining(self, done: int, total: float) -> float:
+        """Estimated seconds until the phase ends, at its pace so far."""
         return (time.monotonic() - self.began) / done * (total - done)
 
     # ------------------------------------------------------------ the decision
 
-    def _look(self, trainer: Trainer, left: float = math.inf) -> None:
-        """Raises Stopped on all ranks if one of them was asked to stop and finishing (`left` seconds) is too much."""
-        too_long = left > 0 and asked.age + left > self.grace
-        number, at_once = self._agreed(trainer, asked.number, bool(asked.number) and (asked.times > 1 or too_long))
+    def _check(self, trainer: Trainer, remaining: float = math.inf) -> None:
+        """Raise Stopped on all ranks if any was asked to stop and finishing takes too long (`remaining` seconds)."""
+        too_long = remaining > 0 and stop_requests.age + remaining > self.grace
+        at_once = bool(stop_requests.number) and (stop_requests.times > 1 or too_long)
+        number, at_once = self._max_over_ranks(trainer, stop_requests.number, at_once)
         if number and at_once:
             raise Stopped(number)
         if number and trainer.is_global_zero and not self.announced:
             self.announced = True
-            log.warning("asked to stop: the epoch is finished first, in about %.0f s; once more stops at once", left)
+            log.warning(
+                "asked to stop: finishing the epoch first, in about %.0f s; a second signal stops at once", remaining
+            )
 
     @staticmethod
-    def _agreed(trainer: Trainer, *mine: int) -> list[int]:
-        """The largest of each on any rank."""
+    def _max_over_ranks(trainer: Trainer, *values: int) -> list[int]:
         if trainer.world_size == 1:
-            return list(mine)
-        theirs = torch.tensor(mine, device=trainer.strategy.root_device)
-        dist.all_reduce(theirs, dist.ReduceOp.MAX)
-        return theirs.tolist()
+            return list(values)
+        reduced = torch.tensor(values, device=trainer.strategy.root_device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX)
+        return reduced.tolist()

@@ -1,4 +1,4 @@
-"""Progress of the three phases: bars on a terminal, one line an epoch elsewhere."""
+"""Show progress: a bar per phase on a terminal, and one line per epoch everywhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flowalign.report import Report
 
 
 class Bars(Report):
-    """A rich bar a phase; the last values stand beside it."""
+    """A rich progress bar for each phase, with its latest values beside it."""
 
     def __init__(self, console: Console) -> None:
         columns = TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn()
@@ -39,7 +39,7 @@ class Bars(Report):
 
 
 class PhaseProgress(Callback):
-    """Shows rollout, optimisation and evaluation with the reward so far, and a line for every finished epoch."""
+    """Shows the progress of each phase with the reward so far, and prints a line for every finished epoch."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
@@ -61,7 +61,7 @@ class PhaseProgress(Callback):
         if not trainer.is_global_zero or not isinstance(pl_module, AlignModule):
             return
         metrics = trainer.callback_metrics
-        # Given pictures have no reward.
+        # Given images (algorithms without rollouts) have no reward.
         shown = [f"reward {pl_module.stats['reward_mean']:.3f}"] if "reward_mean" in pl_module.stats else []
         if pl_module.stats.get("reward_nan_fraction"):
             shown.append(f"not scored {pl_module.stats['reward_nan_fraction']:.1%}")

@@ -1,4 +1,4 @@
-"""Ends all ranks soon after one has died, and says which."""
+"""End all ranks soon after one has died, and report which one."""
 
 from __future__ import annotations
 
@@ -15,54 +15,58 @@ from flowalign.strategies.heartbeat import Heartbeat
 
 
 class Ranks(Callback):
-    """A rank that gives no sign of life for `limit` seconds during a stage of the Trainer counts as dead."""
+    """Monitors all ranks; one whose heartbeat stops for `limit` seconds during a Trainer stage counts as dead."""
 
     def __init__(self, limit: float = 30.0) -> None:
         self.limit = limit
-        self.heart: Heartbeat | None = None
+        self.heartbeat: Heartbeat | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del pl_module, stage
         if trainer.world_size == 1:
             return
-        if self.heart is None:
-            self.heart = Heartbeat(trainer.global_rank, trainer.world_size, self.limit, lambda: _ended(trainer))
-            self.heart.connect(trainer.strategy.cluster_environment.main_address, trainer.strategy.broadcast)  # type: ignore
-        self.heart.judge(True)
+        if self.heartbeat is None:
+            self.heartbeat = Heartbeat(
+                trainer.global_rank, trainer.world_size, self.limit, lambda: _failed_process(trainer)
+            )
+            address = trainer.strategy.cluster_environment.main_address  # type: ignore
+            self.heartbeat.connect(address, trainer.strategy.broadcast)  # type: ignore
+        self.heartbeat.watch(True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del pl_module, stage
-        if self.heart is not None:
+        if self.heartbeat is not None:
             trainer.strategy.barrier("all ranks have ended well")
-            self.heart.judge(False)
+            self.heartbeat.watch(False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         del trainer, pl_module
-        if self.heart is None:
+        if self.heartbeat is None:
             return
-        if _is_of_another_rank(exception):
-            self.heart.join(self.limit + 5 * self.heart.period)  # it knows more than a broken connection tells
-        self.heart.judge(False)
+        if _is_collective_failure(exception):
+            # The heartbeat ends this process with the reason, which a broken connection does not tell.
+            self.heartbeat.join(self.limit + 5 * self.heartbeat.period)
+        self.heartbeat.watch(False)
         if not isinstance(exception, Stopped) or exception.signal == signal.SIGINT:
-            self.heart.tell(f"{type(exception).__name__}: {one_line(exception)}")
+            self.heartbeat.report_failure(f"{type(exception).__name__}: {one_line(exception)}")
 
 
-def _is_of_another_rank(exception: BaseException) -> bool:
-    """Whether a collective failed, as it does where the connection to another rank breaks."""
+def _is_collective_failure(exception: BaseException) -> bool:
+    """Whether a collective failed, as it does when the connection to another rank breaks."""
     words = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
-    told = isinstance(exception, RuntimeError) and any(word in str(exception) for word in words)
-    return told or isinstance(exception, dist.DistError)
+    named = isinstance(exception, RuntimeError) and any(word in str(exception) for word in words)
+    return named or isinstance(exception, dist.DistError)
 
 
-def _ended(trainer: Trainer) -> str:
-    """Of the processes that Lightning has started here, the first that ended badly."""
+def _failed_process(trainer: Trainer) -> str:
+    """Describe the first process started here by Lightning that exited with an error, or ""."""
     launcher: Any = trainer.strategy.launcher
     started = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
     for i, process in enumerate(started, trainer.global_rank + 1):
         if code := process.poll():
-            return f"rank {i} (process {process.pid}) ended with {_meaning(code)}"
+            return f"rank {i} (process {process.pid}) ended with {_describe(code)}"
     return ""
 
 
-def _meaning(code: int) -> str:
+def _describe(code: int) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,10 +1,10 @@
-"""Refusals before anything heavy starts: each one sentence with the nearest thing that would have worked.
+"""Checks that run before anything heavy starts. Each error is one sentence naming the nearest valid choice.
 
-`flowalign.checks.preflight` is imported by its own name: whoever only needs `ConfigError` does not import Hydra.
+Import `flowalign.checks.preflight` by its own name, so that code which only needs `ConfigError` does not import Hydra.
 """
 
-from flowalign.checks.errors import ConfigError, RunError, refusals
+from flowalign.checks.errors import ConfigError, RunError, as_config_errors
 from flowalign.checks.signatures import check_signatures
 from flowalign.checks.suggest import nearest, suggest
 
-__all__ = ["ConfigError", "RunError", "check_signatures", "nearest", "refusals", "suggest"]
+__all__ = ["ConfigError", "RunError", "as_config_errors", "check_signatures", "nearest", "suggest"]

@@ -1,4 +1,4 @@
-"""The command line before Hydra sees it: flags, overrides, and the runs of a sweep."""
+"""Parse the command line before Hydra does: flags, overrides, and the runs of a sweep."""
 
 import argparse
 import re
@@ -16,12 +16,12 @@ from flowalign.checks.errors import ConfigError, one_line
 from flowalign.checks.suggest import nearest
 
 NUMBER = re.compile(r"\d[\d_.]*")
-ALONE = ("run", "multirun", "cfg", "info", "shell_completion")
-VERSION_FLAG = "--version"  # argparse would print and leave
+EXCLUSIVE = ("run", "multirun", "cfg", "info", "shell_completion")
+VERSION_FLAG = "--version"  # argparse would print it and exit
 
 
 def read_flags(argv: Sequence[str]) -> argparse.Namespace:
-    """Hydra's own parser, with a sentence instead of its usage page."""
+    """Parse the flags with Hydra's own parser; raise ConfigError instead of printing its usage page."""
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -29,21 +29,22 @@ def read_flags(argv: Sequence[str]) -> argparse.Namespace:
 
     parser.error = refuse
     flags = parser.parse_args(list(argv))
-    if len(asked := [flag for flag in ALONE if getattr(flags, flag)]) > 1:
+    if len(asked := [flag for flag in EXCLUSIVE if getattr(flags, flag)]) > 1:
         raise ConfigError(f"--{asked[0]} and --{asked[1]} cannot be asked for together: choose one")
     return flags
 
 
 def asks_hydra(argv: Sequence[str], flags: argparse.Namespace) -> bool:
-    """Whether Hydra will answer itself (help, printed config, completion, a rerun) without running anything new."""
+    """Whether Hydra answers by itself (help, printed config, completion, rerun) without starting a new run."""
     asked = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion, flags.experimental_rerun)
     return any(asked) or VERSION_FLAG in argv
 
 
 def quote_choices(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """The arguments with numeric options in quotes: resolution=64 becomes resolution='64'.
+    """Quote numeric group options: resolution=64 becomes resolution='64'.
 
-    Hydra reads 64 as a number and then refuses it, because an option has to be a name. folders: where groups may be.
+    Hydra parses 64 as a number and then rejects it, since an option must be a name. folders: config folders to look for
+    the groups in.
     """
     return [_quote_choice(word, folders) for word in argv]
 
@@ -59,7 +60,7 @@ def _quote_choice(word: str, folders: Sequence[Path]) -> str:
 
 
 def parse(lines: Sequence[str], loader: ConfigLoader) -> list[Override]:
-    """The overrides; one that cannot be read is named."""
+    """Parse overrides; raise ConfigError naming the first that cannot be parsed."""
     parser = OverridesParser.create(loader)
     overrides = []
     for i, line in enumerate(lines):
@@ -74,7 +75,7 @@ def parse(lines: Sequence[str], loader: ConfigLoader) -> list[Override]:
 
 
 def alternatives(override: Override) -> list[str]:
-    """A sweep override as single ones. Of a range or an interval the two ends speak for the rest."""
+    """Expand a sweep override into single ones; a range or an interval is represented by its two ends."""
     key, swept = override.get_key_element(), override.value()
     if isinstance(swept, IntervalSweep):
         values = [str(swept.start), str(swept.end)]
@@ -88,7 +89,7 @@ def alternatives(override: Override) -> list[str]:
 
 
 def runs(overrides: Sequence[Override]) -> list[list[str]]:
-    """Override lists that between them try every value of a sweep: the first of each, then one change at a time."""
+    """Override lists that cover every value of a sweep: the first of each, then one change at a time."""
     columns = [alternatives(o) if o.is_sweep_override() else [o.input_line or ""] for o in overrides]
     first = [column[0] for column in columns]
     changed = [[*first[:i], other, *first[i + 1 :]] for i, column in enumerate(columns) for other in column[1:]]
@@ -102,8 +103,8 @@ def _flag_problem(argv: Sequence[str], message: str) -> str:
         return f"{dashed[0]} is not a flag: options are written without dashes; did you mean {dashed[0].lstrip('-')}?"
     if dashed:
         flag = nearest(dashed[0], known)
-        hope = f"did you mean {flag}?" if flag else "options are written key=value, without dashes"
-        return f"there is no flag {dashed[0]}; {hope}"
+        hint = f"did you mean {flag}?" if flag else "options are written key=value, without dashes"
+        return f"there is no flag {dashed[0]}; {hint}"
     if message.startswith("unrecognized arguments"):
         return f"{message}: write all key=value options side by side, with the flags before or after them"
     return message

@@ -1,4 +1,4 @@
-"""Hydra's composition, made in advance and leaving no trace in Hydra's global state."""
+"""Compose configs with Hydra ahead of the run, without changing Hydra's global state."""
 
 import re
 import warnings
@@ -24,20 +24,20 @@ from flowalign.checks.suggest import suggest
 
 @dataclass(frozen=True)
 class Composer:
-    """Composes one config, and knows its groups."""
+    """Composes one primary config and lists its groups and options."""
 
     loader: ConfigLoaderImpl
     repository: IConfigRepository  # sees hydra.searchpath too
     name: str
-    made: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
+    cache: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
 
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
-        """The config with its hydra node, which is also made current, so that ${hydra:…} resolves as in a run."""
+        """Compose the config with its hydra node and make it current, so that ${hydra:…} resolves as in a run."""
         key = tuple(overrides)
-        if key not in self.made:
-            self.made[key] = self._compose(key)
-        HydraConfig.instance().set_config(self.made[key])
-        return self.made[key]
+        if key not in self.cache:
+            self.cache[key] = self._compose(key)
+        HydraConfig.instance().set_config(self.cache[key])
+        return self.cache[key]
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         cfg = compose(self.name, list(overrides), return_hydra_config=True)
@@ -54,14 +54,14 @@ class Composer:
         return self.repository.config_exists(f"{group}/{option}")
 
     def options(self, group: str) -> list[str]:
-        """Every option of a group, those in its sub-folders as folder/option."""
+        """All options of a group; those in sub-folders as folder/option."""
         found = list(self.repository.get_group_options(group, ObjectType.CONFIG))
         for folder in self.repository.get_group_options(group, ObjectType.GROUP):
             found += [f"{folder}/{option}" for option in self.options(f"{group}/{folder}")]
         return found
 
     def options_with(self, group: str, key: str) -> list[str]:
-        """The options of a group whose own file sets `key`."""
+        """Options of a group whose own file sets `key`."""
         loaded = {option: self.repository.load_config(f"{group}/{option}") for option in self.options(group)}
         return [
             option
@@ -70,21 +70,21 @@ class Composer:
         ]
 
     def configs(self) -> list[str]:
-        """What --config-name may name."""
+        """Valid values of --config-name."""
         return [name for name in self.repository.get_group_options("", ObjectType.CONFIG) if not name.startswith("_")]
 
     def groups(self) -> list[str]:
         return [group for group in self.repository.get_group_options("", ObjectType.GROUP) if group != "hydra"]
 
     def can_be_merged(self, group: str) -> bool:
-        """Whether two options make sense together: not where each is one object, as two algorithms are."""
+        """Whether several options can be combined: not if each describes one object, as an algorithm does."""
         configs = [self.repository.load_config(f"{group}/{option}") for option in self.options(group)]
         return not any("_target_" in loaded.config for loaded in configs if loaded is not None)
 
 
 @contextmanager
 def composer(conf_dir: Path, extra_dir: str | None, name: str, lines: Sequence[str]) -> Iterator[Composer]:
-    """Hydra, set up as the coming run will set it up. extra_dir: from --config-dir; lines: overrides, all readable."""
+    """Set up Hydra as the run will. extra_dir: value of --config-dir; lines: overrides, all of which parse."""
     if not conf_dir.is_dir():
         raise ConfigError(f"the config folder {conf_dir} does not exist")
     if extra_dir is not None and not Path(extra_dir).is_dir():
@@ -92,7 +92,7 @@ def composer(conf_dir: Path, extra_dir: str | None, name: str, lines: Sequence[s
     state = HydraConfig.instance()
     before = state.cfg
     with initialize_config_dir(str(conf_dir.resolve()), version_base="1.3"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself will repeat them
+        warnings.simplefilter("ignore")  # the run repeats them
         try:
             loader = GlobalHydra.instance().config_loader()
             assert isinstance(loader, ConfigLoaderImpl)
@@ -100,10 +100,10 @@ def composer(conf_dir: Path, extra_dir: str | None, name: str, lines: Sequence[s
                 path = f"file://{Path(extra_dir).resolve()}"
                 loader.config_search_path.prepend("command-line", path, SearchPathQuery(provider="schema"))
                 loader.repository.initialize_sources(loader.config_search_path)
-            made = Composer(loader, _repository(loader, name, lines), name)
-            if not made.repository.config_exists(name):
-                raise ConfigError(f"no config called {name} in {conf_dir}; {suggest(name, made.configs())}")
-            yield made
+            compose_config = Composer(loader, _repository(loader, name, lines), name)
+            if not compose_config.repository.config_exists(name):
+                raise ConfigError(f"no config called {name} in {conf_dir}; {suggest(name, compose_config.configs())}")
+            yield compose_config
         finally:
             state.cfg = before
 
@@ -116,7 +116,7 @@ def _repository(loader: ConfigLoaderImpl, name: str, lines: Sequence[str]) -> IC
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
-    """The part that the task function will see."""
+    """The part of the config that the task function receives."""
     task = cfg.copy()
     with read_write(task), open_dict(task):
         task.pop("hydra", None)
@@ -124,14 +124,14 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """Nested dicts, interpolations left as text."""
+    """Nested dicts, with interpolations left as text."""
     raw = OmegaConf.to_container(without_hydra(cfg), resolve=False)
     assert isinstance(raw, dict)
     return {str(key): value for key, value in raw.items()}
 
 
 def parts(key: str) -> list[str]:
-    """'a.b[0]' → a, b, 0."""
+    """Split a key: 'a.b[0]' → a, b, 0."""
     return re.findall(r"[^.\[\]]+", key)
 
 
@@ -147,7 +147,7 @@ def dotted(node: Any, prefix: str = "") -> list[str]:
 
 
 def walk(node: Any, key: str) -> list[Any]:
-    """The nodes along a dotted key, from the root down, as far as they exist."""
+    """Nodes along a dotted key, from the root down, as far as they exist."""
     nodes = [node]
     for part in parts(key):
         here = nodes[-1]
@@ -165,10 +165,10 @@ def exists(node: Any, key: str) -> bool:
 
 
 def belongs_to_class(node: Any, key: str) -> bool:
-    """Whether some section around the key names a class, whose signature then judges it."""
+    """Whether a section around the key names a class, whose signature then validates the key."""
     return any(isinstance(section, dict) and "_target_" in section for section in walk(node, key))
 
 
 def short(override: Override) -> str:
-    """The override as it was typed."""
+    """The override as typed."""
     return override.input_line or override.get_key_element()

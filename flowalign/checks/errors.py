@@ -1,20 +1,20 @@
-"""The errors that are told in one sentence: what a user's config can cause, and what can end a run."""
+"""Errors that are reported as one sentence: invalid configs, and failures of a run with a valid one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
-    """A config that cannot work; the message is one sentence for the person who typed it."""
+    """A config that cannot work. The message is one sentence for the user who wrote it."""
 
 
 class RunError(RuntimeError):
-    """What ended a run whose config could have worked; the message is one sentence for the person who started it."""
+    """A failure of a run whose config is valid. The message is one sentence for the user who started it."""
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Inside, a ValueError is a mistake of the user's, a ConfigError; elsewhere it is a crash with its trace."""
+def as_config_errors() -> Iterator[None]:
+    """Turn ValueErrors raised inside into ConfigErrors, for code where they can only mean a user's mistake."""
     try:
         yield
     except ConfigError:
@@ -24,10 +24,10 @@ def refusals() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The part of an error that helps its reader, without line breaks and without the library's own bookkeeping."""
+    """The helpful part of an error's message, without line breaks and library bookkeeping."""
     text = str(error)
     mark = getattr(error, "problem_mark", None)
-    if mark is not None:  # YAML says what and where in separate fields
+    if mark is not None:  # YAML errors keep problem and position in separate fields
         text = f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', None) or 'not valid YAML'}"
     lines = (line.strip() for line in text.splitlines())
     noise = ("^", "full_key:", "object_type=", "reference_type=", "See https://", "See http://")
@@ -36,7 +36,7 @@ def one_line(error: BaseException) -> str:
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The first error of a chain: Hydra wraps OmegaConf's precise complaint in a general one."""
+    """The first error of a chain: Hydra wraps OmegaConf's precise error in a general one."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -1,4 +1,4 @@
-"""Why a config could not be composed, found by composing less of it until it can be."""
+"""Explain why a config cannot be composed, by applying its overrides one at a time until one fails."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,14 @@ from flowalign.checks.composing import Composer, dotted, exists, parts, plain, s
 from flowalign.checks.errors import ConfigError, one_line, root_cause
 from flowalign.checks.suggest import listing, nearest, suggest
 
-# Plugins add these options; without the plugin the option is simply absent.
+# Hydra plugins add these options; without the plugin the option does not exist.
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "sweep", "optuna": "sweep"}
-
-
-INSIDE = re.compile(r"Could not override '[\w/]+@\w+\.")
-"""What Hydra says of `override /group` in a file whose content belongs to its own group."""
+MISPLACED_OVERRIDE = re.compile(r"Could not override '[\w/]+@\w+\.")
+"""Hydra's message for `override /group` in a file that lacks `# @package _global_`."""
 
 
 def explain(compose: Composer, overrides: Sequence[Override], error: Exception) -> ConfigError:
-    """The sentence for a failed composition of these overrides, none of which is a sweep."""
+    """The ConfigError for a failed composition of these overrides, none of which is a sweep."""
     for override in overrides:
         missing = missing_option(compose, override)
         if missing:
@@ -29,7 +27,7 @@ def explain(compose: Composer, overrides: Sequence[Override], error: Exception) 
     groups = [o for o in overrides if chooses(compose, o)]
     values = [o for o in overrides if not chooses(compose, o)]
     done, cfg = [], _try(compose, [])
-    if not isinstance(cfg, DictConfig):  # a group without a default: only the choices together can be composed
+    if not isinstance(cfg, DictConfig):  # a group has no default: compose all group choices together
         done, groups = [short(o) for o in groups], []
         cfg = _try(compose, done)
         if not isinstance(cfg, DictConfig):
@@ -37,13 +35,13 @@ def explain(compose: Composer, overrides: Sequence[Override], error: Exception) 
     for override in [*groups, *values]:
         following = _try(compose, [*done, short(override)])
         if not isinstance(following, DictConfig):
-            return ConfigError(_why(compose, override, cfg, following))
+            return ConfigError(_explain_override(compose, override, cfg, following))
         done, cfg = [*done, short(override)], following
     return ConfigError(_sentence(error))
 
 
 def chooses(compose: Composer, override: Override) -> bool:
-    """Whether the override picks an option of a group, rather than setting a value."""
+    """Whether the override selects an option of a group rather than setting a value."""
     return compose.is_group(override.key_or_group)
 
 
@@ -56,12 +54,12 @@ def missing_option(compose: Composer, override: Override) -> str | None:
     for option in named if isinstance(named, list) else [named]:
         word = str(option).lower() if isinstance(option, bool) else str(option)
         if option is not None and not isinstance(option, dict) and not compose.has_option(group, word):
-            return f"no {group} called {word}; {_hope(word, compose.options(group))}"
+            return f"no {group} called {word}; {_suggest_option(word, compose.options(group))}"
     return None
 
 
 def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mapping[str, str]) -> str:
-    """'unknown option algo.kl_bta; did you mean algo.kl_beta?', or which other option of the group has it."""
+    """'unknown option algo.kl_bta; did you mean algo.kl_beta?', or which other options of the group have the key."""
     way = walk(node, key)
     if len(way) <= len(parts(key)) and len(way) > 1 and not isinstance(way[-1], dict | list | str | None):
         owner = ".".join(parts(key)[: len(way) - 1])
@@ -73,7 +71,7 @@ def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mappi
 
 
 def suggest_key(node: dict[str, Any], key: str, groups: Sequence[str] = ()) -> str:
-    """The nearest keys: a slip in the last part, the right name in another section, or a slip anywhere."""
+    """Suggest the nearest key: a typo in the last part, the same name in another section, or a typo anywhere."""
     known = [k for k in dotted(node) if not k.rpartition(".")[2].startswith("_")]
     parent, _, leaf = key.rpartition(".")
     beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent] if parent else [*node, *groups]
@@ -90,7 +88,7 @@ def suggest_key(node: dict[str, Any], key: str, groups: Sequence[str] = ()) -> s
     return listing(f"{parent}.{name}" if parent and beside else name for name in beside or [*node, *groups])
 
 
-def _hope(option: str, options: Sequence[str]) -> str:
+def _suggest_option(option: str, options: Sequence[str]) -> str:
     if option in EXTRAS:
         return f"it comes with pip install 'flowalign[{EXTRAS[option]}]' ({listing(options)})"
     close = nearest(option, options)
@@ -100,13 +98,13 @@ def _hope(option: str, options: Sequence[str]) -> str:
 def _try(compose: Composer, lines: Sequence[str]) -> DictConfig | Exception:
     try:
         return compose(lines)
-    except Exception as error:  # Hydra raises its own, OmegaConf's, YAML's and ValueError
+    except Exception as error:  # Hydra raises its own errors, OmegaConf's, YAML's and ValueError
         return error
 
 
-def _why(compose: Composer, override: Override, before: DictConfig, error: Exception) -> str:
+def _explain_override(compose: Composer, override: Override, before: DictConfig, error: Exception) -> str:
     if chooses(compose, override):
-        return _why_group(override, before, error)
+        return _explain_choice(override, before, error)
     key, node, bare = override.key_or_group, plain(before), short(override).lstrip("+~")
     if "/" in key:
         return f"unknown config group {key}; {suggest(key, compose.groups())}"
@@ -119,7 +117,7 @@ def _why(compose: Composer, override: Override, before: DictConfig, error: Excep
     return f"{short(override)}: {_sentence(error)}"
 
 
-def _why_group(override: Override, before: DictConfig, error: Exception) -> str:
+def _explain_choice(override: Override, before: DictConfig, error: Exception) -> str:
     group, chosen = override.key_or_group, before.hydra.runtime.choices
     if override.value() is None and not override.is_delete():
         return f"{group}=null is not understood by Hydra: leave {group} out, or remove it with ~{group}"
@@ -133,7 +131,7 @@ def _why_group(override: Override, before: DictConfig, error: Exception) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    said = one_line(root_cause(error))
-    if INSIDE.search(said):
-        said += " (A file that overrides other groups has `# @package _global_` as its first line.)"
-    return said
+    sentence = one_line(root_cause(error))
+    if MISPLACED_OVERRIDE.search(sentence):
+        sentence += " (A file that overrides other groups has `# @package _global_` as its first line.)"
+    return sentence

@@ -1,4 +1,4 @@
-"""Does a YAML value fit a type hint? Where the hint is no plain type, the benefit of the doubt."""
+"""Check YAML values against type hints. Values for hints that are not plain types are accepted."""
 
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ SEQUENCES = (list, tuple, set, frozenset, Sequence, Collection, Iterable)
 
 
 def accepts(hint: Any, value: Any) -> bool:
-    """Whether instantiating with `value` can satisfy `hint`. A node with its own `_target_` always can."""
+    """Whether `value`, once instantiated, can satisfy `hint`. A node with its own `_target_` always can."""
     if isinstance(value, Mapping) and "_target_" in value:
         return True
     hint = _bare(hint)
@@ -52,7 +52,7 @@ def describe(hint: Any) -> str:
 
 
 def nearest_literal(hint: Any, value: Any) -> str | None:
-    """The allowed word that `value` resembles."""
+    """The Literal string of the hint that `value` resembles, or None."""
     words = [word for word in _literals(hint) if isinstance(word, str)]
     return nearest(value, words) if isinstance(value, str) else None
 
@@ -68,7 +68,7 @@ def _bare(hint: Any) -> Any:
 
 
 def _is_ours(hint: Any) -> bool:
-    """A class of this package, which no plain value can be; of others' classes some are made of text, as paths are."""
+    """A class of this package, which no plain value can be; other classes may be built from text, as paths are."""
     return isinstance(hint, type) and hint.__module__.split(".")[0] == __name__.split(".")[0]
 
 
@@ -81,7 +81,7 @@ def _is_plain(kind: type, value: Any) -> bool:
 
 
 def _is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
-    # A lone word would be read letter by letter, which nobody wants.
+    # A string would be iterated letter by letter.
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 

@@ -1,6 +1,7 @@
-"""The command line, tried out before anything heavy is imported.
+"""Validate the command line before anything heavy is imported.
 
-Composes what Hydra is about to compose, for a sweep every value once, and refuses the first mistake in one sentence.
+Composes the configs that Hydra is about to compose (for a sweep, every value once) and reports the first mistake in one
+sentence.
 """
 
 import os
@@ -25,11 +26,11 @@ Check = Callable[[DictConfig], object]
 
 
 def preflight(argv: Sequence[str], conf_dir: str | Path, config_name: str, also: Check | None = None) -> list[str]:
-    """Raise ConfigError if the run that these arguments ask for cannot work.
+    """Raise ConfigError if the run described by these arguments cannot work.
 
-    argv: the arguments without the program's name. also: a further check of every composed config (without its hydra
-    node); what it raises as ValueError is refused likewise. Resolvers must be registered before.
-    Returns the arguments to give to Hydra, which differ in quotes only (see quote_choices).
+    argv: the arguments without the program's name. also: an additional check of every composed config (without its
+    hydra node); its ValueErrors become ConfigErrors too. Resolvers must be registered before.
+    Returns the arguments to pass to Hydra, which differ only in quotes (see quote_choices).
     """
     flags = read_flags(argv)
     folder, name = Path(flags.config_path or conf_dir), flags.config_name or config_name
@@ -47,9 +48,9 @@ def preflight(argv: Sequence[str], conf_dir: str | Path, config_name: str, also:
 
 
 def section(key: str, lines: Sequence[str], conf_dir: Path, extra_dir: str | None, config_name: str) -> DictConfig:
-    """One node of the config that these overrides compose, for whoever needs no more than that.
+    """Compose a config and return one of its nodes, resolved, for callers that need only that node.
 
-    Resolved, and refused by ConfigError as `preflight` would. extra_dir: a further folder of config groups.
+    Raises ConfigError as `preflight` does. extra_dir: an additional folder of config groups.
     """
     folders = [conf_dir, *([Path(extra_dir)] if extra_dir else [])]
     lines = quote_choices(lines, folders)
@@ -66,7 +67,7 @@ def section(key: str, lines: Sequence[str], conf_dir: Path, extra_dir: str | Non
 def preflight_or_exit(
     argv: Sequence[str], conf_dir: str | Path, config_name: str, also: Check | None = None
 ) -> list[str]:
-    """preflight for a command: the sentence on stderr and exit code 2. HYDRA_FULL_ERROR=1 keeps the stack trace."""
+    """Run `preflight` for a command: errors go to stderr, with exit code 2. HYDRA_FULL_ERROR=1 keeps the trace."""
     try:
         return preflight(argv, conf_dir, config_name, also)
     except ConfigError as error:
@@ -87,7 +88,7 @@ def _check_run(compose: Composer, overrides: Sequence[Override], also: Check | N
     _check_additions(cfg, [o for o in overrides if not chooses(compose, o)])
     _check_plain_values(compose, cfg, overrides)
     task = without_hydra(cfg)
-    if also is not None:  # before the signatures, which import what the config names
+    if also is not None:  # before the signatures, which import every class the config names
         try:
             also(task)
         except ValueError as error:
@@ -98,12 +99,12 @@ def _check_run(compose: Composer, overrides: Sequence[Override], also: Check | N
 def _composed(compose: Composer, overrides: Sequence[Override]) -> DictConfig:
     try:
         return compose([short(o) for o in overrides])
-    except Exception as error:  # whatever stops a composition is in the config or the command line
+    except Exception as error:  # any failure here is caused by the config or the command line
         raise explain(compose, overrides, error) from error
 
 
 def _swept_by_config(compose: Composer, overrides: Sequence[Override], multirun: bool) -> list[Override]:
-    """Sweep parameters that the config itself holds (hydra.sweeper.params). A sweep without -m is refused."""
+    """Sweep parameters from the config itself (hydra.sweeper.params). Raises ConfigError for a sweep without -m."""
     swept = [o for o in overrides if o.is_sweep_override()]
     for override in swept:
         if override.is_hydra_override():
@@ -153,7 +154,7 @@ def _check_complete(cfg: DictConfig) -> None:
 
 
 def _check_additions(cfg: DictConfig, overrides: Sequence[Override]) -> None:
-    """+typo=1 composes and would never be read: classes refuse it by their signature, other sections here."""
+    """Reject +typo=1, which composes but is never read. Keys of classes are checked against their signature."""
     node = plain(cfg)
     for override in overrides:
         key = override.key_or_group
@@ -169,9 +170,9 @@ def _check_additions(cfg: DictConfig, overrides: Sequence[Override]) -> None:
 
 
 def _check_plain_values(compose: Composer, cfg: DictConfig, overrides: Sequence[Override]) -> None:
-    """Outside classes the default says what may replace it: a number a number, a switch a switch.
+    """Outside classes, require the type of the default: a number for a number, a bool for a bool.
 
-    A default of null or text says nothing, and null replaces anything.
+    A default of null or text accepts anything, and null replaces anything.
     """
     node = plain(cfg)
     values = [o for o in overrides if not chooses(compose, o) and not o.is_delete() and not o.is_hydra_override()]
@@ -179,7 +180,7 @@ def _check_plain_values(compose: Composer, cfg: DictConfig, overrides: Sequence[
     if not values:
         return
     before = plain(compose([short(o) for o in overrides if chooses(compose, o) or o.is_hydra_override()]))
-    compose([short(o) for o in overrides])  # makes this run's hydra node the current one again
+    compose([short(o) for o in overrides])  # make this run's hydra node current again
     for override in values:
         way = walk(before, override.key_or_group)
         if exists(before, override.key_or_group):

@@ -1,7 +1,7 @@
-"""The schema of a config node is the signature of the class that it names.
+"""Validate config nodes against the signatures of the classes they name.
 
-YAML alone would take `kl_beta=abc` and fail an hour later, far away. A second, written schema would have to be kept in
-step with every class. The constructor already says names and types, for our classes and for everybody else's.
+YAML alone would accept `kl_beta=abc` and fail an hour later, far away. A separate schema would have to be kept in sync
+with every class. Constructors already declare names and types, in this package and in any other.
 """
 
 import inspect
@@ -20,17 +20,17 @@ INSTRUCTIONS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}  
 
 
 def check_signatures(cfg: Any) -> None:
-    """Refuse the first key or value that the class of its node would not take.
+    """Raise ConfigError for the first key or value that the class of its node does not accept.
 
-    cfg: a composed config or plain dicts and lists. Keys that are absent are not missed: code may pass them itself.
-    Our own classes come first, because they import faster than the libraries that the other nodes name.
+    cfg: a composed config or plain dicts and lists. Missing keys are fine: code may pass them itself.
+    Classes of this package come first, because they import faster than other libraries.
     """
     for path, node in sorted(_target_nodes("", cfg), key=lambda item: not _is_ours(item[1]["_target_"])):
         _check_node(path, node)
 
 
 def locate(target: str) -> Any:
-    """The object with this dotted name. ConfigError says which part of the name is wrong."""
+    """Import the object with this dotted name; ConfigError says which part of the name is wrong."""
     parts = target.split(".")
     module, rest = _deepest_module(parts)
     found = module
@@ -39,7 +39,7 @@ def locate(target: str) -> Any:
             found = getattr(found, part)
         except AttributeError:
             raise ConfigError(f"{'.'.join(parts[:i])} has no {part}; {suggest(part, _names(found))}") from None
-        except Exception as error:  # lazily importing packages fail here, with anything
+        except Exception as error:  # lazily importing packages may raise anything here
             raise ConfigError(f"cannot import {target}: {one_line(error)}") from error
     return found
 
@@ -49,7 +49,7 @@ def _target_nodes(path: str, node: Any) -> Iterator[tuple[str, Mapping[str, Any]
         if isinstance(node.get("_target_"), str):
             yield path, node
         for key in node:
-            # What an interpolation points to is visited at its own place, under the name that the user knows.
+            # The target of an interpolation is visited at its own place, under the name that the user knows.
             if not (isinstance(node, DictConfig) and OmegaConf.is_interpolation(node, key)):
                 yield from _target_nodes(f"{path}.{key}" if path else str(key), node[key])
     elif isinstance(node, Sequence) and not isinstance(node, str):
@@ -80,18 +80,18 @@ def _check_value(path: str, target: Any, parameters: dict[str, Any], key: str, v
         if "**" in parameters:
             return
         name = getattr(target, "__name__", str(target))
-        # It may come from a default that was written for another class.
-        away = "" if "[" in full or nearest(key, parameters) else f"; ~{full} takes it away"
-        raise ConfigError(f"{full}: {name} has no parameter {key}; {suggest(key, parameters)}{away}")
+        # The key may come from a default that was written for another class.
+        removal = "" if "[" in full or nearest(key, parameters) else f"; ~{full} removes it"
+        raise ConfigError(f"{full}: {name} has no parameter {key}; {suggest(key, parameters)}{removal}")
     hint = parameters[key]
     if not accepts(hint, value):
         near = nearest_literal(hint, value)
-        hope = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"{full}: expected {describe(hint)}, got {_shown(value)}{hope}")
+        suggestion = f"; did you mean {near}?" if near else ""
+        raise ConfigError(f"{full}: expected {describe(hint)}, got {_shown(value)}{suggestion}")
 
 
 def _parameters(target: Any) -> dict[str, Any] | None:
-    """Names and hints of what can be given by keyword, "**" for any; None where Python cannot say."""
+    """Names and hints of keyword parameters, with "**" for any; None if Python has no signature."""
     try:
         signature = inspect.signature(target)
     except (TypeError, ValueError):
@@ -102,7 +102,7 @@ def _parameters(target: Any) -> dict[str, Any] | None:
             hints["**"] = Any
         elif parameter.kind not in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             hints[name] = _hint(target, parameter.annotation)
-    if "**" in hints and inspect.isclass(target) and _is_ours(target.__module__):  # ours hand them on to their base
+    if "**" in hints and inspect.isclass(target) and _is_ours(target.__module__):  # ours pass them to their base
         del hints["**"]
         return (_parameters(target.__mro__[1]) or {}) | hints
     return hints
@@ -114,7 +114,7 @@ def _hint(target: Any, annotation: Any) -> Any:
     if not isinstance(annotation, str):
         return annotation
     function: Callable[..., Any] = target.__init__ if inspect.isclass(target) else target
-    try:  # one hint at a time: another one may name a class that is imported for type checkers only
+    try:  # one hint at a time: others may name classes that are imported for type checkers only
         return eval(annotation, getattr(inspect.unwrap(function), "__globals__", {}))
     except Exception:
         return Any
@@ -129,7 +129,7 @@ def _shown(value: Any) -> str:
 
 
 def _deepest_module(parts: list[str]) -> tuple[Any, list[str]]:
-    """The longest importable prefix and what is left of the name."""
+    """The longest importable prefix, and the rest of the name."""
     for length in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:length])
         try:

@@ -1,13 +1,13 @@
-"""Did-you-mean."""
+"""Did-you-mean suggestions."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-SHOWN = 12  # a longer list is not read
+SHOWN = 12  # nobody reads a longer list
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` was probably meant to be, or None where none resembles it."""
+    """The choice that `word` most resembles, or None."""
     plain = {_plain(choice): choice for choice in choices}
     word = _plain(word)
     if word in plain:
@@ -18,14 +18,14 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:
-    """The second half of a refusal: 'did you mean nft?', or the list of what there is."""
+    """The second half of an error message: 'did you mean nft?', or the list of choices."""
     choices = sorted(set(choices))
     close = nearest(word, choices)
     return f"did you mean {close}?" if close else listing(choices)
 
 
 def listing(choices: Iterable[str]) -> str:
-    """'available: a, b, c', cut where it gets long."""
+    """'available: a, b, c', truncated after SHOWN."""
     choices = sorted(set(choices))
     if not choices:
         return "there is nothing to choose from"

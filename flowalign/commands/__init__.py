@@ -1,1 +1,1 @@
-"""The commands of `flowalign`: each a function whose keyword arguments are its key=value words."""
+"""The commands of `flowalign`. Each is a function whose keyword arguments are its key=value arguments."""

@@ -1,4 +1,4 @@
-"""`flowalign evaluate`: a checkpoint, or a model as it comes, scored on fixed prompts or a benchmark."""
+"""`flowalign evaluate`: score a checkpoint or an untrained model on fixed prompts or a benchmark."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from PIL import Image
 from flowalign.checks import check_signatures
 from flowalign.checks.preflight import section
 from flowalign.checks.suggest import suggest
-from flowalign.commands.figures import figure, plain, shown_table, summarised, written_table
-from flowalign.commands.record import Asked, Record, asked
-from flowalign.commands.sample import Made, batches
-from flowalign.commands.saved import Saved, opened, untrained
+from flowalign.commands.figures import figure, finite_or_none, format_table, summarise, write_table
+from flowalign.commands.record import Record, Sample, list_samples
+from flowalign.commands.sample import Batch, batches
+from flowalign.commands.saved import SavedRun, load_run, load_untrained
 from flowalign.evaluation import Shown, stills
 from flowalign.grid import grid
 from flowalign.prompts import Prompt, PromptSet
@@ -53,40 +53,40 @@ def evaluate(
     again: bool = False,
     config_dir: str = "",
 ) -> None:
-    """Scores fixed prompts with fixed noise: scores.csv, table.csv, summary.json, pictures.png and the pictures.
+    """Scores fixed prompts with fixed noise; writes scores.csv, table.csv, summary.json, pictures.png and the images.
 
-    ckpt=… alone takes prompts, noise, rewards and weights of the run's final evaluation, and gives its figures again;
-    weights=base those before training. model=… is a model of conf/model that was never trained. suite=… takes the
-    prompts of a benchmark and a reward for it. num=… is of prompts, images=… of pictures a prompt, batch=… of pictures
-    made at once; config_dir=… is a folder of configs of your own. Given once more, the command goes on where an
-    interrupted one stopped; again=true begins anew.
+    ckpt=… alone uses prompts, noise, rewards and weights of the run's final evaluation and reproduces its figures;
+    weights=base evaluates the weights before training. model=… is an untrained model of conf/model. suite=… uses the
+    prompts of a benchmark and a reward for it. num=… is the number of prompts, images=… of images per prompt, batch=…
+    of images generated at once; config_dir=… is a folder with your own configs. The same command resumes an
+    interrupted evaluation; again=true starts over.
     """
     _check(ckpt, model, suite, split)
     for name, number in {"num": num, "images": images, "steps": steps, "size": size, "batch": batch}.items():
         if number < 0:
             raise ValueError(f"{name}={number} is less than 0, which stands for the run's own.")
     benchmark = SUITES.get(suite)
-    texts = benchmark.prompts(suite, prompts) if benchmark else []  # what is cheap to refuse comes first
+    texts = benchmark.prompts(suite, prompts) if benchmark else []  # cheap checks come before loading the model
     node = _reward(reward or (benchmark.reward if benchmark else ""), config_dir)
 
     def rewards(config: DictConfig) -> Scorer:
         return instantiate(config.reward if node is None else node)
 
-    saved = opened(ckpt, weights, rewards=rewards) if ckpt else untrained(model, rewards=rewards)
-    texts = texts or _own(saved, prompts, split, num)
+    saved = load_run(ckpt, weights, rewards=rewards) if ckpt else load_untrained(model, rewards=rewards)
+    texts = texts or _prompts(saved, prompts, split, num)
     chosen = spread(texts, num) if benchmark else range(len(texts))
-    wanted = asked(texts, chosen, images or (benchmark.pictures if benchmark else 1))
+    samples = list_samples(texts, chosen, images or (benchmark.pictures if benchmark else 1))
     evaluation, node = saved.config.evaluation, saved.config.reward if node is None else node
     seed = evaluation.seed if seed < 0 else seed
-    sampling, area, scorer = saved.sampling(steps, guidance, batch), saved.size(size), saved.judged_by
-    about = _about(saved, wanted, suite, seed, sampling, area, node)
-    record = Record.opened(Path(to), about, scorer.measures, again)
-    shown = [wanted[i] for i in instantiate(evaluation).shows(len(wanted))]
-    missing = record.missing(wanted)
+    sampling, area, scorer = saved.sampling(steps, guidance, batch), saved.size(size), saved.required_scorer
+    about = _about(saved, samples, suite, seed, sampling, area, node)
+    record = Record.open(Path(to), about, scorer.measures, again)
+    shown = [samples[i] for i in instantiate(evaluation).shows(len(samples))]
+    missing = record.missing(samples)
     if missing:
-        made = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, saved.weights)
-        _score(record, missing, made, scorer, wanted if keep else shown)
-    _finish(record, wanted, shown, benchmark)
+        generated = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, saved.weights)
+        _score(record, missing, generated, scorer, samples if keep else shown)
+    _finish(record, samples, shown, benchmark)
 
 
 def _check(ckpt: str, model: str, suite: str, split: str) -> None:
@@ -99,7 +99,7 @@ def _check(ckpt: str, model: str, suite: str, split: str) -> None:
 
 
 def _reward(name: str, config_dir: str) -> DictConfig | None:
-    """An option of the group `reward`, of one's own folder too, or a YAML file of that form."""
+    """The node of an option of the group `reward` (config_dir included) or of a YAML file, or None without a name."""
     if not name.endswith((".yaml", ".yml")):
         return section("reward", [f"reward={name}"], CONF, config_dir or None, "train") if name else None
     if not Path(name).is_file():
@@ -109,8 +109,8 @@ def _reward(name: str, config_dir: str) -> DictConfig | None:
     return DictConfig(node)
 
 
-def _own(saved: Saved, prompts: str, split: str, num: int) -> list[Prompt]:
-    """The prompts of the run's evaluation, or those of a file in their order."""
+def _prompts(saved: SavedRun, prompts: str, split: str, num: int) -> list[Prompt]:
+    """The prompts of a file, in order, or those of the run's evaluation."""
     if prompts:
         read = PromptSet.read(prompts).prompts
         return read[: num or len(read)]
@@ -119,24 +119,24 @@ def _own(saved: Saved, prompts: str, split: str, num: int) -> list[Prompt]:
 
 
 def _about(
-    saved: Saved,
-    wanted: Sequence[Asked],
+    saved: SavedRun,
+    samples: Sequence[Sample],
     suite: str,
     seed: int,
     sampling: Sampling,
     area: Size,
     reward: DictConfig,
 ) -> dict[str, Any]:
-    """Whatever the scores depend on."""
+    """Everything that the scores depend on."""
     mark = saved.path / folders.META if folders.is_folder(saved.path) else saved.path
-    lines = [[one.number, one.prompt.text, one.prompt.negative, one.prompt.metadata] for one in wanted]
+    lines = [[one.number, one.prompt.text, one.prompt.negative, one.prompt.metadata] for one in samples]
     return {
         "suite": suite or None,
         "ckpt": str(saved.path),
         "written": mark.stat().st_mtime_ns if mark.exists() else None,
         "weights": saved.weights,
         "seed": seed,
-        "samples": len(wanted),
+        "samples": len(samples),
         "prompts": hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16],
         "num_steps": sampling.num_steps,
         "guidance": sampling.guidance,
@@ -146,37 +146,40 @@ def _about(
     }
 
 
-def _score(record: Record, missing: list[Asked], made: Iterable[Made], scorer: Scorer, keep: Sequence[Asked]) -> None:
-    """Onto the disk batch by batch, pictures before scores: what has a score has its picture."""
+def _score(
+    record: Record, missing: list[Sample], generated: Iterable[Batch], scorer: Scorer, keep: Sequence[Sample]
+) -> None:
+    """Write batch by batch, images before scores, so that every scored sample has its image."""
     kept, done = {one.number for one in keep}, 0
     try:
         scorer.check()
-        for part in made:
+        for part in generated:
             batch = missing[done : done + len(part.numbers)]
-            for one, picture in zip(batch, stills(part.media), strict=True):
+            for one, image in zip(batch, stills(part.media), strict=True):
                 if one.number in kept:
-                    record.keep(one, picture)
+                    record.save_image(one, image)
             record.add(batch, scorer.all(part.media, [one.prompt for one in batch], part.latents))
             done += len(batch)
             print(f"{len(missing) - done} pictures to go", file=sys.stderr, flush=True)
-    except RewardError as error:  # what came before it is on the disk
+    except RewardError as error:  # earlier batches are on disk
         raise ValueError(str(error)) from error
     finally:
         scorer.close()
 
 
-def _finish(record: Record, wanted: list[Asked], shown: list[Asked], benchmark: Suite | None) -> None:
-    scores, prompts = record.finish(wanted), [one.prompt for one in wanted]
-    summary = record.about | {"scores": {name: plain(mean) for name, mean in summarised(prompts, scores).items()}}
-    written_table(record.folder / "table.csv", prompts, scores)
-    lines = shown_table(prompts, scores)
+def _finish(record: Record, samples: list[Sample], shown: list[Sample], benchmark: Suite | None) -> None:
+    scores, prompts = record.finish(samples), [one.prompt for one in samples]
+    means = {name: finite_or_none(mean) for name, mean in summarise(prompts, scores).items()}
+    summary = record.about | {"scores": means}
+    write_table(record.folder / "table.csv", prompts, scores)
+    lines = format_table(prompts, scores)
     if benchmark is not None:
         found = figure(benchmark, prompts, scores)
         lines.append("{title}: {value:.4f} ({measure}, {mean})".format(**found))
-        summary["figure"] = found | {"value": plain(found["value"])}
+        summary["figure"] = found | {"value": finite_or_none(found["value"])}
     (record.folder / "summary.json").write_text(json.dumps(summary, indent=2))
-    places = [wanted.index(one) for one in shown]
-    pictures = torch.stack([record.kept(one) for one in shown])
-    below = Shown(pictures, [one.prompt.text for one in shown], {name: s[places] for name, s in scores.items()})
-    Image.fromarray(grid(below)).save(record.folder / "pictures.png")
+    indices = [samples.index(one) for one in shown]
+    images = torch.stack([record.load_image(one) for one in shown])
+    captioned = Shown(images, [one.prompt.text for one in shown], {name: s[indices] for name, s in scores.items()})
+    Image.fromarray(grid(captioned)).save(record.folder / "pictures.png")
     print(*lines, record.folder, sep="\n")

@@ -1,4 +1,4 @@
-"""`flowalign export`: what plain diffusers loads, with a model card."""
+"""`flowalign export`: write weights that plain diffusers loads, with a model card."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torch import nn
 
-from flowalign.commands.saved import Saved, opened
+from flowalign.commands.saved import SavedRun, load_run
 from flowalign.curves import curves
 from flowalign.models.loading import resolve
 
 
 def export(ckpt: str, to: str, weights: str = "", merge: bool = False) -> None:
-    """Writes what plain diffusers loads: a folder for `load_lora_weights`, or denoisers for `from_pretrained`.
+    """Writes weights for plain diffusers: a folder for `load_lora_weights`, or denoisers for `from_pretrained`.
 
-    merge=true adds adapters to the base's weights and writes those, as for a run with tune=full.
+    merge=true merges the adapters into the base's weights and writes whole denoisers, as for a run with tune=full.
     """
     if weights == "base":
         raise ValueError("weights=base are the pipeline's own: there is nothing to export.")
-    saved = opened(ckpt, weights, device="cpu")
+    saved = load_run(ckpt, weights, device="cpu")
     if merge and saved.model.quantised is not None:
         raise ValueError(
             f"merge=true: the base of ckpt={ckpt} is held in {saved.model.quantised}, to which nothing can be added: "
@@ -50,10 +50,10 @@ def _write_whole(denoiser: nn.Module, folder: Path, lora: bool) -> None:
     denoiser.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
 
 
-def card(saved: Saved, lora: bool) -> str:
-    """A model card whose code works from inside the folder."""
+def card(saved: SavedRun, lora: bool) -> str:
+    """The model card; its code works from inside the folder."""
     model = saved.model
-    none = "".join(f", {name}=None" for name in model.absent)
+    absent = "".join(f", {name}=None" for name in model.absent)
     embedded = resolve(model.pretrained) != model.pretrained
     base = f'resolve("{model.pretrained}")' if embedded else f'"{model.pretrained}"'
     imports = "\nfrom flowalign.models.loading import resolve  # its base is a part of that package" if embedded else ""
@@ -69,7 +69,7 @@ tags: [flow-matching, reinforcement-learning, {"lora" if lora else "full"}]
 ```python
 from diffusers import {model.pipeline}{imports}
 
-pipe = {model.pipeline}.from_pretrained({base}{none})
+pipe = {model.pipeline}.from_pretrained({base}{absent})
 {lines}
 ```
 
@@ -93,7 +93,7 @@ def _load_line(denoiser: str, lora: bool, by_pipeline: bool) -> str:
     return f'pipe.load_lora_weights("./{denoiser}", load_into_{denoiser}=True)'
 
 
-def _facts(saved: Saved) -> dict[str, str]:
+def _facts(saved: SavedRun) -> dict[str, str]:
     config, judged = saved.config, saved.config.evaluation.sampling
     algorithm, dynamics = (config[part]["_target_"].rsplit(".", 1)[-1] for part in ("algo", "dynamics"))
     objective = config.reward.objective
@@ -110,8 +110,8 @@ def _facts(saved: Saved) -> dict[str, str]:
     }
 
 
-def _curve(saved: Saved) -> str:
-    """Validation by epoch, as far as the run's folder still holds it."""
+def _curve(saved: SavedRun) -> str:
+    """A table of validation metrics by epoch, or a sentence if the run's folder no longer has them."""
     folder = saved.path.parents[1] if len(saved.path.parents) > 1 else saved.path.parent
     if not (folder / ".hydra" / "config.yaml").is_file():
         return "The run's folder was not at hand."

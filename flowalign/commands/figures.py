@@ -1,4 +1,4 @@
-"""What an evaluation amounts to: means of every measure for every category, and the one figure of a benchmark."""
+"""Summarise an evaluation: means of every measure for every category, and the headline figure of a benchmark."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from flowalign.prompts import Prompt
 from flowalign.suites.base import Suite
 
 Scores = Mapping[str, Tensor]
-"""(N,) of every measure, NaN where a picture could not be scored."""
+"""(N,) scores by measure, NaN where an image could not be scored."""
 
 
 def _members(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """(N,) bool of each category, the `tag` of prompts that have one."""
+    """(N,) bool mask of each category, which is the `tag` in a prompt's metadata."""
     tags = [None if (tag := p.metadata.get("tag")) is None else str(tag) for p in prompts]
     return {tag: torch.tensor([t == tag for t in tags]) for tag in sorted({t for t in tags if t is not None})}
 
 
-def summarised(prompts: Sequence[Prompt], scores: Scores) -> dict[str, float]:
-    """Means over what could be scored, of all and of each category; and how much could not."""
+def summarise(prompts: Sequence[Prompt], scores: Scores) -> dict[str, float]:
+    """Means of the scored images, overall and by category, and the fraction that could not be scored, if any."""
     members, summary = _members(prompts), {}
     for name, values in scores.items():
         summary[name] = float(values.nanmean())
@@ -35,13 +35,13 @@ def summarised(prompts: Sequence[Prompt], scores: Scores) -> dict[str, float]:
     return summary
 
 
-def plain(value: float) -> float | None:
-    """As JSON can hold it, which has no NaN."""
+def finite_or_none(value: float) -> float | None:
+    """None for NaN and infinities, which JSON lacks."""
     return value if math.isfinite(value) else None
 
 
 def figure(suite: Suite, prompts: Sequence[Prompt], scores: Scores) -> dict[str, Any]:
-    """The figure of a benchmark, by its own name only where its own measure was taken."""
+    """The headline figure of a benchmark, titled by its own name only if its own measure was used."""
     measure = suite.measure if suite.measure in scores else "reward"
     values, members = scores[measure], _members(prompts)
     if suite.mean == "categories" and members:
@@ -54,7 +54,7 @@ def figure(suite: Suite, prompts: Sequence[Prompt], scores: Scores) -> dict[str,
 
 
 def _rows(prompts: Sequence[Prompt], scores: Scores) -> list[list[Any]]:
-    """Category, pictures, means, and how many pictures lack a score; all together in the last row."""
+    """Rows of category, number of images, means and number of images without a score; the last row is the total."""
     members = _members(prompts)
     rows = []
     for name, mine in (*members.items(), ("all", torch.ones(len(prompts), dtype=torch.bool))):
@@ -68,13 +68,13 @@ def _head(scores: Scores) -> list[str]:
     return ["category", "pictures", *scores, "not_scored"]
 
 
-def written_table(path: Path, prompts: Sequence[Prompt], scores: Scores) -> None:
+def write_table(path: Path, prompts: Sequence[Prompt], scores: Scores) -> None:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([_head(scores), *_rows(prompts, scores)])
 
 
-def shown_table(prompts: Sequence[Prompt], scores: Scores) -> list[str]:
-    """The same in lines of text; without the last column where nothing lacks a score."""
+def format_table(prompts: Sequence[Prompt], scores: Scores) -> list[str]:
+    """The table as aligned lines of text, without the last column if every image has a score."""
     rows = _rows(prompts, scores)
     last = None if rows[-1][-1] else -1
     cells = [_head(scores), *([f"{c:.4f}" if isinstance(c, float) else str(c) for c in row] for row in rows)]

@@ -1,4 +1,4 @@
-"""`flowalign reward-server`: a reward in a process of its own, on another machine perhaps."""
+"""`flowalign reward-server`: serve a reward from a separate process, possibly on another machine."""
 
 from __future__ import annotations
 
@@ -41,33 +41,34 @@ def reward_server(
     config_dir: str = "",
     **options: str,
 ) -> None:
-    """Serves the rewards of a group option to reward=remote, with reward.… options as for train.py. Ctrl-C ends it.
+    """Serves the rewards of a group option to reward=remote, with reward.… options as for train.py, until Ctrl-C.
 
-    The secret is FLOWALIGN_REWARD_TOKEN; open=true serves other machines without one. only=a,b: these of its rewards.
+    FLOWALIGN_REWARD_TOKEN is the secret; open=true serves other machines without one. only=a,b serves only these of
+    its rewards.
     """
     _check(port, places, max_mib, max_samples, max_megapixels)
     secret = os.environ.get(TOKEN) or None
     if secret is None and host not in LOOPBACK and not open:
         raise ValueError(f"host={host} lets other machines in: set {TOKEN} to a secret, or say open=true.")
     lines = [f"reward={reward}", *(f"{key}={value}" for key, value in options.items())]
-    nodes = _chosen(section("reward", lines, CONF, config_dir or None, "train"), only)
-    uvicorn = _installed()
+    nodes = _select(section("reward", lines, CONF, config_dir or None, "train"), only)
+    uvicorn = _import_uvicorn()
     from flowalign.serving.app import Limits, make_app
     from flowalign.serving.worker import Worker
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    worker = Worker(lambda: _made(nodes), _device(device), places)
+    worker = Worker(lambda: _instantiate(nodes), _device(device), places)
     limits = Limits(max_mib << 20, max_samples, max_megapixels * 1_000_000)
     app = make_app(worker, _served(reward, nodes), limits, secret, grace)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=int(grace))
     )
 
-    def end() -> None:
+    def stop() -> None:
         server.should_exit = True
 
-    worker.on_failure = end
-    with _bound(host, port) as listening:
+    worker.on_failure = stop
+    with _bind(host, port) as listening:
         address = f"[{host}]" if ":" in host else host
         print(f"reward={reward} at http://{address}:{listening.getsockname()[1]}", flush=True)
         try:
@@ -85,12 +86,12 @@ def _check(port: int, *numbers: int) -> None:
         raise ValueError("places, max_mib, max_samples and max_megapixels are at least 1.")
 
 
-def _chosen(node: DictConfig, only: str) -> dict[str, DictConfig]:
-    """The rewards of an option by name, the single one of an objective being `reward`; those held out too."""
+def _select(node: DictConfig, only: str) -> dict[str, DictConfig]:
+    """Nodes of the served rewards by name, including held-out ones; the single reward of an objective is `reward`."""
     objective = node.objective
     nodes = {"reward": objective} if "_target_" in objective else {str(k): v for k, v in objective.items()}
     nodes |= {str(name): held for name, held in (node.get("held_out") or {}).items()}
-    # What only the run decides about a reward (its weight, its batches) stays with the run.
+    # A Measure's settings (weight, batches) belong to the run, not to the server.
     nodes = {name: node.reward if node.get("_target_") in MEASURES else node for name, node in nodes.items()}
     if not only:
         return nodes
@@ -99,18 +100,18 @@ def _chosen(node: DictConfig, only: str) -> dict[str, DictConfig]:
     return {name: nodes[name] for name in only.split(",")}
 
 
-def _made(nodes: Mapping[str, DictConfig]) -> dict[str, Any]:
-    made = {name: instantiate(node) for name, node in nodes.items()}
-    for name, reward in made.items():
+def _instantiate(nodes: Mapping[str, DictConfig]) -> dict[str, Any]:
+    rewards = {name: instantiate(node) for name, node in nodes.items()}
+    for name, reward in rewards.items():
         if getattr(reward, "sees", "") == "latents" or hasattr(reward, "bind"):
             raise ConfigError(
                 f"{name} ({type(reward).__name__}) is made of the policy's own parts, which are not here."
             )
-    return made
+    return rewards
 
 
 def _served(reward: str, nodes: Mapping[str, DictConfig]) -> Served:
-    """The version changes with the package and with any setting."""
+    """Name and version of the served rewards; the version changes with the package and with any setting."""
     from flowalign.serving.app import Served
 
     settings = {name: OmegaConf.to_container(node) for name, node in nodes.items()}
@@ -124,8 +125,8 @@ def _device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def _bound(host: str, port: int) -> socket.socket:
-    """Before anything is loaded: a port that is taken is said at once."""
+def _bind(host: str, port: int) -> socket.socket:
+    """Bind the port before anything is loaded, so that a port in use is reported at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -136,7 +137,7 @@ def _bound(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _installed() -> Any:
+def _import_uvicorn() -> Any:
     try:
         import fastapi  # noqa: F401
         import uvicorn

@@ -1,4 +1,4 @@
-"""`flowalign sample`: pictures or videos of a checkpoint."""
+"""`flowalign sample`: generate images or videos from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowalign.commands.saved import Saved, opened
+from flowalign.commands.saved import SavedRun, load_run
 from flowalign.conditioner import Conditioner
 from flowalign.evaluation import Shown, stills
 from flowalign.generate import generate
@@ -36,49 +36,50 @@ def sample(
     compare: bool = False,
     fps: float = 0.0,
 ) -> None:
-    """Writes pictures or videos of a prompt, or of a file of prompts, by the ODE, as the run's evaluation makes them.
+    """Writes images or videos of a prompt, or of a file of prompts, sampled by the ODE as in the run's evaluation.
 
-    compare=true writes a grid of the base and the trained weights beside them.
+    compare=true also writes a grid that compares the base with the trained weights.
     """
     if bool(prompt) == bool(prompts):
         raise ValueError("flowalign sample needs either prompt=… or prompts=FILE.")
     if num < 1 or seed < 0:
         raise ValueError(f"flowalign sample makes num=1 or more pictures from seed=0 or more (got {num}, {seed}).")
-    asked = [Prompt(prompt)] if prompt else read_prompts(prompts)
-    asked = [p for p in asked for _ in range(num)]
-    saved = opened(ckpt, weights, base=compare)
+    wanted = [p for p in ([Prompt(prompt)] if prompt else read_prompts(prompts)) for _ in range(num)]
+    saved = load_run(ckpt, weights, base=compare)
     video = saved.model.modality == "video"
     target = Path(to or ("sample.gif" if video else "sample.png"))
     check_suffix(target, video)
     _check_folder(target.parent)
     sampling, area = saved.sampling(steps, guidance), saved.size(size)
-    media = made(saved, asked, seed, sampling, area, saved.weights)
-    paths = [target if len(asked) == 1 else target.with_stem(f"{target.stem}_{i}") for i in range(len(asked))]
+    media = generate_media(saved, wanted, seed, sampling, area, saved.weights)
+    paths = [target if len(wanted) == 1 else target.with_stem(f"{target.stem}_{i}") for i in range(len(wanted))]
     for one, path in zip(media, paths, strict=True):
         save(one, path, fps or area.fps or 16)
         print(path)
     if compare:
         path = target.with_name(f"{target.stem}_compare.png")
-        _compared(asked, media, made(saved, asked, seed, sampling, area, "base"), path)
+        _write_comparison(wanted, media, generate_media(saved, wanted, seed, sampling, area, "base"), path)
         print(path)
 
 
 def _check_folder(folder: Path) -> None:
-    """ValueError for one that cannot be written to, before anything is made."""
+    """Create the folder before anything is generated; raise ValueError if it cannot be created."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"to={folder}/… cannot be written ({error.strerror}).") from error
 
 
-def made(saved: Saved, asked: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str) -> Tensor:
-    """Media of the prompts, (B, …) on the CPU."""
-    parts = batches(saved, list(enumerate(asked)), seed, sampling, size, weights)
+def generate_media(
+    saved: SavedRun, prompts: list[Prompt], seed: int, sampling: Sampling, size: Size, weights: str
+) -> Tensor:
+    """Generate the media of the prompts, (B, …) on the CPU."""
+    parts = batches(saved, list(enumerate(prompts)), seed, sampling, size, weights)
     return torch.cat([part.media.cpu() for part in parts])
 
 
-class Made(NamedTuple):
-    """Samples by number, their media (b, …) in [0, 1], and what these were decoded from."""
+class Batch(NamedTuple):
+    """Sample numbers, their media (b, …) in [0, 1], and the latents that were decoded."""
 
     numbers: list[int]
     media: Tensor
@@ -86,23 +87,23 @@ class Made(NamedTuple):
 
 
 def batches(
-    saved: Saved, asked: Sequence[tuple[int, Prompt]], seed: int, sampling: Sampling, size: Size, weights: str
-) -> Iterator[Made]:
-    """Numbered prompts in batches of the sampling.
+    saved: SavedRun, numbered: Sequence[tuple[int, Prompt]], seed: int, sampling: Sampling, size: Size, weights: str
+) -> Iterator[Batch]:
+    """Generate numbered prompts in batches of sampling.batch_size.
 
-    The number keys the noise: a sample is the same picture whatever else is asked for.
+    The number keys the noise, so a sample does not depend on the others.
     """
     condition = Conditioner(saved.model, sampling.guidance > saved.model.guidance_off)
-    for start in range(0, len(asked), sampling.batch_size):
-        numbers, prompts = zip(*asked[start : start + sampling.batch_size], strict=True)
+    for start in range(0, len(numbered), sampling.batch_size):
+        numbers, prompts = zip(*numbered[start : start + sampling.batch_size], strict=True)
         with saved.use(weights):
             cond = condition(list(prompts), saved.model.device, size.area)
             part = generate(saved.model, cond, numbers, seed, sampling, size, saved.model.device)
-        yield Made(list(numbers), part.media, Latents(part.x0, cond))
+        yield Batch(list(numbers), part.media, Latents(part.x0, cond))
 
 
-def _compared(asked: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:
+def _write_comparison(prompts: list[Prompt], after: Tensor, before: Tensor, path: Path) -> None:
     def shown(media: Tensor) -> Shown:
-        return Shown(stills(media), [p.text for p in asked], {})
+        return Shown(stills(media), [p.text for p in prompts], {})
 
     Image.fromarray(grid(shown(before), shown(after), titles=("before", "after"))).save(path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flowalign.hub import explained, is_hub_id
+from flowalign.hub import explain_hub_errors, is_hub_id
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
@@ -98,7 +98,7 @@ def load_pipeline(
             f"{pretrained} is neither a folder in diffusers layout (no model_index.json) nor a hub id like "
             f"org/name; embedded pipelines: {', '.join(known)}."
         )
-    with quietly(), explained(pretrained, ValueError, index.is_file()):
+    with quietly(), explain_hub_errors(pretrained, ValueError, index.is_file()):
         pipeline = getattr(diffusers, name)
         if _without_weights.get():
             config = pipeline.load_config(where, revision=revision)

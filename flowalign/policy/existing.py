@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flowalign.hub import explained, is_hub_id
+from flowalign.hub import explain_hub_errors, is_hub_id
 
 METADATA = "lora_adapter_metadata"  # the header that diffusers writes
 
@@ -52,7 +52,7 @@ def _file(start: str, name: str) -> Path:
 def _downloaded(start: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    with explained(f"tune.start={start}", ValueError, False):
+    with explain_hub_errors(f"tune.start={start}", ValueError, False):
         return Path(snapshot_download(start, allow_patterns=["*.safetensors"]))
 
 

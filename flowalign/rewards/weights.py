@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from flowalign.hub import explained, is_hub_id
+from flowalign.hub import explain_hub_errors, is_hub_id
 from flowalign.rewards.base import RewardError
 
 P = ParamSpec("P")
@@ -165,7 +165,7 @@ def _resolved(pretrained: str) -> Iterator[tuple[str, bool]]:
     library.disable_progress_bar()
     library.set_verbosity_error()
     try:
-        with explained(pretrained, RewardError, local, ValueError):
+        with explain_hub_errors(pretrained, RewardError, local, ValueError):
             yield (str(folder) if local else pretrained), local
     finally:
         library.set_verbosity(verbosity)

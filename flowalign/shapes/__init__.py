@@ -1,1 +1,1 @@
-"""The scenes world: captioned pictures of coloured shapes, and a verifier that reads them back from pixels."""
+"""The scenes world: captioned images of coloured shapes, and a verifier that recognises their content from pixels."""

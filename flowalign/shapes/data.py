@@ -17,7 +17,7 @@ from flowalign.shapes.world import KINDS, Spec, specs
 
 
 def draw_specs(number: int, mix: dict[str, float], seed: int) -> list[Spec]:
-    """`number` specifications with the given share of each kind."""
+    """Draw `number` specifications with the given share of each kind."""
     rng = np.random.default_rng(seed)
     pools = {kind: specs(kind) for kind in KINDS}
     kinds = rng.choice(KINDS, size=number, p=np.array([mix[k] for k in KINDS]) / sum(mix.values()))
@@ -25,13 +25,13 @@ def draw_specs(number: int, mix: dict[str, float], seed: int) -> list[Spec]:
 
 
 def pictures(chosen: list[Spec], first_seed: int, size: int) -> Tensor:
-    """(B, 3, size, size) in [0, 1]."""
+    """Render specifications to (B, 3, size, size) in [0, 1]."""
     images = np.stack([picture(spec, first_seed + i, size) for i, spec in enumerate(chosen)])
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 class Captions:
-    """Token ids of every wording of every specification, so that a step only indexes."""
+    """Token ids of every wording of every specification, tokenized once, so that a step only indexes them."""
 
     def __init__(self) -> None:
         self.rows: dict[Spec, list[int]] = {}
@@ -59,7 +59,7 @@ def to_numpy(decoded: Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def cache_latents(cfg: DictConfig, folder: Path, vae: AutoencoderKL, size: int, number: int, seed: int) -> np.ndarray:
-    """Phase 2. (number, C, size/4, size/4) float16 on disk, normalised; scene i has seed `seed + i`."""
+    """Phase 2: cache normalised latents (number, C, size/4, size/4) as float16 on disk; scene i has seed `seed + i`."""
     path = folder / f"latents_{size}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r")

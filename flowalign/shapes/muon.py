@@ -1,6 +1,6 @@
 """Muon in float32.
 
-torch.optim.Muon orthogonalises in bfloat16, which a CPU without such instructions emulates, many times slower.
+torch.optim.Muon orthogonalises in bfloat16, which CPUs without bfloat16 instructions emulate, many times slower.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, for matrices; as large as an Adam update (0.2 sqrt(longer side))."""
+    """Momentum with orthogonalised updates for matrices, scaled like Adam updates: 0.2 sqrt(longer side)."""
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update; matrices of one shape are orthogonalised together."""
+        """Update the parameters; matrices of the same shape are orthogonalised as a batch."""
         del closure
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """(n, a, b) → roughly U Vᵀ of each, with singular values near 1."""
+    """Approximate U Vᵀ of each matrix (n, a, b) by Newton–Schulz iteration: singular values near 1."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

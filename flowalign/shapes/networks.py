@@ -1,4 +1,4 @@
-"""The networks of the embedded pipeline, small instances of the classes that Stable Diffusion 3 is made of."""
+"""Networks of the embedded pipeline: small instances of the classes of Stable Diffusion 3."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def new_text_encoder(cfg: DictConfig) -> CLIPTextModelWithProjection:
 
 
 class Generator(nn.Module):
-    """Transformer and both text encoders, trained as one; the text path is the pipeline's, with one empty T5 token."""
+    """Transformer and both text encoders, trained jointly; the text path is the pipeline's, with one empty T5 token."""
 
     def __init__(self, cfg: DictConfig) -> None:
         super().__init__()
@@ -74,9 +74,8 @@ class Generator(nn.Module):
         self.text_encoder_2 = new_text_encoder(cfg)
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
-        for (
-            block
-        ) in self.transformer.transformer_blocks:  # adaLN-zero, which diffusers leaves at its default initialisation
+        # adaLN-zero, for which diffusers keeps the default initialisation.
+        for block in self.transformer.transformer_blocks:
             for norm in (block.norm1, block.norm1_context):
                 nn.init.zeros_(norm.linear.weight)
                 nn.init.zeros_(norm.linear.bias)

@@ -1,10 +1,10 @@
-"""Trains the embedded pipeline from nothing: `python -m flowalign.shapes.pretrain` (`make pretrain`).
+"""Train the embedded pipeline from scratch: `python -m flowalign.shapes.pretrain` (`make pretrain`).
 
-`torchrun --nproc-per-node 2 -m flowalign.shapes.pretrain` shares each batch between processes of one thread, which on a
-busy machine is far quicker than two threads that wait for each other at every operation.
+`torchrun --nproc-per-node 2 -m flowalign.shapes.pretrain` splits each batch between single-threaded processes, which on
+a busy machine is far faster than two threads that synchronise at every operation.
 
-Four phases, each leaving its result in the run folder and skipped where it is already there; the transformer phase
-also resumes from its own last checkpoint. The result is an ordinary diffusers folder.
+There are four phases. Each writes its result to the run folder and is skipped if the result exists; the transformer
+phase also resumes from its own last checkpoint. The result is an ordinary diffusers folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from flowalign.files import replacing
+from flowalign.files import atomic_write
 from flowalign.shapes import tokenizer
 from flowalign.shapes.data import Captions, cache_latents, draw_specs, pictures, to_numpy
 from flowalign.shapes.muon import Muon
@@ -35,7 +35,8 @@ CONF = str(next(p for p in (Path(__file__).parents[1] / "conf", Path(__file__).p
 
 
 def train_vae(cfg: DictConfig, folder: Path, board: SummaryWriter) -> AutoencoderKL:
-    """Phase 1. Mean squared and absolute error plus a little KL; every 12th batch is at 128 pixels."""
+    """Phase 1: train the VAE with mean squared and absolute error plus a small KL term; every 12th batch is at 128
+    pixels."""
     if (folder / "vae").is_dir():
         return AutoencoderKL.from_pretrained(folder / "vae").eval()
     torch.manual_seed(cfg.seed)
@@ -66,7 +67,7 @@ def train_vae(cfg: DictConfig, folder: Path, board: SummaryWriter) -> Autoencode
 
 @torch.no_grad()
 def finish_vae(cfg: DictConfig, vae: AutoencoderKL, board: SummaryWriter) -> None:
-    """Scale and shift that normalise its latents, as SD3's VAE has them, and what survives a round trip."""
+    """Set scale and shift that normalise the latents, as in SD3's VAE, and log the strict score of a round trip."""
     z = vae.encode(2 * pictures(draw_specs(512, cfg.mix, 7), 0, 64) - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=float(1 / z.std()), shift_factor=float(z.mean()))
     chosen = draw_specs(512, cfg.mix, 11)
@@ -90,7 +91,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """The mean over processes; nothing to do for one."""
+    """Average the gradients over processes, if there are several."""
     if distributed.is_initialized():
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
@@ -101,15 +102,15 @@ def average_gradients(model: nn.Module) -> None:
             grad.copy_(mean.view_as(grad))
 
 
-def pace(step: int, cfg: DictConfig) -> float:
-    """Warm-up, plateau, linear decay to zero over the last part: the plateau can be prolonged on resume."""
+def lr_factor(step: int, cfg: DictConfig) -> float:
+    """Learning-rate factor: warm-up, plateau, linear decay to zero. The plateau can be extended on resume."""
     decay = cfg.train.decay_share * cfg.train.steps
     return min((step + 1) / cfg.train.warmup, 1.0, max(cfg.train.steps - step, 0) / decay)
 
 
 @torch.no_grad()
 def evaluate(cfg: DictConfig, model: Generator, vae: AutoencoderKL, size: int, number: int) -> dict[str, float]:
-    """Strict share by kind on validation prompts at `size` pixels, by Euler on the scheduler's own schedule."""
+    """Strict share overall and by kind on validation prompts at `size` pixels, with Euler on the scheduler's sigmas."""
     shares, captions = {}, Captions()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=cfg.shift)
     scheduler.set_timesteps(cfg.train.eval_steps)
@@ -127,7 +128,7 @@ def evaluate(cfg: DictConfig, model: Generator, vae: AutoencoderKL, size: int, n
 
 
 class GeneratorTraining:
-    """Phase 3. Flow matching on cached latents with caption dropout; the result is a moving average of the weights."""
+    """Phase 3: flow matching on cached latents with caption dropout; the result is a moving average of the weights."""
 
     def __init__(self, cfg: DictConfig, folder: Path, board: SummaryWriter, vae: AutoencoderKL) -> None:
         self.cfg, self.path, self.board, self.vae = cfg, folder / "generator.ckpt", board, vae
@@ -165,7 +166,7 @@ class GeneratorTraining:
             "averaged": self.averaged.state_dict(),
             "optimisers": [opt.state_dict() for opt in self.optimisers],
         }
-        with replacing(self.path) as file:
+        with atomic_write(self.path) as file:
             torch.save(state, file)
 
     def run(self) -> Generator:
@@ -173,9 +174,9 @@ class GeneratorTraining:
         for step in range(self.start, train.stop):
             losses.append(self._step(step))
             if self.rank == 0 and (step + 1) % 50 == 0:
-                pace = len(losses) * train.batch / (time.time() - began)
+                speed = len(losses) * train.batch / (time.time() - began)
                 self.board.add_scalar("generator/loss", np.mean(losses), step + 1)
-                log.info("step %d of %d: loss %.4f, %.0f images/s", step + 1, train.stop, np.mean(losses), pace)
+                log.info("step %d of %d: loss %.4f, %.0f images/s", step + 1, train.stop, np.mean(losses), speed)
                 losses, began = [], time.time()
             if self.rank == 0 and ((step + 1) % train.eval_every == 0 or step + 1 == train.stop):
                 self._report(step + 1)
@@ -197,7 +198,7 @@ class GeneratorTraining:
         average_gradients(self.model)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for opt, lr in zip(self.optimisers, (self.cfg.train.muon_lr, self.cfg.train.adam_lr), strict=True):
-            opt.param_groups[0]["lr"] = lr * pace(step, self.cfg)
+            opt.param_groups[0]["lr"] = lr * lr_factor(step, self.cfg)
             opt.step()
         decay = min(self.cfg.train.average, (1 + step) / (10 + step))
         with torch.no_grad():
@@ -205,7 +206,7 @@ class GeneratorTraining:
         return loss.item()
 
     def _loss(self, step: int) -> Tensor:
-        """Of this rank's rows. The whole batch is a function of (seed, step), so that the number of ranks is free."""
+        """Loss of this rank's rows. The whole batch depends only on (seed, step), not on the number of ranks."""
         cfg, stage = self.cfg, stage_of(self.cfg, step)
         rng = np.random.default_rng([cfg.seed, step])
         noise = torch.Generator().manual_seed(int(rng.integers(2**62)))
@@ -214,7 +215,7 @@ class GeneratorTraining:
         batch = cfg.train.batch // (4 if large else 1)
         rows = np.sort(rng.integers(len(latents), size=batch))
         ids = self.captions.draw([scenes[r] for r in rows], cfg.train.caption_dropout, rng)
-        # Logit-normal times, as SD3.
+        # Logit-normal times, as in SD3.
         t = torch.sigmoid(stage.time_mean + stage.time_std * torch.randn(batch, generator=noise))
         eps = torch.randn(batch, *latents.shape[1:], generator=noise)
         mine = slice(self.rank, None, self.world)
@@ -224,27 +225,26 @@ class GeneratorTraining:
         noisy, target = (1 - weight) * x0 + weight * eps, eps - x0
         v = self.model(noisy, t, ids)
         if stage.guide_weight:
-            # Model guidance (arXiv:2502.12154): the network learns its own guided velocity, so that one call is enough;
-            # the fixed point of a weight w is guidance 1 / (1 - w). Rows without a caption keep the plain target.
+            # Model guidance (arXiv:2502.12154): the network learns its own guided velocity, so that one call per step
+            # is enough. The fixed point of weight w is guidance 1 / (1 - w). Without a caption the target stays plain.
             with torch.no_grad():
                 target = target + stage.guide_weight * (v - self.model(noisy, t, self.captions.empty(len(rows))))
         return (v - target).square().mean()
 
 
 def stage_of(cfg: DictConfig, step: int) -> DictConfig:
-    """The part of the curriculum that a step belongs to."""
+    """The stage of the curriculum at a step."""
     return next(stage for stage in cfg.train.stages if step < stage.until)
 
 
 def package(cfg: DictConfig, folder: Path, model: Generator, vae: AutoencoderKL) -> None:
-    """Phase 4. An ordinary StableDiffusion3Pipeline folder; the transformer in bfloat16."""
+    """Phase 4: write an ordinary StableDiffusion3Pipeline folder, with the transformer in bfloat16."""
     tok = tokenizer.build()
-    vae.register_to_config(_name_or_path="")  # or the folder would name this machine's paths
+    vae.register_to_config(_name_or_path="")  # otherwise the folder would contain this machine's paths
     pipe = StableDiffusion3Pipeline(
-        transformer=model.transformer.to(
-            torch.bfloat16
-        ),  # halves the folder; the text encoders stay as they are, since
-        # transformers would load them in bfloat16 where a user asks for nothing
+        # bfloat16 halves the folder. The text encoders stay in float32, since transformers would by default load them
+        # in bfloat16.
+        transformer=model.transformer.to(torch.bfloat16),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=cfg.shift),
         vae=vae,
         text_encoder=model.text_encoder,

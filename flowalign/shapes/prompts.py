@@ -1,7 +1,7 @@
-"""Writes the prompt files of the scenes world: `python -m flowalign.shapes.prompts FOLDER`.
+"""Write the prompt files of the scenes world: `python -m flowalign.shapes.prompts FOLDER`.
 
-One wording per specification, dealt in turn; single objects and numbers, of which there are few, appear in every
-wording. The large kinds are thinned evenly, so that the files stay small and every kind is still well covered.
+Each specification has one wording, in rotation; single objects and counts, of which there are few, appear in every
+wording. The large kinds are subsampled, so that the files stay small and every kind is well covered.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 
 from flowalign.shapes.world import KINDS, SPLITS, Spec, specs
 
-_MOST = {
+_LIMITS = {
     "train": {"position": 364},
     "val": {"two": 64, "position": 64},
     "test": {"two": 64, "position": 64},
 }
 
 
-def _thinned(pool: list[Spec], most: int | None) -> list[Spec]:
-    """At most so many of a pool, drawn without pattern but always the same, in the pool's order."""
-    if most is None or len(pool) <= most:
+def _subsample(pool: list[Spec], limit: int | None) -> list[Spec]:
+    """At most `limit` specifications, drawn at random with a fixed seed, in the pool's order."""
+    if limit is None or len(pool) <= limit:
         return pool
-    return [pool[i] for i in np.sort(np.random.default_rng(len(pool)).choice(len(pool), most, replace=False))]
+    return [pool[i] for i in np.sort(np.random.default_rng(len(pool)).choice(len(pool), limit, replace=False))]
 
 
 def _captions(kind: str, number: int, spec: Spec) -> list[str]:
@@ -34,10 +34,10 @@ def _captions(kind: str, number: int, spec: Spec) -> list[str]:
 
 
 def lines(split: str) -> list[str]:
-    """The file of one split, line by line."""
+    """The JSON lines of one split."""
     out = []
     for kind in KINDS:
-        chosen = _thinned([s for s in specs(kind) if s.split == split], _MOST[split].get(kind))
+        chosen = _subsample([s for s in specs(kind) if s.split == split], _LIMITS[split].get(kind))
         for number, spec in enumerate(chosen):
             out += [json.dumps({"prompt": text, **spec.metadata()}) for text in _captions(kind, number, spec)]
     return out

@@ -1,8 +1,8 @@
-"""How much a picture looks like one of this world, whatever it shows: a gold measure that no training ever optimises.
+"""How much an image looks like a render of this world, whatever it shows: a gold measure that is never optimised.
 
-A dozen statistics of a picture (its background, flatness, edges, how much is drawn and how odd the outlines are) are
-compared with those of real renders of the same kind and size. It shares no code with `verify` and knows neither the
-palette nor the shapes' templates, so a generator that found a way around the one is still seen by the other.
+A dozen statistics of an image (its background, flatness, edges, how much is drawn and how odd the outlines are) are
+compared with those of real renders of the same kind and size. The measure shares no code with `verify` and uses neither
+the palette nor the shapes' templates, so a generator that exploits one is still detected by the other.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from scipy import ndimage
 from flowalign.shapes.render import picture
 from flowalign.shapes.world import KINDS, specs
 
-KEPT = Path(__file__).parents[1] / "assets" / "shapes" / "renders_64.npz"
-"""The fits at 64; `python -m flowalign.shapes.quality` makes them anew."""
-KEPT_SIZE, PARTS = 64, ("mean", "deviation", "known")
+FITS_FILE = Path(__file__).parents[1] / "assets" / "shapes" / "renders_64.npz"
+"""The fits at 64 pixels; `python -m flowalign.shapes.quality` recomputes them."""
+FITS_SIZE, PARTS = 64, ("mean", "deviation", "known")
 RENDERS = 512  # to fit one kind at one size; half give the known outlines, half the statistics
-DRAWN = 0.35  # RGB distance from the background at which something is drawn; the palest colour reaches 0.8
+DRAWN = 0.35  # RGB distance from the background above which a pixel is drawn; the palest colour reaches 0.8
 
-# name: (floor under the logarithm or None for the value itself, least standard deviation)
-# Perfect renders are flat to the last bit; a good decoder is not, and loses little here for what no eye sees.
+# name: (floor added before the logarithm, or None for the value itself; minimum of the standard deviation)
+# Perfect renders are exactly flat; a good decoder is not, and should lose little for invisible differences.
 STATISTICS: dict[str, tuple[float | None, float]] = {
     "red": (None, 0.02),
     "green": (None, 0.02),
@@ -35,13 +35,13 @@ STATISTICS: dict[str, tuple[float | None, float]] = {
     "drawn": (0.005, 0.05),  # share of the picture
     "largest": (0.005, 0.05),  # share of its largest thing
     "parts": (None, 0.25),
-    "outline": (0.1, 0.05),  # its length over the root of what is drawn
+    "outline": (0.1, 0.05),  # length of all outlines over the square root of the drawn area
     "oddity": (0.02, 0.3),  # of the oddest outline
 }
 
 
 def _outline(share: np.ndarray) -> np.ndarray:
-    """(6,) moments of one thing's soft mask that do not change with its place and size."""
+    """(6,) moments of one thing's soft mask that are invariant to its position and size."""
     mass = share / share.sum()
     x = np.arange(share.shape[1]) - mass.sum(0) @ np.arange(share.shape[1])
     y = np.arange(share.shape[0]) - mass.sum(1) @ np.arange(share.shape[0])
@@ -60,7 +60,7 @@ def _outline(share: np.ndarray) -> np.ndarray:
 
 
 def _measure(image: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
-    """Every statistic but the oddity, and (things, 6) outlines."""
+    """All statistics except the oddity, and (things, 6) outlines."""
     image = np.asarray(image, dtype=np.float32)
     backdrop = np.median(image.reshape(-1, 3), axis=0)
     offset = image - backdrop
@@ -96,7 +96,7 @@ def _measure(image: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
 
 
 def _vector(values: dict[str, float], outlines: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """(12,) statistics in their scale; the oddity is the distance of the oddest outline to the nearest known one."""
+    """(12,) statistics in their scale. The oddity is the largest distance of an outline to its nearest known one."""
     nearest = np.square(outlines[:, None] - known[None]).sum(-1).min(1) ** 0.5
     values = {**values, "oddity": float(nearest.max(initial=0.0)) if len(nearest) else 1.0}
     return np.array([values[k] if floor is None else np.log(values[k] + floor) for k, (floor, _) in STATISTICS.items()])
@@ -108,27 +108,27 @@ Fit = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @lru_cache(maxsize=32)
 def _fit(kind: str, size: int) -> Fit:
-    """At the size of the embedded model it is known: every start would wait for it."""
-    return _kept(kind) if size == KEPT_SIZE else fit(kind, size)
+    """The fit of a kind; precomputed for the size of the embedded model, since every start would wait for it."""
+    return _load_fit(kind) if size == FITS_SIZE else fit(kind, size)
 
 
-def _kept(kind: str) -> Fit:
-    with np.load(KEPT) as arrays:
+def _load_fit(kind: str) -> Fit:
+    with np.load(FITS_FILE) as arrays:
         mean, deviation, known = (arrays[f"{kind}/{part}"] for part in PARTS)
     return mean, deviation, known
 
 
 def fit(kind: str, size: int) -> Fit:
-    """Renders so many pictures, which takes half a second at 64."""
+    """Fit the statistics of RENDERS rendered images, which takes half a second at 64 pixels."""
     pool = specs(kind)
     measured = [_measure(picture(pool[i * 7919 % len(pool)], 10**9 + i, size)) for i in range(RENDERS)]
     known = np.concatenate([outlines for _, outlines in measured[: RENDERS // 2]])
     vectors = np.stack([_vector(values, outlines, known) for values, outlines in measured[RENDERS // 2 :]])
-    return vectors.mean(0), np.maximum(vectors.std(0), [least for _, least in STATISTICS.values()]), known
+    return vectors.mean(0), np.maximum(vectors.std(0), [minimum for _, minimum in STATISTICS.values()]), known
 
 
 def deviations(image: np.ndarray, tag: str) -> dict[str, float]:
-    """Each statistic's distance from real renders in standard deviations."""
+    """Signed distance of each statistic from real renders, in standard deviations."""
     if tag not in KINDS:
         raise ValueError(f"no renders of kind {tag!r} to compare with; the kinds are {', '.join(KINDS)}")
     mean, deviation, known = _fit(tag, max(image.shape[:2]))
@@ -136,14 +136,14 @@ def deviations(image: np.ndarray, tag: str) -> dict[str, float]:
 
 
 def quality(image: np.ndarray, tag: str) -> float:
-    """Score in [0, 1] of a picture (H, W, 3) in [0, 1] among renders of kind `tag`: 0.9 is typical of a real one."""
+    """Score in [0, 1] of an image (H, W, 3) in [0, 1] among renders of kind `tag`; 0.9 is typical of a real one."""
     return float(np.exp(-0.1 * np.mean(np.square([*deviations(image, tag).values()]))))
 
 
 def main() -> None:
-    fits = {kind: fit(kind, KEPT_SIZE) for kind in KINDS}
+    fits = {kind: fit(kind, FITS_SIZE) for kind in KINDS}
     parts = {f"{kind}/{part}": a for kind in KINDS for part, a in zip(PARTS, fits[kind], strict=True)}
-    np.savez(KEPT, **parts)  # type: ignore[arg-type]
+    np.savez(FITS_FILE, **parts)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws a specification: flat, anti-aliased shapes on a light background, at any resolution."""
+"""Render a specification: flat, anti-aliased shapes on a light background, at any resolution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CROSS_ARM = 0.36  # half width of a cross's arm, in units of its radius
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing with centre and radius in units of the picture's side (0 to 1, y downwards)."""
+    """A thing with centre and radius in units of the image's side (0 to 1, y downwards)."""
 
     thing: Thing
     x: float
@@ -23,7 +23,7 @@ class Placed:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, softness: float) -> np.ndarray:
-    """Share of each pixel inside a shape of radius 1 at the origin; x, y in radii, `softness` = a pixel in radii."""
+    """Share of each pixel inside a shape of radius 1 at the origin. x, y: in radii; softness: pixel size in radii."""
     if shape == "circle":
         distance = np.hypot(x, y) - 1
     elif shape == "square":
@@ -37,7 +37,7 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, softness: float) -> np.nd
 
 
 def render(placed: list[Placed], background: np.ndarray, size: int, colours: np.ndarray) -> np.ndarray:
-    """(size, size, 3) float32 in [0, 1]; colours (n, 3) are the exact colours of the n things."""
+    """Render things to (size, size, 3) float32 in [0, 1]. colours: (n, 3), the exact colours of the n things."""
     image = np.broadcast_to(background.astype(np.float32), (size, size, 3)).copy()
     for item, colour in zip(placed, colours, strict=True):
         low = np.floor([(item.x - item.radius) * size - 1, (item.y - item.radius) * size - 1]).astype(int).clip(0)
@@ -60,7 +60,7 @@ def _fits(new: Placed, placed: list[Placed]) -> bool:
 
 
 def _related(first: Placed, second: Placed, relation: str | None) -> bool:
-    """A clear case of the relation: far apart along its axis, and at most half as far across it."""
+    """Whether the relation holds clearly: far apart along its axis, and at most half as far across it."""
     if relation is None:
         return True
     dx, dy = second.x - first.x, second.y - first.y
@@ -69,7 +69,7 @@ def _related(first: Placed, second: Placed, relation: str | None) -> bool:
 
 
 def place(spec: Spec, rng: np.random.Generator) -> list[Placed]:
-    """Positions by rejection: nothing touches, everything is inside, and the relation holds clearly."""
+    """Draw positions by rejection sampling: nothing touches, everything is inside, and the relation holds clearly."""
     while True:
         placed: list[Placed] = []
         for thing in spec.things:
@@ -85,7 +85,7 @@ def place(spec: Spec, rng: np.random.Generator) -> list[Placed]:
 
 
 def picture(spec: Spec, seed: int, size: int = 64) -> np.ndarray:
-    """The picture number `seed` of a specification, (size, size, 3) float32 in [0, 1]; the same scene at every size."""
+    """Render a specification to (size, size, 3) float32 in [0, 1]; a seed gives the same scene at every size."""
     rng = np.random.default_rng([seed, 0x5CE2E])
     placed = place(spec, rng)
     background = np.clip(rng.uniform(0.90, 0.98) + rng.uniform(-0.02, 0.02, 3), 0, 1)
@@ -95,7 +95,7 @@ def picture(spec: Spec, seed: int, size: int = 64) -> np.ndarray:
 
 
 def painted(metadata: dict[str, Any], seed: int, height: int, width: int) -> np.ndarray:
-    """A picture of what a prompt's metadata asks for, (height, width, 3): what `data=shapes` gives as real pictures."""
+    """Render a prompt's metadata to (height, width, 3), float32 in [0, 1]: the real images of `data=shapes`."""
     if height != width:
         raise ValueError(f"the scenes world draws squares: use resolution.train.width={height} (got {height}×{width}).")
     return picture(Spec.from_metadata(metadata), seed, height)

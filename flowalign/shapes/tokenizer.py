@@ -1,6 +1,6 @@
-"""A CLIP tokenizer whose vocabulary is the scenes world: each of its words is one token, any other text is bytes.
+"""A CLIP tokenizer for the scenes world: each of its words is one token, and any other text is split into bytes.
 
-Library trainers break ties by hash order and give other ids in another process; this one breaks them by spelling.
+Library trainers break ties by hash order, so ids differ between processes; this one breaks them by spelling.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def merges(lexicon: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, the commonest pair first and ties by spelling, until every word is one token."""
+    """Learn byte-pair merges, most frequent pair first and ties by spelling, until every word is one token."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in lexicon]
     learnt: list[tuple[str, str]] = []
     while pairs := Counter(pair for word in spelled for pair in zip(word, word[1:], strict=False)):
@@ -51,7 +51,7 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build() -> CLIPTokenizer:
-    """The tokenizer, the same in every process."""
+    """Build the tokenizer, which is the same in every process."""
     alphabet, learnt = _byte_alphabet(), merges(words())
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in learnt), START, END]
     return CLIPTokenizer(

@@ -1,16 +1,16 @@
-"""Decides from pixels alone what a picture shows, and how far it agrees with a specification.
+"""Recognise the content of an image from its pixels alone, and score its agreement with a specification.
 
 Palette segmentation, connected components, template matching of each component, then the rules of GenEval: the right
-number of the right things, nothing else, and the relation between their centres. Because an optimiser will look for
-whatever passes, everything visible must be accounted for, and doubt counts against the picture:
+number of the right things, nothing else, and the relation between their centres. Since an optimiser finds whatever
+passes, everything visible must be accounted for, and doubt counts against the image:
 
 * a colour has a name only within COLOUR_RADIUS of the palette: pale, dark and mixed colours are "other";
 * a component has a shape only if it overlaps one template well and every other clearly less (no shape between circle
-  and square), is not stretched, has no hole, and is neither too small to read nor as large as a backdrop;
+  and square), is not stretched, has no hole, and is neither too small to recognise nor as large as a backdrop;
 * a faint object away from the others is a thing without shape or colour ("faint"), and specks too small to be things
-  are together one such thing ("specks") once they cover as much as the smallest;
-* things of one colour that touch are one component, and thus usually nothing. A thing slightly cut by the border is
-  judged by what is left of it. The tint of an even background is left to `quality`.
+  together form one such thing ("specks") once they cover as much as the smallest thing;
+* touching things of the same colour are one component, usually without a shape. A thing slightly cut by the border is
+  judged by its visible part. The tint of an even background is left to `quality`.
 """
 
 from __future__ import annotations
@@ -27,34 +27,32 @@ from flowalign.shapes.world import COLOURS, SHAPES, Spec
 _NAMES = tuple(COLOURS)
 _PALETTE = np.array([*COLOURS.values()], dtype=np.float32)
 _LIGHT = np.float32(0.94)  # the mean background
-# A pixel on an anti-aliased edge lies on the line from the background to its colour, so colours are told apart by
-# their direction from the background; the nearest palette entry would call the edge of a red square yellow.
+# A pixel on an anti-aliased edge lies on the line from the background to its colour, so colours are classified by their
+# direction from the background; the nearest palette entry would make the edge of a red square yellow.
 _OFFSET = _LIGHT - _PALETTE
 _LENGTH = np.linalg.norm(_OFFSET, axis=1)
 _DIRECTION = _OFFSET / _LENGTH[:, None]
 _BACKGROUND = -1
 _NEIGHBOURS = ndimage.generate_binary_structure(2, 1)
 MIN_COVER = 0.45  # of the way from the background to the colour
-COLOUR_RADIUS = (
-    0.22  # RGB distance of a thing's median colour; renders stay within 0.09, and two palette entries are 0.48 apart
-)
-FAINT = 0.15  # RGB distance from the background that the eye sees as an object, were it large enough
-HALO = 0.045  # in sides: what is faint within this distance of a thing is its soft edge
-MIN_AREA = 0.006  # of the picture; less is a speck (25 pixels at 64)
+COLOUR_RADIUS = 0.22  # RGB distance of a thing's median colour; renders reach 0.09, palette entries are 0.48 apart
+FAINT = 0.15  # RGB distance from the background at which a large enough object becomes visible
+HALO = 0.045  # in image sides: faint pixels within this distance of a thing are its soft edge
+MIN_AREA = 0.006  # of the image; less is a speck (25 pixels at 64)
 MIN_READABLE = 0.011  # half of the smallest thing ever rendered
 MAX_READABLE = 0.4  # more is a backdrop; the largest thing ever rendered covers 0.25
 MAX_STRETCH = 1.4  # between the sides of the bounding box, which is square for every shape
 MAX_HOLES = 0.04  # of the component's area
-EDGE = 2.0  # contrast of edges before shapes are compared, so that a soft edge is no other shape
-# Intersection over union with the best template: a hand-drawn circle is still a circle. A render keeps 0.1 more
-# even when blurred by a 3x3 box at 64.
+EDGE = 2.0  # contrast factor of edges before shapes are compared, so that soft edges do not change the shape
+# Intersection over union with the best template: a hand-drawn circle is still a circle. A render stays 0.1 above this
+# even when blurred by a 3x3 box at 64 pixels.
 MIN_OVERLAP = {"circle": 0.83, "square": 0.79, "triangle": 0.75, "cross": 0.74}
 MIN_LEAD = 0.03  # over the second best
 
 
 @dataclass(frozen=True)
-class Found:
-    """A component: `shape` is None where no template fits; x, y its centre and area in units of the picture.
+class Component:
+    """A component: `shape` is None if no template fits; centre x, y and area are in units of the image.
 
     `colour` is a name of the palette, or "other", "faint" or "specks".
     """
@@ -66,32 +64,33 @@ class Found:
     area: float
 
 
-# Of radius 1: the area, and how far the centroid lies below the centre.
+# For radius 1: the area, and the distance of the centroid below the centre.
 _AREAS = {"circle": np.pi, "square": 1.76**2, "triangle": 1.9**2 / 2, "cross": 8 * CROSS_ARM - 4 * CROSS_ARM**2}
 _SINK = {"circle": 0.0, "square": 0.0, "triangle": 0.95 - 1.9 / 3, "cross": 0.0}
 
 
-def _parts(layer: np.ndarray) -> np.ndarray:
-    """(H, W) number of the connected part that each pixel of a mask belongs to, from 1; 0 outside the mask."""
-    parts = np.zeros(layer.shape, dtype=np.int32)
-    ndimage.label(layer, _NEIGHBOURS, parts)
-    return parts
+def _components(layer: np.ndarray) -> np.ndarray:
+    """(H, W) label of the connected component of each pixel of a mask, from 1; 0 outside the mask."""
+    labels = np.zeros(layer.shape, dtype=np.int32)
+    ndimage.label(layer, _NEIGHBOURS, labels)
+    return labels
 
 
 def _holes(mask: np.ndarray) -> int:
-    """Pixels enclosed by a component."""
+    """Number of pixels enclosed by a component."""
     if ((mask[:, 1:] != mask[:, :-1]).sum(1) + mask[:, 0] + mask[:, -1]).max() <= 2:
-        return 0  # a hole would part a row in two
+        return 0  # a hole would split a row in two
     padded = np.ones((mask.shape[0] + 2, mask.shape[1] + 2), dtype=bool)
     np.logical_not(mask, out=padded[1:-1, 1:-1])
-    outside = _parts(padded)
-    return int((outside > 1).sum())  # the padding is part 1, being met first
+    outside = _components(padded)
+    return int((outside > 1).sum())  # the padding, which is scanned first, is component 1
 
 
 def _overlaps(share: np.ndarray) -> np.ndarray:
-    """(shapes,) intersection over union of a component's soft mask with the template of its own area and centroid.
+    """(shapes,) intersection over union of a component's soft mask with each template of the same area and centroid.
 
-    Moments rather than the bounding box: a blurred triangle keeps its area and centre, but not its apex.
+    Templates are matched by moments rather than the bounding box: blur keeps a triangle's area and centre, but not its
+    apex.
     """
     area, (height, width) = share.sum(), share.shape
     x = np.arange(width) - share.sum(0) @ np.arange(width) / area
@@ -115,9 +114,9 @@ def _shape_of(mask: np.ndarray, share: np.ndarray) -> str | None:
 
 
 def _share(patch: np.ndarray, core: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """(h, w) how far each pixel of (3, h, w) is on the way from background to a component's own colour, 0 to 1.
+    """(h, w) position, 0 to 1, of each pixel of (3, h, w) between background and the component's colour.
 
-    Contrast is raised.
+    The contrast is raised by EDGE.
     """
     offset = core - background
     along = np.tensordot(offset, patch - background[:, None, None], 1)
@@ -125,10 +124,10 @@ def _share(patch: np.ndarray, core: np.ndarray, background: np.ndarray) -> np.nd
 
 
 def _labels(planes: np.ndarray) -> np.ndarray:
-    """(H, W) index of each pixel's colour, or -1 for background."""
+    """(H, W) palette index of each pixel's colour, or -1 for background."""
     along = _DIRECTION @ (_LIGHT - planes.reshape(3, -1))
     best, colour = along[0], np.zeros(along.shape[1], dtype=np.intp)
-    for index in range(1, len(along)):  # argmax and max, in 0.4 of their time
+    for index in range(1, len(along)):  # equals argmax and max, in 0.4 of their time
         np.putmask(colour, along[index] > best, index)
         best = np.maximum(best, along[index])
     cover = best / _LENGTH[colour]
@@ -136,7 +135,7 @@ def _labels(planes: np.ndarray) -> np.ndarray:
 
 
 def _median(values: np.ndarray) -> np.ndarray:
-    """(3,) of (3, n); np.median takes several times as long for so few."""
+    """(3,) median of (3, n); np.median takes several times as long for so few values."""
     number = values.shape[1]
     ordered = np.partition(values, number // 2, axis=1)
     high = ordered[:, number // 2]
@@ -145,7 +144,7 @@ def _median(values: np.ndarray) -> np.ndarray:
 
 
 def _faint(planes: np.ndarray, labels: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """(H, W) mask of what stands out from the background without reaching a colour, away from what does."""
+    """(H, W) mask of pixels that differ from the background but have no colour, away from those that have one."""
     red, green, blue = np.square(planes - background[:, None, None])
     distance = np.sqrt(red + green + blue)
     reach = 2 * int(np.ceil(HALO * max(labels.shape))) + 1
@@ -162,15 +161,15 @@ def _name(
     colour = _NAMES[index] if np.linalg.norm(core - _PALETTE[index]) <= COLOUR_RADIUS else "other"
     if not MIN_READABLE <= mask.sum() / labels.size <= MAX_READABLE:
         return colour, None
-    wide = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)  # the soft edge lies outside the mask
+    wide = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)  # includes the soft edge around the mask
     inner = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide, strict=True))
     own = labels[wide] == _BACKGROUND
-    own[inner] |= mask  # but no pixel of another component
+    own[inner] |= mask  # excludes the pixels of other components
     return colour, _shape_of(mask, own * _share(planes[:, *wide], core, background))
 
 
-def find(image: np.ndarray) -> list[Found]:
-    """Everything in a picture (H, W, 3) with values in [0, 1]."""
+def find(image: np.ndarray) -> list[Component]:
+    """Find all components of an image (H, W, 3) with values in [0, 1]."""
     planes = np.ascontiguousarray(np.moveaxis(np.asarray(image, dtype=np.float32), -1, 0))
     labels = _labels(planes)
     empty = labels == _BACKGROUND
@@ -180,7 +179,7 @@ def find(image: np.ndarray) -> list[Found]:
         layers.append((pale, True))
     found, specks, total = [], np.zeros(2), 0.0
     for layer, faint in layers:
-        components = _parts(layer)
+        components = _components(layer)
         for region, box in enumerate(ndimage.find_objects(components), start=1):
             mask = components[box] == region
             rows, columns = np.nonzero(mask)
@@ -192,14 +191,14 @@ def find(image: np.ndarray) -> list[Found]:
                 specks, total = specks + area * centre, total + area
                 continue
             colour, shape = ("faint", None) if faint else _name(planes, labels, background, mask, box)
-            found.append(Found(colour, shape, float(centre[0]), float(centre[1]), area))
+            found.append(Component(colour, shape, float(centre[0]), float(centre[1]), area))
     if total >= MIN_AREA:
-        found.append(Found("specks", None, float(specks[0] / total), float(specks[1] / total), total))
+        found.append(Component("specks", None, float(specks[0] / total), float(specks[1] / total), total))
     return found
 
 
-def _relation_margin(spec: Spec, found: list[Found]) -> float:
-    """How far the relation holds, -1 to 1 in sides of the picture; -1 unless exactly one component is each thing."""
+def _relation_margin(spec: Spec, found: list[Component]) -> float:
+    """Margin by which the relation holds, -1 to 1 in image sides; -1 unless each thing is exactly one component."""
     sides = [[f for f in found if (f.colour, f.shape) == thing] for thing in spec.things]
     if any(len(side) != 1 for side in sides):
         return -1.0
@@ -211,8 +210,8 @@ def _relation_margin(spec: Spec, found: list[Found]) -> float:
     return along if along > abs(across) else min(along, 0.0)
 
 
-def _agreement(spec: Spec, found: list[Found]) -> float:
-    """Best matching of things to components: 1 for both attributes right, ½ for one; divided by the longer list."""
+def _agreement(spec: Spec, found: list[Component]) -> float:
+    """Best matching of things to components: 1 for two right attributes, ½ for one; divided by the longer length."""
     if not found:
         return 0.0
     worth = np.array(
@@ -222,10 +221,10 @@ def _agreement(spec: Spec, found: list[Found]) -> float:
 
 
 def verify(image: np.ndarray, spec: Spec) -> tuple[float, float]:
-    """(strict, partial): strict is 1 where the picture shows exactly the specification, else 0; partial is in [0, 1].
+    """(strict, partial): strict is 1 if the image shows exactly the specification, else 0; partial is in [0, 1].
 
-    For positions, the partial score is 0.7 times the agreement of the things plus 0.3 times how far the relation holds
-    (full marks from a fifth of the picture on).
+    For positions, partial is 0.7 times the agreement of the things plus 0.3 times the degree to which the relation
+    holds, which is full from a margin of a fifth of the image.
     """
     found = find(image)
     agreement = _agreement(spec, found)

@@ -1,7 +1,7 @@
-"""What can exist in the scenes world: things, specifications, captions and the compositional split.
+"""The scenes world: things, specifications, captions and the compositional split.
 
-The four kinds of prompt are those of GenEval in miniature (single object, two objects, counting, position), and a
-specification is written in GenEval's metadata layout (`tag`, `include`), so that the readers of one serve the other.
+The four kinds of prompts mirror GenEval's (single object, two objects, counting, position), and specifications use
+GenEval's metadata layout (`tag`, `include`), so the same code reads both.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 Thing = tuple[str, str]  # (colour, shape)
 THINGS: tuple[Thing, ...] = tuple(product(COLOURS, SHAPES))
 
-# Whoever appears in a prompt decides its split, so that a test prompt always names a colour-shape pair that no
-# reward was ever paid for, alone, counted, or in a relation. One of each shape, all of different colours.
+# The things in a prompt decide its split, so that a test prompt always names a colour-shape pair that was never
+# rewarded, alone, counted, or in a relation. One of each shape, all of different colours.
 TEST_THINGS = frozenset({("red", "triangle"), ("green", "square"), ("blue", "cross"), ("yellow", "circle")})
 VAL_THINGS = frozenset({("purple", "square"), ("red", "circle")})
 SPLITS = ("train", "val", "test")
@@ -47,7 +47,7 @@ _RELATION_WORDS = {
 
 @dataclass(frozen=True)
 class Spec:
-    """What a picture must show: `things` in the order of the caption; `relation` holds from the first to the second."""
+    """What an image must show: `things` in caption order; `relation` holds from the first to the second."""
 
     kind: str
     things: tuple[Thing, ...]
@@ -58,7 +58,7 @@ class Spec:
         return len(self.things)
 
     def captions(self) -> list[str]:
-        """Every wording of this specification, the plainest first."""
+        """All wordings of this specification, the plainest first."""
         names = [" ".join(thing) for thing in self.things]
         words = _RELATION_WORDS[self.relation] if self.relation else ("",)
         plural = [name + "e" if name.endswith("s") else name for name in names]  # crosses
@@ -67,7 +67,7 @@ class Spec:
         return [w.format(*names, r=r) for w in _WORDINGS[self.kind] for r in words]
 
     def metadata(self) -> dict[str, Any]:
-        """GenEval's layout: counts per class and colour; a position names the include entry that it is relative to."""
+        """The specification in GenEval's layout: counts per class and colour; a position refers to an include entry."""
         entries: list[dict[str, Any]] = []
         for colour, shape in dict.fromkeys(self.things):
             entries.append({"class": shape, "color": colour, "count": self.things.count((colour, shape))})
@@ -84,7 +84,7 @@ class Spec:
 
     @classmethod
     def from_metadata(cls, metadata: dict[str, Any]) -> Spec:
-        """The inverse of `metadata`; raises ValueError where the entry does not describe a scene of this world."""
+        """Inverse of `metadata`; raises ValueError if the entry does not describe a scene of this world."""
         try:
             include = metadata["include"]
             related = [e for e in include if "position" in e]
@@ -107,7 +107,7 @@ class Spec:
 
 
 def specs(kind: str) -> list[Spec]:
-    """Every specification of one kind, in a fixed order."""
+    """All specifications of one kind, in a fixed order."""
     if kind == "single":
         return [Spec(kind, (thing,)) for thing in THINGS]
     if kind == "counting":

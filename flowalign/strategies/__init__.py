@@ -1,1 +1,1 @@
-"""Strategies that shard the denoisers; `auto` and `ddp` are Lightning's own."""
+"""A Lightning strategy that shards the denoisers, and its checkpoints; `auto` and `ddp` are Lightning's own."""

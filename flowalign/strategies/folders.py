@@ -1,8 +1,8 @@
-"""Checkpoints as folders: every rank writes its shards, and a small file with the rest comes last.
+"""Checkpoints as folders: every rank writes its shards, and rank 0 writes a small file with everything else last.
 
-A folder is made beside its place and then takes it, so that what carries the name is complete. It holds torch's
-distributed format (`*.distcp`, `.metadata`) and `meta.pt`: the checkpoint as Lightning knows it, but for the tensors of
-`state_dict` and `optimizer_states`, which are meta tensors there.
+A folder is written under a temporary name and then renamed, so that a folder with the final name is complete. It holds
+torch's distributed format (`*.distcp`, `.metadata`) and `meta.pt`: the checkpoint as Lightning knows it, with meta
+tensors in place of the tensors of `state_dict` and `optimizer_states`.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from flowalign.files import PARTIAL, take_place
+from flowalign.files import PARTIAL, replace
 from flowalign.tensors import Place, put_together, taken_apart
 
 META = "meta.pt"
 SHARDED = ("state_dict", "optimizer_states")
-"""The parts of a checkpoint whose tensors lie in shards."""
+"""Parts of a checkpoint whose tensors are sharded."""
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a complete checkpoint of this kind is there."""
+    """Whether `path` is a complete checkpoint folder."""
     return (Path(path) / META).is_file()
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[Place, Tensor]]:
-    """A checkpoint with meta tensors for those that may lie in shards, and these tensors by place."""
+    """Split a checkpoint into a frame, with meta tensors for those that may be sharded, and these tensors by place."""
     frame, tensors = taken_apart({key: checkpoint[key] for key in SHARDED if key in checkpoint})
     return {**checkpoint, **frame}, tensors
 
 
-def joined(frame: dict[str, Any], tensors: dict[Place, Tensor]) -> dict[str, Any]:
-    """The inverse."""
+def join(frame: dict[str, Any], tensors: dict[Place, Tensor]) -> dict[str, Any]:
+    """Inverse of `split`."""
     return {**frame, **put_together({key: frame[key] for key in SHARDED if key in frame}, tensors)}
 
 
 def write(checkpoint: dict[str, Any], target: Path, first: bool) -> None:
-    """Every rank calls it with its own shards; `first` is true on rank 0."""
+    """Write a checkpoint folder. Every rank calls this with its own shards; `first` is true on rank 0."""
     frame, tensors = split(checkpoint)
     partial = target.with_name(f".{target.name}{PARTIAL}")
     if first:
@@ -55,36 +55,36 @@ def write(checkpoint: dict[str, Any], target: Path, first: bool) -> None:
             torch.save(frame, file)
             file.flush()
             os.fsync(file.fileno())
-        take_place(partial, target)
+        replace(partial, target)
     dist.barrier()
 
 
-def frame_of(folder: Path) -> dict[str, Any]:
-    """The checkpoint without the tensors that lie in shards."""
+def read_frame(folder: Path) -> dict[str, Any]:
+    """Read the checkpoint without its sharded tensors, which are meta tensors."""
     return torch.load(folder / META, map_location="cpu", weights_only=True)
 
 
-def fill(folder: Path, targets: dict[Place, Tensor], alone: bool = False) -> None:
-    """Reads into these tensors, each rank its own part; alone=True works without the others."""
+def read_into(folder: Path, targets: dict[Place, Tensor], alone: bool = False) -> None:
+    """Read into these tensors, each rank its own shards; alone=True needs no other ranks."""
     dcp.load({_key(place): t for place, t in targets.items()}, checkpoint_id=folder, no_dist=alone)
 
 
-def opened(path: Path) -> tuple[dict[str, Any], dict[Place, Tensor]]:
-    """The frame of a checkpoint of either kind, and its tensors if it is a file; those of a folder are for `fill`."""
+def read_split(path: Path) -> tuple[dict[str, Any], dict[Place, Tensor]]:
+    """The frame of a file or folder, and the tensors of a file (mapped); read those of a folder with `read_into`."""
     if is_folder(path):
-        return frame_of(path), {}
+        return read_frame(path), {}
     return split(torch.load(path, mmap=True, map_location="cpu", weights_only=True))
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A whole checkpoint of either kind in one process. Nothing but tensors and plain values is unpickled."""
+    """Read a whole checkpoint, file or folder, in one process. Unpickles only tensors and plain values."""
     path = Path(path)
     if not is_folder(path):
         return torch.load(path, map_location="cpu", weights_only=True)
-    frame = frame_of(path)
+    frame = read_frame(path)
     tensors = {place: torch.empty(t.shape, dtype=t.dtype) for place, t in split(frame)[1].items()}
-    fill(path, tensors, alone=True)
-    return joined(frame, tensors)
+    read_into(path, tensors, alone=True)
+    return join(frame, tensors)
 
 
 def _key(place: Place) -> str:

@@ -1,4 +1,4 @@
-"""Signs of life of all ranks, and the end of a process whose fellows have died."""
+"""Heartbeats of all ranks, which end a process when another rank has died."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ import torch.distributed as dist
 log = logging.getLogger("flowalign")
 
 REASON = "reason"
-"""Key of the first sentence about a rank that failed."""
-Ended = Callable[[], str]
-"""What is known for certain of processes that have ended badly: a sentence, or nothing."""
+"""Store key of the first reported failure."""
+FindFailure = Callable[[], str]
+"""Describes a process that is known to have failed, or returns ""."""
 
 
 class Heartbeat(threading.Thread):
-    """Every rank says in a store of rank 0 that it lives, and rank 0 watches all of them.
+    """A thread in which every rank beats in a store of rank 0, and rank 0 watches all beats.
 
-    A collective with a dead rank waits for its time-out, half an hour usually; a thread need not. While `judging`, the
-    death of a rank ends this process with exit code 1 and one sentence.
+    A collective with a dead rank blocks until its time-out, usually half an hour; this thread does not. While
+    `watching`, the death of any rank ends this process with exit code 1 and one sentence.
     """
 
-    def __init__(self, rank: int, world: int, limit: float, ended: Ended, period: float = 1.0) -> None:
+    def __init__(self, rank: int, world: int, limit: float, find_failure: FindFailure, period: float = 1.0) -> None:
+        """limit: seconds without a beat after which a rank counts as dead; period: seconds between beats."""
         super().__init__(name="heartbeat", daemon=True)
-        self.rank, self.world, self.limit, self.ended, self.period = rank, world, limit, ended, period
-        self.judging = False
+        self.rank, self.world, self.limit, self.find_failure, self.period = rank, world, limit, find_failure, period
+        self.watching = False
         self._store: dist.TCPStore | None = None
         self._beats = 0
-        self._seen = {other: (b"", time.monotonic()) for other in range(1, world)}
+        self._last_beats = {other: (b"", time.monotonic()) for other in range(1, world)}
 
     def connect(self, host: str, broadcast: Callable[[int], int]) -> None:
-        """Every rank calls it; `broadcast` tells all what rank 0 gives."""
+        """Connect to the store and start; every rank calls this. `broadcast` returns rank 0's argument on all ranks."""
         wait = timedelta(seconds=self.limit)
         if self.rank == 0:
             self._store = dist.TCPStore(host, 0, None, True, wait, wait_for_workers=False)
@@ -46,9 +47,9 @@ class Heartbeat(threading.Thread):
             self._store = dist.TCPStore(host, port, None, False, wait)
         self.start()
 
-    def tell(self, reason: str) -> None:
-        """Lets the others know why this rank ends."""
-        self.judging = False
+    def report_failure(self, reason: str) -> None:
+        """Tell the other ranks why this one ends."""
+        self.watching = False
         try:
             self._set(REASON, f"rank {self.rank} ({socket.gethostname()}) failed: {reason}")
             if self.rank == 0:
@@ -60,54 +61,54 @@ class Heartbeat(threading.Thread):
         while True:
             time.sleep(self.period)
             try:
-                reason = self._look()
+                reason = self._beat()
             except RuntimeError:  # DistError too
                 reason = "rank 0 has died, or cannot be reached"
-                time.sleep(2 * self.period)  # it may have ended well, and this rank be about to
-                if not self.judging:
+                time.sleep(2 * self.period)  # rank 0 may have finished, with this rank about to
+                if not self.watching:
                     return
-            if reason and self.judging:
+            if reason and self.watching:
                 self._end(reason)
 
-    def _look(self) -> str:
-        """Beats once; what has happened to another rank, if anything has."""
+    def _beat(self) -> str:
+        """Beat once. Returns the reported failure of another rank, or ""."""
         assert self._store is not None
         self._beats += 1
         self._set(f"beat{self.rank}", str(self._beats))
         if self._store.check([REASON]):
             return self._store.get(REASON).decode()
-        reason = self.ended() or self._silent() if self.rank == 0 and self.judging else ""
+        reason = self.find_failure() or self._find_silent_rank() if self.rank == 0 and self.watching else ""
         if reason:
             self._set(REASON, reason)
         return reason
 
-    def _silent(self) -> str:
+    def _find_silent_rank(self) -> str:
         assert self._store is not None
         now = time.monotonic()
-        for other, (beat, since) in self._seen.items():
+        for other, (beat, since) in self._last_beats.items():
             key = f"beat{other}"
             new = self._store.get(key) if self._store.check([key]) else b""
             if new != beat:
-                self._seen[other] = new, now
+                self._last_beats[other] = new, now
             elif now - since > self.limit:
                 return f"rank {other} has died, or has not been heard of for {self.limit:g} s"
         return ""
 
-    def judge(self, judging: bool) -> None:
-        """Whether the others have to be there from now on."""
+    def watch(self, watching: bool) -> None:
+        """Set whether a missing rank counts as dead from now on; silence so far is forgiven."""
         now = time.monotonic()
-        self._seen = {other: (beat, now) for other, (beat, _) in self._seen.items()}
-        self.judging = judging
+        self._last_beats = {other: (beat, now) for other, (beat, _) in self._last_beats.items()}
+        self.watching = watching
 
     def _set(self, key: str, value: str) -> None:
         assert self._store is not None
         self._store.set(key, value)
 
     def _end(self, reason: str) -> None:
-        log.error("%s: rank %d ends too. The last checkpoint stands: go on with ckpt_path=…", reason, self.rank)
+        log.error("%s: rank %d exits too. Resume from the last checkpoint with ckpt_path=…", reason, self.rank)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         logging.shutdown()
         if self.rank == 0:
-            time.sleep(2 * self.period)  # the others are to read it before the store ends with this process
-        os._exit(1)  # the main thread may wait in a collective that never returns
+            time.sleep(2 * self.period)  # let the others read it before the store ends with this process
+        os._exit(1)  # the main thread may be blocked in a collective that never returns

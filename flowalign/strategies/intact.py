@@ -1,4 +1,4 @@
-"""Whether a file or folder is a checkpoint of ours, whole and harmless: said before anything is built."""
+"""Check that a checkpoint is complete, harmless and written by flowalign, before anything is built."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PARTS = ("state_dict", "optimizer_states", "loops", "flowalign")
 INDEX = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 NAMES = {("torch", "Size"), ("torch.serialization", "_get_layout")}
 PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
-"""What the index of a distributed checkpoint may mention: the classes of two modules, dtypes, paths and NAMES."""
+"""What the index of a distributed checkpoint may refer to: classes of two modules, dtypes, paths and NAMES."""
 
 
 def check_intact(path: str | Path) -> None:
-    """ConfigError, in a sentence that begins with ckpt_path, for what is not worth resuming from.
+    """Raise ConfigError, with a message that starts with ckpt_path, for a checkpoint that cannot be resumed from.
 
-    A file is read once in full: an upset bit is in none of torch's errors. Nothing in it is executed.
+    A file is read once in full, since torch does not detect flipped bits. Nothing in it is executed.
     """
     path = Path(path)
     try:
@@ -34,7 +34,7 @@ def check_intact(path: str | Path) -> None:
             f"ckpt_path={path} holds more than tensors and plain values, and may be code: it is not opened "
             f"({_first_line(error)})."
         ) from error
-    except Exception as error:  # torch has no error of its own for files that are not its own
+    except Exception as error:  # torch has no specific error for damaged files
         raise ConfigError(f"ckpt_path={path} is damaged ({type(error).__name__}: {_first_line(error)}).") from error
     missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
     if missing:
@@ -43,27 +43,29 @@ def check_intact(path: str | Path) -> None:
 
 def _of_file(path: Path) -> Any:
     if not path.stat().st_size:
-        raise ConfigError(f"ckpt_path={path} is empty: the file before it is the one to go on from.")
+        raise ConfigError(f"ckpt_path={path} is empty: resume from an earlier checkpoint.")
     if not zipfile.is_zipfile(path):
         raise ConfigError(f"ckpt_path={path} is cut short, or no checkpoint at all.")
     with zipfile.ZipFile(path) as file:
-        if upset := file.testzip():
-            raise ConfigError(f"ckpt_path={path} is damaged: the content of {upset} has changed since it was written.")
+        if changed := file.testzip():
+            raise ConfigError(
+                f"ckpt_path={path} is damaged: the content of {changed} has changed since it was written."
+            )
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _of_folder(path: Path) -> Any:
     with (path / ".metadata").open("rb") as file:
-        index = _Index(file).load()  # torch itself unpickles it without asking
+        index = _IndexUnpickler(file).load()  # torch itself unpickles it without restrictions
     for entry in index.storage_data.values():
         part = path / entry.relative_path
         if part.stat().st_size < entry.offset + entry.length:
             raise ConfigError(f"ckpt_path={path} is damaged: {entry.relative_path} is cut short.")
-    return folders.frame_of(path)
+    return folders.read_frame(path)
 
 
-class _Index(pickle.Unpickler):
-    """Reads the index of a distributed checkpoint, and refuses what it has no need of."""
+class _IndexUnpickler(pickle.Unpickler):
+    """Unpickles the index of a distributed checkpoint, and rejects every class that it does not need."""
 
     def find_class(self, module: str, name: str) -> Any:
         path = module in ("pathlib", "pathlib._local") and name in PATHS

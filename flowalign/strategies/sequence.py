@@ -1,7 +1,7 @@
-"""Sequence parallelism: some ranks in a row work on the same samples, each on a part of every sequence.
+"""Sequence parallelism: groups of neighbouring ranks process the same samples, each a part of every sequence.
 
-The plan of where to split and where to gather is diffusers', of the classes that have one; attention exchanges heads
-for tokens between the ranks (Ulysses).
+diffusers' context-parallel plan of the class, where it has one, says where to split and gather; attention exchanges
+heads for tokens between the ranks (Ulysses).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from flowalign.size import Size
 
 
 def split_sequences(model: FlowModel, context: int, device_type: str) -> None:
-    """Lets `context` neighbouring ranks share the sequences of a model."""
+    """Split the sequences of a model between `context` neighbouring ranks."""
     world = dist.get_world_size()
     mesh = init_device_mesh(device_type, (world // context, 1, context), mesh_dim_names=("data", "ring", "ulysses"))
     model.share_sequences(context, mesh)
 
 
 def check_plan(denoiser: Any, context: int) -> None:
-    """Raises ConfigError for a network whose sequences cannot be shared by so many ranks."""
+    """Raise ConfigError for a network whose sequences cannot be split between `context` ranks."""
     name = type(denoiser).__name__
     if getattr(denoiser, "_cp_plan", None) is None:
         raise ConfigError(
@@ -42,7 +42,7 @@ def check_plan(denoiser: Any, context: int) -> None:
 
 
 def check_tokens(model: FlowModel, sizes: Sequence[Size], context: int) -> None:
-    """Raises ConfigError for a size whose tokens cannot be dealt to so many ranks."""
+    """Raise ConfigError for a size whose tokens cannot be split between `context` ranks."""
     for size in sizes:
         tokens = model.tokens(*size.area)
         if tokens % context:

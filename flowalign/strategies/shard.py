@@ -1,4 +1,4 @@
-"""Cuts a denoiser into shards, and gives every rank its own of what rank 0 has read."""
+"""Shard a denoiser with FSDP2, and send every rank its shards of the weights that rank 0 has read."""
 
 from __future__ import annotations
 
@@ -24,48 +24,51 @@ def shard(
     gather_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> None:
-    """FSDP2 on each block and on the rest, in place; afterwards every rank has its shards of rank 0's values.
+    """Apply FSDP2 in place, to each block and to the rest; afterwards every rank has its shards of rank 0's values.
 
-    mesh is (shard,) or (replicate, shard). gather_dtype is what weights are gathered in, None for their own type;
-    gradients are averaged in float32 then. offload keeps the shards in the machine's memory.
+    mesh: (shard,) or (replicate, shard). gather_dtype: type in which weights are gathered, with gradients averaged in
+    float32; None for their own type. offload: keep the shards in CPU memory.
     """
-    # It is about changing an output in place, which nothing here does.
+    # The warning concerns in-place changes of outputs, which nothing here does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
-    values = _agreed(denoiser)
+    values = _match_first_rank(denoiser)
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    # Inputs are left alone, since a time of 987.3 is another one in bfloat16: the Trainer's autocast sees to the
-    # products. A float32 output on a block would break the next one, on the root it is what losses are made of.
+    # Inputs are not cast, since bfloat16 would change a time of 987.3; the Trainer's autocast casts the products.
+    # A float32 output of a block would break the next one; of the root, it is what losses are computed from.
     single = torch.float32 if gather_dtype else None
     inner = MixedPrecisionPolicy(gather_dtype, single, cast_forward_inputs=False)
     root = MixedPrecisionPolicy(gather_dtype, single, output_dtype=single, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=inner, offload_policy=place, reshard_after_forward=True)
-    # The root lets go of its weights too: copies are exchanged between forward passes, when all must lie in shards.
+    # The root is resharded too: copies are swapped between forward passes, when all weights must be shards.
     fully_shard(denoiser, mesh=mesh, mp_policy=root, offload_policy=place, reshard_after_forward=True)
-    _spread(denoiser, values, device, torch.device("cpu") if offload else device)
+    _distribute(denoiser, values, device, torch.device("cpu") if offload else device)
 
 
-def _agreed(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The parameters of this rank, meta ones where nothing was read; their types follow those of rank 0."""
+def _match_first_rank(denoiser: nn.Module) -> dict[str, Tensor]:
+    """Change the parameter types to those of rank 0, and return this rank's values (meta tensors where it read none).
+
+    Raises ConfigError if their names or shapes differ from rank 0's.
+    """
     values = {name: p.detach() for name, p in denoiser.named_parameters()}
-    told: list[Any] = [{name: (p.shape, p.dtype) for name, p in values.items()}]
-    dist.broadcast_object_list(told, src=0)
-    said = told[0]
-    differing = sorted(said.keys() ^ values.keys()) or [n for n, p in values.items() if said[n][0] != p.shape]
+    broadcast: list[Any] = [{name: (p.shape, p.dtype) for name, p in values.items()}]
+    dist.broadcast_object_list(broadcast, src=0)
+    expected = broadcast[0]
+    differing = sorted(expected.keys() ^ values.keys()) or [n for n, p in values.items() if expected[n][0] != p.shape]
     if differing:
         raise ConfigError(
             f"the ranks have built different networks ({len(differing)} entries differ, first {differing[0]}): every "
             "machine needs the same model and the same versions of diffusers and peft."
         )
     for name, p in denoiser.named_parameters():
-        if p.dtype != said[name][1]:
-            p.data = p.data.to(said[name][1])
+        if p.dtype != expected[name][1]:
+            p.data = p.data.to(expected[name][1])
     return values
 
 
 @torch.no_grad()
-def _spread(denoiser: nn.Module, values: dict[str, Tensor], device: torch.device, place: torch.device) -> None:
-    """Parameters come to rest at `place`, buffers on the device."""
+def _distribute(denoiser: nn.Module, values: dict[str, Tensor], device: torch.device, place: torch.device) -> None:
+    """Copy rank 0's values into the shards of all ranks: parameters on `place`, buffers on `device`."""
     if any(p.is_meta for p in denoiser.parameters()):
         denoiser.to_empty(device=place)
         for module in denoiser.modules():

@@ -1,4 +1,4 @@
-"""The sharding strategy: FSDP2 over all ranks, or over some that are replicated, with optional CPU offload."""
+"""The sharding strategy: FSDP2 over all ranks or within replicas (hybrid sharding), with optional CPU offload."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from flowalign.tensors import Place, gathered, like, put_together, taken_apart
 
 
 class Sharded(ModelParallelStrategy):
-    """Weights, gradients, moments and frozen copies of the denoisers lie in shards, and a block is whole while it runs.
+    """Shards weights, gradients, optimiser state and frozen copies of the denoisers; a block is gathered while it runs.
 
-    The ranks are `replicas` groups, each of which holds everything once; `context` ranks in a row work on the same
-    samples, a part of each sequence a rank. Checkpoints are those of one process, whatever the strategy.
+    The ranks form `replicas` groups, each of which holds everything once; `context` neighbouring ranks process the same
+    samples, each a part of every sequence. Checkpoints are interchangeable with those of any other strategy.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class Sharded(ModelParallelStrategy):
         checkpoint: Literal["file", "folder"] = "file",
         timeout_minutes: float = 30.0,
     ) -> None:
-        """offload: shards and optimiser stay in the machine's memory.
+        """offload: keep shards and optimiser state in CPU memory.
 
-        gather_16: under trainer.precision=bf16-mixed weights travel in bfloat16. sync_each_micro=false sums gradients
-        of a step locally: less traffic, for a whole set of gradients on every rank. checkpoint=folder has every rank
-        write its shards, where a file is gathered and written by rank 0. timeout_minutes: how long ranks wait for each
-        other before they give up.
+        gather_16: gather weights in bfloat16 under trainer.precision=bf16-mixed. sync_each_micro=false accumulates
+        gradients of a step locally: less traffic, but unsharded gradients on every rank. checkpoint: with "folder",
+        every rank writes its shards; a "file" is gathered and written by rank 0. timeout_minutes: time-out of
+        collectives.
         """
         super().__init__(timeout=timedelta(minutes=timeout_minutes))
         if min(replicas, context) < 1:
@@ -73,7 +73,7 @@ class Sharded(ModelParallelStrategy):
             )
         self._data_parallel_size, self._tensor_parallel_size = world, 1  # Lightning's "auto" is tensor parallelism
         if self.offload and self.root_device.type == "cuda":
-            self._process_group_backend = "cpu:gloo,cuda:nccl"  # the norm of offloaded gradients meets on the CPU
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # the norm of offloaded gradients is reduced on the CPU
         super().setup_environment()
         if self._shards is None:
             shape, names = (self.replicas, world // self.replicas), ("replicate", "shard")
@@ -81,19 +81,19 @@ class Sharded(ModelParallelStrategy):
             self._shards = init_device_mesh(self.root_device.type, shape[cut], mesh_dim_names=names[cut])
 
     def agree(self, wanted: Tensor) -> Tensor:
-        """(n,) bool: what any rank wants, for networks that all ranks have to ask together."""
-        asked = wanted.to(self.root_device, torch.uint8)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return asked.bool()
+        """(n,) bool: whether any rank wants each network; sharded networks must be called by all ranks together."""
+        any_rank = wanted.to(self.root_device, torch.uint8)
+        dist.all_reduce(any_rank, dist.ReduceOp.MAX)
+        return any_rank.bool()
 
     # ------------------------------------------------------------ shards
 
     def shard(self, model: FlowModel) -> None:
-        """Cuts the denoisers of a model, prepared for training, into this rank's shards."""
+        """Shard the denoisers of a model that is prepared for training."""
         denoisers = list(model.denoisers().values())
         if len(denoisers) > 1 and not self.sync_each_micro:
             raise ConfigError(
-                f"{type(model).__name__} has several denoisers, and the last micro-batch of a step need not ask all of "
+                f"{type(model).__name__} has several denoisers, and the last micro-batch of a step may not use all of "
                 "them: use trainer.strategy.sync_each_micro=true."
             )
         if self.context > 1:
@@ -111,7 +111,7 @@ class Sharded(ModelParallelStrategy):
 
     def model_to_device(self) -> None:
         assert self.lightning_module is not None
-        if self.offload:  # what is offloaded has to stay where it is
+        if self.offload:  # offloaded shards must stay on the CPU
             _update_properties(self.lightning_module, device=self.root_device)
         else:
             super().model_to_device()
@@ -131,14 +131,14 @@ class Sharded(ModelParallelStrategy):
                 module.set_requires_gradient_sync(True, recurse=False)
 
     def backward(self, closure_loss: Tensor, *arguments: Any, **settings: Any) -> Tensor:
-        # Ranks that share a sequence have parts of one gradient: these add up, while FSDP takes the mean of all ranks.
+        # Ranks that share a sequence hold partial gradients, which must be summed, while FSDP averages over all ranks.
         return super().backward(closure_loss * self.context, *arguments, **settings)
 
-    # ------------------------------------------------------------ checkpoints: out
+    # ------------------------------------------------------------ saving checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self._given_out(self.lightning_module.state_dict())
+        return self._for_checkpoint(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
@@ -146,12 +146,13 @@ class Sharded(ModelParallelStrategy):
         odd = [place[-1] for place, t in taken_apart(state["state"])[1].items() if not isinstance(t, DTensor)]
         if odd:
             raise ConfigError(
-                f"{type(inner).__name__} keeps {odd[0]} in a form that shards cannot be put together from: use "
+                f"{type(inner).__name__} stores {odd[0]} in a form that cannot be gathered from shards: use "
                 "optimizer._target_=torch.optim.AdamW."
             )
-        return self._given_out(state)
+        return self._for_checkpoint(state)
 
-    def _given_out(self, state: dict[str, Any]) -> dict[str, Any]:
+    def _for_checkpoint(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The state as it is for a folder; gathered on rank 0, and empty elsewhere, for a file."""
         return state if self.in_folders else gathered(state, self.is_global_zero) or {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -161,52 +162,52 @@ class Sharded(ModelParallelStrategy):
         elif self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
-    # ------------------------------------------------------------ checkpoints: in
+    # ------------------------------------------------------------ loading checkpoints
 
     @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """What rank 0 reads and is not sharded; tensors follow when the module and the optimiser ask for them."""
+        """The frame that rank 0 reads; the module's and the optimiser's tensors are read by their own load calls."""
         del weights_only  # always
-        told, tensors = None, {}
+        frame, tensors = None, {}
         if self.is_global_zero:
             try:
-                told, tensors = folders.opened(Path(checkpoint_path))
-            except Exception as error:  # the others must not wait for what will not come
-                told = error
-        told = self.broadcast(told)
-        if isinstance(told, Exception):
-            raise told
-        assert told is not None
+                frame, tensors = folders.read_split(Path(checkpoint_path))
+            except Exception as error:  # raise it on all ranks, which would otherwise wait for the broadcast
+                frame = error
+        frame = self.broadcast(frame)
+        if isinstance(frame, Exception):
+            raise frame
+        assert frame is not None
         self._source = Path(self.broadcast(str(checkpoint_path))), tensors
-        return told
+        return frame
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.lightning_module
         assert module is not None
-        own, said = module.state_dict(), checkpoint["state_dict"]
-        if own.keys() == said.keys() and all(own[key].shape == t.shape for key, t in said.items()):
-            said = self._read(said, own, ("state_dict",))
-        module.load_state_dict(said, strict)  # refuses what does not fit, in its own words
+        own, state = module.state_dict(), checkpoint["state_dict"]
+        if own.keys() == state.keys() and all(own[key].shape == t.shape for key, t in state.items()):
+            state = self._read(state, own, ("state_dict",))
+        module.load_state_dict(state, strict)  # raises its own error for keys and shapes that do not match
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for i, (optimizer, said) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
+        for i, (optimizer, saved) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             targets = {
                 number: {name: torch.empty_like(params[number], dtype=t.dtype) for name, t in values.items() if t.ndim}
-                for number, values in said["state"].items()
+                for number, values in saved["state"].items()
             }
-            state = self._read(said["state"], targets, ("optimizer_states", i, "state"))
-            optimizer.load_state_dict({**said, "state": state})
+            state = self._read(saved["state"], targets, ("optimizer_states", i, "state"))
+            optimizer.load_state_dict({**saved, "state": state})
 
     def _read(self, frame: Any, targets: Any, at: Place) -> Any:
-        """`frame` with its meta tensors read into the layout of `targets`, which has one for each of them."""
+        """`frame` with its meta tensors read into the layout of `targets`, which holds one target for each."""
         path, tensors = self._source
         wanted, metas = taken_apart(targets, at)[1], taken_apart(frame, at)[1]
         if folders.is_folder(path):
-            folders.fill(path, wanted)
+            folders.read_into(path, wanted)
         else:
             wanted = {place: like(tensors.get(place, metas[place]), target) for place, target in wanted.items()}
         return put_together(frame, wanted, at)

@@ -9,7 +9,7 @@ import torch
 
 from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
 from flowalign.checks.errors import RunError
-from flowalign.files import sweep
+from flowalign.files import remove_partials
 
 OLD, NEW = {"epoch": 1, "w": torch.ones(3)}, {"epoch": 2, "w": torch.zeros(3)}
 
@@ -102,13 +102,13 @@ def test_a_killed_writer_leaves_the_old_file_and_a_leftover_that_sweep_removes(t
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert epoch(target) == 1
     assert len(os.listdir(target.parent)) == 2
-    assert len(sweep(target.parent)) == 1
+    assert len(remove_partials(target.parent)) == 1
     assert os.listdir(target.parent) == ["last.ckpt"]
 
 
 def test_sweep_touches_nothing_else(target: Path):
     target.with_name(".hidden").touch()
     target.with_name("mine.partial").touch()
-    assert sweep(target.parent) == []
-    assert sweep(target.parent / "absent") == []
+    assert remove_partials(target.parent) == []
+    assert remove_partials(target.parent / "absent") == []
     assert len(os.listdir(target.parent)) == 3

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.callbacks.late_baseline import LateBaseline, unmoved
+from flowalign.callbacks.late_baseline import LateBaseline, unchanged_copy
 from flowalign.evaluating import in_eval_mode
-from flowalign.loggers import read
-from flowalign.run import build_recipe, build_trainer, evaluate, fit, plan_accumulation, postpones
+from flowalign.loggers import read_csv
+from flowalign.run import build_recipe, build_trainer, evaluate, fit, plan_accumulation, postpones_test
 from flowalign.summary import Summary
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def trained(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Ru
 
 def rows(trainer: Trainer, of: str) -> list[tuple[int, dict[str, str]]]:
     """Step and values of the rows of metrics.csv that have such names."""
-    found = read(Path(trainer.default_root_dir) / "csv" / "metrics.csv")
+    found = read_csv(Path(trainer.default_root_dir) / "csv" / "metrics.csv")
     chosen = [(int(row["step"]), {k: v for k, v in row.items() if k.startswith(of)}) for row in found]
     return [(step, row) for step, row in chosen if row]
 
@@ -66,7 +66,7 @@ def test_it_is_the_baseline_from_before_and_training_goes_as_without(
 ):
     at_once, trainer, summary = trained(*words, late=False)
     late, other, found = trained(*words, late=True)
-    assert unmoved(late) == copy
+    assert unchanged_copy(late) == copy
     assert {"test/reward", "val/reward"} <= summary.results["baseline"].keys()
     assert summary.results["baseline"] == found.results["baseline"]
     assert summary.before
@@ -130,9 +130,9 @@ def test_who_asks_for_an_end_is_told_how_long_it_will_take(tiny: Callable[..., D
 
 
 def test_what_is_not_trained_or_optimised_for_test_prompts_is_evaluated_at_once(tiny: Callable[..., DictConfig]):
-    assert postpones(tiny())
+    assert postpones_test(tiny())
     for word in ("train=false", "test=false", "optimized_metric=test/reward"):
-        assert not postpones(tiny(word))
+        assert not postpones_test(tiny(word))
 
 
 def test_every_part_of_a_module_has_its_own_mode_again():

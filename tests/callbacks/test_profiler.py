@@ -84,7 +84,7 @@ def test_what_stops_an_epoch_stops_its_recording(fit: Fit, monkeypatch: Any, tmp
 
 
 def test_an_epoch_that_never_comes_is_refused(fit: Fit):
-    with pytest.raises(ConfigError, match=r"none of trainer.max_epochs=2 .* use callbacks.profiler.epochs=\[1\]"):
+    with pytest.raises(ConfigError, match=r"trainer.max_epochs=2 reaches none .* use callbacks.profiler.epochs=\[1\]"):
         fit("callbacks=profiler", "callbacks.profiler.epochs=[2,3]")
 
 

@@ -224,12 +224,12 @@ def test_the_exported_adapters_load_on_the_whole_base_and_on_the_quantised_one(
     tiny: Callable[..., DictConfig], tmp_path: Path, say: Callable[..., Any], kind: str
 ):
     from flowalign.cli import main
-    from flowalign.commands.saved import opened
+    from flowalign.commands.saved import load_run
 
     last = fitted(tiny, f"model.quantised={kind}")
     assert say(main, "export", f"ckpt={last}", f"to={tmp_path / 'lora'}")[0] == 0
     assert f"`tiny_sd3`, in {kind}" in (tmp_path / "lora" / "README.md").read_text()
-    trained = opened(last, "live")
+    trained = load_run(last, "live")
     assert trained.model.quantised == kind
     aligned = picture(trained.model.pipe)
     whole = plain_pipeline()

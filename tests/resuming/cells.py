@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flowalign.checks import ConfigError
 from flowalign.geometry import PlanError
-from flowalign.loggers import read
+from flowalign.loggers import read_csv
 from flowalign.planning import check_plan
 from flowalign.prompts import ASSETS
 from flowalign.strategies import folders
@@ -120,7 +120,7 @@ def files(job: Job) -> set[str]:
 
 def rows(job: Job) -> list[tuple[tuple[str, str], ...]]:
     """All that is in metrics.csv but what the clock says, in order."""
-    found = read(Path(job.folder) / "csv" / "metrics.csv")
+    found = read_csv(Path(job.folder) / "csv" / "metrics.csv")
     return [tuple(sorted((k, v) for k, v in row.items() if k not in BY_THE_CLOCK)) for row in found]
 
 

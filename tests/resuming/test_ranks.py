@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flowalign.loggers import read
+from flowalign.loggers import read_csv
 from flowalign.strategies import folders
 from tests.resuming.cells import BY_THE_CLOCK, EPOCHS, words
 from tests.strategies.jobs import Job, run, together
@@ -103,7 +103,7 @@ def test_one_update_of_the_whole_epoch_is_the_same(made: dict[Any, Job], algo: s
 
 def rollouts(job: Job) -> list[dict[str, str]]:
     """What was logged of each rollout: rewards of all ranks together."""
-    logged = read(Path(job.folder) / "csv" / "metrics.csv")
+    logged = read_csv(Path(job.folder) / "csv" / "metrics.csv")
     found = [{k: v for k, v in row.items() if k not in BY_THE_CLOCK} for row in logged if "rollout/reward_mean" in row]
     assert found
     return found

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
-from flowalign.files import sweep
-from flowalign.lock import held
+from flowalign.files import remove_partials
+from flowalign.lock import locked
 from flowalign.resuming import find_checkpoint, last_checkpoint
 from flowalign.strategies import folders
 from flowalign.tensors import put_together, taken_apart
@@ -92,7 +92,7 @@ def test_a_file_takes_the_place_of_a_folder_and_a_kill_meanwhile_loses_nothing(
     monkeypatch.undo()
     assert find_checkpoint(str(target)) == str(target)
     assert same(folders.read(target), checkpoint(1 if moment else 2))
-    sweep(tmp_path)
+    remove_partials(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "store"]
 
 
@@ -117,7 +117,7 @@ def test_a_kill_while_the_folder_takes_its_place_loses_nothing(
     assert target.exists() == (moment == 1)  # at the second moment the name is free
     assert find_checkpoint(str(target)) == str(target)
     assert same(folders.read(target), checkpoint(1))
-    sweep(tmp_path)
+    remove_partials(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "store"]
 
 
@@ -126,7 +126,7 @@ def test_what_waits_in_the_folder_of_a_run_that_is_going_is_its_own(tmp_path: Pa
     waiting = tmp_path / "checkpoints" / ".last.ckpt.old"
     waiting.parent.mkdir()
     waiting.touch()
-    with held(tmp_path):
+    with locked(tmp_path):
         assert last_checkpoint(tmp_path) is None
         assert waiting.exists()
     assert last_checkpoint(tmp_path) == str(waiting.with_name("last.ckpt"))

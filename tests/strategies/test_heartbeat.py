@@ -15,7 +15,7 @@ class Rank(Heartbeat):
     """Says why it would have ended the process, and can fall silent."""
 
     def __init__(self, rank: int, ended: str = "") -> None:
-        super().__init__(rank, 2, limit=1.0, ended=lambda: ended, period=0.05)
+        super().__init__(rank, 2, limit=1.0, find_failure=lambda: ended, period=0.05)
         self.reason, self.told, self.silent = "", threading.Event(), False
 
     def _set(self, key: str, value: str) -> None:
@@ -26,7 +26,7 @@ class Rank(Heartbeat):
         if not self.told.is_set():
             self.reason = reason
             self.told.set()
-        self.judging = False
+        self.watching = False
 
 
 def pair(ended: str = "") -> tuple[Rank, Rank]:
@@ -45,10 +45,10 @@ def pair(ended: str = "") -> tuple[Rank, Rank]:
 def ranks() -> Iterator[tuple[Rank, Rank]]:
     both = pair()
     for rank in both:
-        rank.judge(True)
+        rank.watch(True)
     yield both
     for rank in both:
-        rank.judge(False)
+        rank.watch(False)
 
 
 def test_ranks_that_live_are_left_alone(ranks: tuple[Rank, Rank]):
@@ -63,7 +63,7 @@ def test_a_silent_rank_counts_as_dead_and_is_named(ranks: tuple[Rank, Rank]):
 
 
 def test_a_rank_that_fails_tells_the_others_why(ranks: tuple[Rank, Rank]):
-    ranks[1].tell("RewardError: no server")
+    ranks[1].report_failure("RewardError: no server")
     assert ranks[0].told.wait(30)
     assert ranks[0].reason.startswith("rank 1 (")
     assert ranks[0].reason.endswith(" failed: RewardError: no server")
@@ -72,7 +72,7 @@ def test_a_rank_that_fails_tells_the_others_why(ranks: tuple[Rank, Rank]):
 def test_what_the_launcher_knows_reaches_every_rank():
     both = pair("rank 1 (process 7) ended with signal 9")
     for rank in both:
-        rank.judge(True)
+        rank.watch(True)
     for rank in both:
         assert rank.told.wait(30)
         assert rank.reason == "rank 1 (process 7) ended with signal 9"
@@ -80,7 +80,7 @@ def test_what_the_launcher_knows_reaches_every_rank():
 
 def test_between_stages_nobody_is_missed(ranks: tuple[Rank, Rank]):
     for rank in ranks:
-        rank.judge(False)
+        rank.watch(False)
     ranks[1].silent = True
     time.sleep(2)
     assert not ranks[0].told.is_set()

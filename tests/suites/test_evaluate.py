@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from flowalign.commands.evaluate import _about
-from flowalign.commands.figures import figure, plain, shown_table, summarised
-from flowalign.commands.record import asked
+from flowalign.commands.figures import figure, finite_or_none, format_table, summarise
+from flowalign.commands.record import list_samples
 from flowalign.prompts import Prompt
 from flowalign.rewards.geneval import Geneval
 from flowalign.rewards.geneval_colours import HueColours
@@ -257,11 +257,11 @@ def test_another_reward_does_not_go_by_the_name_of_the_benchmark():
 
 
 def test_a_mean_of_nothing_is_null_and_a_tag_of_null_is_none():
-    found = summarised(
+    found = summarise(
         [Prompt("a", None, {"tag": "x"}), Prompt("b", None, {"tag": None})], {"reward": torch.tensor([torch.nan, 1])}
     )
     assert found.keys() == {"reward", "reward/x", "reward/not_scored"}
-    assert [plain(value) for value in found.values()] == [1.0, None, 0.5]
+    assert [finite_or_none(value) for value in found.values()] == [1.0, None, 0.5]
 
 
 def test_a_folder_that_was_written_anew_is_another_checkpoint(tmp_path: Path):
@@ -276,7 +276,7 @@ def test_a_folder_that_was_written_anew_is_another_checkpoint(tmp_path: Path):
 
 def test_the_table_counts_what_has_no_score():
     scores = {"reward": torch.tensor([1.0, torch.nan, 0.5])}
-    assert shown_table(some(["a", "a", "b"]), scores) == [
+    assert format_table(some(["a", "a", "b"]), scores) == [
         "category  pictures  reward  not_scored",
         "a                2  1.0000           1",
         "b                1  0.5000           0",
@@ -286,7 +286,7 @@ def test_the_table_counts_what_has_no_score():
 
 def test_the_numbers_of_samples_do_not_depend_on_how_many_are_asked():
     prompts = some(["a"] * 5)
-    few, all_of_them = asked(prompts, [1, 3], 2), asked(prompts, range(5), 3)
+    few, all_of_them = list_samples(prompts, [1, 3], 2), list_samples(prompts, range(5), 3)
     assert [one.number for one in few] == [1, 3, 6, 8]
     assert [one.number for one in all_of_them] == list(range(15))
     assert all(one in all_of_them for one in few)

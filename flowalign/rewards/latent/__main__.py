@@ -19,11 +19,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from flowalign.checks import ConfigError, check_signatures, refusals
+from flowalign.checks import ConfigError, as_config_errors, check_signatures
 from flowalign.checks.preflight import preflight_or_exit
 from flowalign.conditioner import Conditioner
 from flowalign.models.base import FlowModel
-from flowalign.process import quieten
+from flowalign.process import silence_libraries
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.latent.data import LatentMaker
 from flowalign.rewards.latent.files import load, save
@@ -106,7 +106,7 @@ def to_container(node: Any) -> Any:
 def _main(cfg: DictConfig) -> None:
     try:
         check_signatures(cfg)
-        with refusals():
+        with as_config_errors():
             train(cfg, Path(HydraConfig.get().runtime.output_dir))
     except (ConfigError, RewardError) as error:
         log.error("%s", error)
@@ -115,7 +115,7 @@ def _main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Command-line entry point. A user error ends with one sentence and exit code 2."""
-    quieten()
+    silence_libraries()
     sys.argv[1:] = preflight_or_exit(sys.argv[1:], CONF, "latent_reward")
     _main()
 

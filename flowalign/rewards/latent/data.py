@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from flowalign.conditioner import Conditioner
-from flowalign.files import replacing
+from flowalign.files import atomic_write
 from flowalign.generate import Generated, generate
 from flowalign.models.base import FlowModel
 from flowalign.prompts import Prompt
@@ -85,7 +85,7 @@ class LatentMaker:
             if not path.is_file():
                 end = min(start + media.prompts_per_file, len(some))
                 tensors = self.generate_labelled(some[start:end], media, start * media.per_prompt)
-                with replacing(path) as file:
+                with atomic_write(path) as file:
                     file.write(save(tensors))
                 log.info("%s: latents of prompt %d of %d", folder.name, end, len(some))
             parts.append(load_file(path))

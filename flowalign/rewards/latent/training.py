@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowalign.checks.errors import ConfigError
 from flowalign.conditioner import Conditioner
-from flowalign.files import replacing
+from flowalign.files import atomic_write
 from flowalign.flow import interpolate, shifted
 from flowalign.prompts import Prompt
 from flowalign.rewards.latent.data import Examples
@@ -147,7 +147,7 @@ class Training:
             "optimiser": self.optimiser.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
-        with replacing(self.path) as file:
+        with atomic_write(self.path) as file:
             torch.save(state, file)
 
     def _resume(self) -> int:
