@@ -178,16 +178,17 @@ class Scorer:
 
     def all(self, media: Tensor | None, prompts: Sequence[Prompt], latents: Latents | None = None) -> dict[str, Tensor]:
         """What an evaluation measures, by name, and the weighted sum of the objective under "reward"; (B,) each."""
-        return self.summed(self.start(Seen(prompts, media, latents), evaluation=True).result())
+        return self.summed(self.start(Seen(prompts, media, latents), evaluation=True).result(), len(prompts))
 
-    def summed(self, scores: Scores) -> Scores:
-        """With the weighted sum of the objective.
+    def summed(self, scores: Scores, number: int) -> Scores:
+        """With the weighted sum of the objective for so many samples.
 
         It is over what is evaluated, by the last weights, so that evaluations can be compared; NaN without any.
         """
         counted = [name for name in self.objective if name in scores]
-        if not counted:
-            return scores | {"reward": torch.full_like(next(iter(scores.values()), torch.empty(0)), torch.nan)}
+        if not counted:  # perhaps nothing at all is evaluated, so that no score says how many samples there are
+            like = next(iter(scores.values()), torch.empty(0))
+            return scores | {"reward": like.new_full((number,), torch.nan)}
         weights = self.weights()[[name in scores for name in self.objective]]
         return scores | {"reward": _total(torch.stack([scores[name] for name in counted], dim=1), weights)}
 
