@@ -67,6 +67,8 @@ class AlignModule(Forward):
             r.data["train"].require_images(video=r.model.modality == "video")
         except ValueError as error:
             raise ConfigError(f"{error}, or {otherwise}.") from error
+        with refusals():  # of a size that a painter cannot do, or a video too short for it: not after a baseline
+            r.data["train"].images([0], [1], *r.train_size.area)
 
     # ------------------------------------------------------------ building
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.checks.errors import RunError
+from flowalign.checks.errors import ConfigError, RunError
 from flowalign.collect import Collected
 from flowalign.evaluation import Positions
 from flowalign.rewards.base import RewardError
@@ -334,6 +334,11 @@ def test_a_picture_size_that_the_model_cannot_make_is_refused_before_training(pr
     run.recipe.eval_size = Size(70, 64)
     with pytest.raises(ValueError, match="cannot make pictures of 70×64"):
         run.build()
+
+
+def test_a_size_that_given_pictures_cannot_have_is_refused_before_training(prepared: Callable[..., Run]):
+    with pytest.raises(ConfigError, match=r"the scenes world draws squares: use resolution.train.width=64"):
+        prepared("algo=sft", "resolution.train.width=96").build()
 
 
 # ------------------------------------------------------------ scoring beside sampling
