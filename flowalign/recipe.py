@@ -125,4 +125,5 @@ def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
         algorithm.samples_per_group or recipe.batch.members,
         whole=recipe.rollout.same_noise or recipe.scorer.groupwise or (plan is not None and plan.branches > 0),
         trunk=1 if plan is None else plan.trunk,
+        least=algorithm.least_micro,
     )

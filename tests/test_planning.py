@@ -18,6 +18,7 @@ from flowalign.planning import check_plan, devices, replicas
         (("trainer.devices=5",), r"cannot be dealt to 5 ranks: use batch.prompts=10 and batch.micro=24 together\.$"),
         (("reward=shapes_win_rate", "batch.prompts=11", "trainer.devices=2"), r"2 ranks in whole groups"),
         (("algo=tempflow", "batch.group_size=10"), r"trunks of 12 branches: use batch.group_size=12"),
+        (("algo=crd", "batch.micro=1"), r"batch.micro=1 leaves .* nothing can be learnt: use batch.micro=2\.$"),
         (("algo=mixgrpo", "steps.parity=true", "steps.stay=1"), r"2 steps of a picture in epoch 0 and 1 in epoch 7"),
     ],
 )
