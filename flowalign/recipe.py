@@ -116,6 +116,8 @@ def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
         )
     replays = algorithm.point == "transition"
     plan = recipe.steps(0, num_steps) if replays else None
+    if not replays:
+        recipe.times.check(num_steps)
     sources = 2 if algorithm.source == "both" else 1
     return Geometry(
         recipe.batch,
