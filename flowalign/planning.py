@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # PyTorch takes longer to import than a help text to be writt
 
 LIGHT = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
 """Fields of a Recipe that a plan follows from, by config group."""
-ALSO = ("tune", "encoding", "evaluation", "optimisation", "schedule")
+ALSO = ("tune", "encoding", "evaluation", "optimisation", "schedule", "dynamics", "credit")
 """Groups that are made beforehand only to hear what their classes refuse."""
 LOOKED_AT = 1000
 """Epochs whose steps are counted beforehand."""
