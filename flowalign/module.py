@@ -77,12 +77,13 @@ class AlignModule(Forward):
         if self.policy is not None:  # Lightning calls this at every fit, validate and test
             return
         r = self.recipe
-        apart = r.consulted - r.same_as_live
-        kept = [name for name in r.frozen if name in apart or name == r.evaluation.copy]
-        missing = apart - set(kept) - {"reference"}
+        asked = (r.consulted - r.same_as_live) | ({r.evaluation.copy} - {None})
+        kept = [name for name in r.frozen if name in asked]
+        missing = sorted(asked - set(kept) - {"reference"})
         if missing:
             raise ConfigError(
-                f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
+                f"the run consults {missing}, but `frozen` does not say how they follow the live weights: leave "
+                f"{' and '.join(f'frozen.{name}' for name in missing)} as by default."
             )
         if any(r.frozen[name].every == "always" for name in kept):
             raise ConfigError(f"frozen.{r.evaluation.copy}.every=always is no average: use evaluation.weights=live.")

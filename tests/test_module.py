@@ -270,6 +270,12 @@ def test_an_algorithm_without_its_copies_rule_is_refused(prepared: Callable[...,
         module.configure_model()
 
 
+def test_an_average_without_its_rule_is_refused(prepared: Callable[..., Run]):
+    module, _ = prepared("evaluation.weights=ema", "frozen.ema=null").build()
+    with pytest.raises(ConfigError, match=r"consults \['ema'\], but .*: leave frozen.ema as by default"):
+        module.configure_model()
+
+
 @pytest.mark.parametrize("algo", ["grpo", "nft"])
 def test_the_network_is_called_as_often_as_counted_and_frozen_copies_once_an_epoch(
     prepared: Callable[..., Run], algo: str
