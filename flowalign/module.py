@@ -90,16 +90,24 @@ class AlignModule(Forward):
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         strategy = self.trainer.strategy
         self.base = strategy.broadcast(identity(r.model.denoisers()))  # of shards, only rank 0 has read the values
-        shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with refusals():
             r.running.check(strategy.root_device)
             self.policy = Policy(
-                r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard,
+                r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, self._finish_networks,
                 # In 16 bits a merged weight loses what the adapters have learnt.
                 merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
             )  # fmt: skip
             r.running.apply(r.model, rows_vary=r.optimisation.skip_zero)
         self._keep_from_ddp()
+
+    def _finish_networks(self) -> None:
+        """What is left to do to prepared denoisers before they are copied."""
+        if str(self.trainer.precision).startswith("64"):
+            # Lightning does so too, but after a checkpoint has been read, which float32 would round.
+            for denoiser in self.recipe.model.denoisers().values():
+                denoiser.double()
+        if isinstance(self.trainer.strategy, Sharded):
+            self.trainer.strategy.shard(self.recipe.model)
 
     def _keep_from_ddp(self) -> None:
         """DDP sends rank 0's weights round, which it cannot do with codes, and buffers (tables of positions) before
