@@ -11,7 +11,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from flowalign.checks import ConfigError
+from flowalign.checks import ConfigError, as_config_errors
 from flowalign.checks.signatures import locate
 from flowalign.planning import is_sharded, objective, replicas
 
@@ -60,6 +60,8 @@ def check_groups(cfg: DictConfig) -> None:
     _check_precision(cfg)
     _check_strategy(cfg)
     _check_quantised(cfg)
+    _check_running(cfg)
+    _check_average(cfg)
     _check_noise(cfg, algorithm, dynamics)
     _check_extremes(cfg, algorithm)
     _check_kept(cfg, algorithm)
@@ -176,6 +178,20 @@ def _check_quantised(cfg: DictConfig) -> None:
             f"model.quantised={kind} cannot be cut into shards, and every device holds all of it: use strategy=ddp, or "
             "model.quantised=null."
         )
+
+
+def _check_running(cfg: DictConfig) -> None:
+    """What a family cannot do is known before its weights are loaded."""
+    if (running := _instantiate_or_none(cfg.running)) is not None:
+        with as_config_errors():
+            running.check_family(locate(cfg.model["_target_"]))
+
+
+def _check_average(cfg: DictConfig) -> None:
+    """Live weights are no average of themselves."""
+    copy = cfg.evaluation.weights
+    if copy != "live" and OmegaConf.select(cfg, f"frozen.{copy}.every") == "always":
+        raise ConfigError(f"frozen.{copy}.every=always is no average: use evaluation.weights=live.")
 
 
 def _check_noise(cfg: DictConfig, algorithm: Any, dynamics: Any) -> None:

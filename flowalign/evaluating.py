@@ -148,7 +148,7 @@ class Evaluating(LightningModule):
 
     def _scored(self, stage: str, ids: list[int], rows: list[int], images: Tensor, scores: Scores) -> None:
         """Accumulate the scores of the samples `ids`, of which `rows` are shown."""
-        prompts, scores = [self.eval_prompts[stage][i] for i in ids], self.recipe.scorer.summed(scores)
+        prompts, scores = [self.eval_prompts[stage][i] for i in ids], self.recipe.scorer.summed(scores, len(ids))
         for name, values in scores.items():
             self._meter(f"{stage}/{name}").update(values)
             self._meter(f"{stage}/{name}/not_scored").update(values.isnan().float())

@@ -79,7 +79,7 @@ class Geometry:
 
     together: the rows that share a micro-batch (Algorithm.together). members: how many of each group are trained on,
     None for all. whole: groups are dealt whole to the ranks; a coupling by groups and a choice of members need that.
-    trunk: a group is a whole number of these (StepPlan.trunk).
+    trunk: a group is a whole number of these (StepPlan.trunk). least: points that a micro-batch has to have.
     """
 
     batch: Batch
@@ -89,6 +89,7 @@ class Geometry:
     members: int | None = None
     whole: bool = False
     trunk: int = 1
+    least: int = 1
 
     def __post_init__(self) -> None:
         for unfit in (self._unfit_group, self._unfit_ranks, self._unfit_updates, self._unfit_micro):
@@ -135,13 +136,20 @@ class Geometry:
     def _unfit_micro(self) -> Misfit | None:
         if self.micro in (fitting := self.micros()):
             return None
+        if not fitting:
+            why = f"an update has fewer training points than the {self.least} that are compared with each other"
+            return why, *(("updates", 1) if self.batch.updates > 1 else ("prompts", 2 * self.batch.prompts))
+        if self.micro < self.least:
+            why = f"batch.micro={self.micro} leaves a training point none to be compared with, so nothing can be learnt"
+            return why, "micro", nearest_of(fitting, self.micro)
         rows = f" of whole {self.together}s of {self.coupled} points" if self.coupled > 1 else ""
         why = f"{self.points_per_update} training points of an update cannot be cut into batch.micro={self.micro}{rows}"
         return why, "micro", nearest_of(fitting, self.micro)
 
     def micros(self) -> list[int]:
         """What `batch.micro` may be, ascending: parts of an update, of rows that belong together."""
-        return [self.coupled * count for count in divisors(self.points_per_update // self.coupled)]
+        every = (self.coupled * count for count in divisors(self.points_per_update // self.coupled))
+        return [micro for micro in every if micro >= self.least]
 
     @property
     def micro(self) -> int:

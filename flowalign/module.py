@@ -67,6 +67,10 @@ class AlignModule(Forward):
             r.data["train"].require_images(video=r.model.modality == "video")
         except ValueError as error:
             raise ConfigError(f"{error}, or {otherwise}.") from error
+        with (
+            as_config_errors()
+        ):  # a size that cannot be rendered or a video that is too short, before the baseline runs
+            r.data["train"].images([0], [1], *r.train_size.area)
 
     # ------------------------------------------------------------ building
 
@@ -75,28 +79,37 @@ class AlignModule(Forward):
         if self.policy is not None:  # Lightning calls this for every fit, validate and test
             return
         r = self.recipe
-        apart = r.consulted - r.same_as_live
-        kept = [name for name in r.frozen if name in apart or name == r.evaluation.copy]
-        missing = apart - set(kept) - {"reference"}
+        asked = r.consulted - r.same_as_live | (set() if r.evaluation.copy is None else {r.evaluation.copy})
+        kept = [name for name in r.frozen if name in asked]
+        missing = sorted(asked - set(kept) - {"reference"})
         if missing:
             raise ConfigError(
-                f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
+                f"the run consults {missing}, but `frozen` does not say how they follow the live weights: leave "
+                f"{' and '.join(f'frozen.{name}' for name in missing)} as by default."
             )
         if any(r.frozen[name].every == "always" for name in kept):
             raise ConfigError(f"frozen.{r.evaluation.copy}.every=always is no average: use evaluation.weights=live.")
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         strategy = self.trainer.strategy
         self.base = strategy.broadcast(identity(r.model.denoisers()))  # if sharded, only rank 0 has read the weights
-        shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with as_config_errors():
             r.running.check(strategy.root_device)
             self.policy = Policy(
-                r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, shard,
+                r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, self._finish_networks,
                 # A 16-bit merged weight would round away what the adapters have learnt.
                 merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
             )  # fmt: skip
             r.running.apply(r.model, rows_vary=r.optimisation.skip_zero)
         self._keep_from_ddp()
+
+    def _finish_networks(self) -> None:
+        """Cast and shard the prepared denoisers, before they are copied."""
+        if str(self.trainer.precision).startswith("64"):
+            # Lightning does so too, but only after reading a checkpoint, whose values float32 would have rounded.
+            for denoiser in self.recipe.model.denoisers().values():
+                denoiser.double()
+        if isinstance(self.trainer.strategy, Sharded):
+            self.trainer.strategy.shard(self.recipe.model)
 
     def _keep_from_ddp(self) -> None:
         """Exclude quantised weights and buffers from DDP's synchronisation.

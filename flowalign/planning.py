@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # they import PyTorch, which takes longer than printing a hel
 
 PLAN_GROUPS = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
 """Config group by the Recipe field that the batch plan depends on."""
-CHECKED_GROUPS = ("tune", "encoding", "evaluation", "optimisation", "schedule")
+CHECKED_GROUPS = ("tune", "encoding", "evaluation", "optimisation", "schedule", "dynamics", "credit")
 """Groups that are instantiated early only for the checks of their classes."""
 MAX_CHECKED_EPOCHS = 1000
 """Epochs whose steps are counted in advance, at most."""

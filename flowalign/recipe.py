@@ -116,6 +116,8 @@ def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
         )
     replays = algorithm.point == "transition"
     plan = recipe.steps(0, num_steps) if replays else None
+    if not replays:
+        recipe.times.check(num_steps)
     sources = 2 if algorithm.source == "both" else 1
     return Geometry(
         recipe.batch,
@@ -125,4 +127,5 @@ def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
         algorithm.samples_per_group or recipe.batch.members,
         whole=recipe.rollout.same_noise or recipe.scorer.groupwise or (plan is not None and plan.branches > 0),
         trunk=1 if plan is None else plan.trunk,
+        least=algorithm.least_micro,
     )

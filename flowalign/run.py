@@ -57,11 +57,9 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
 
     make = instantiate
     run_scorer: Scorer = scorer or make(cfg.reward)
-    with without_weights(not (reads_weights(cfg) or run_scorer.binds)):
-        model = make(cfg.model)
     config = OmegaConf.to_container(cfg, resolve=True)
-    return Recipe(
-        model=model,
+    # The model comes last, so that errors of the other groups are reported before it is loaded.
+    light: dict[str, Any] = dict(
         algorithm=make(cfg.algo),
         dynamics=make(cfg.dynamics),
         steps=make(cfg.steps),
@@ -83,8 +81,10 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         encoding=make(cfg.encoding),
         running=make(cfg.running),
         seed=cfg.seed,
-        config=config,  # type: ignore[arg-type]
+        config=config,
     )
+    with without_weights(not (reads_weights(cfg) or run_scorer.binds)):
+        return Recipe(model=make(cfg.model), **light)
 
 
 def reads_weights(cfg: DictConfig) -> bool:

@@ -56,16 +56,21 @@ class Running:
 
             check_compiler(device)
 
+    def check_family(self, family: FlowModel | type[FlowModel]) -> None:
+        """Raises ValueError for what a family cannot do whatever its weights are, so that these need not be there."""
+        if self.gradient_checkpointing and not family.checkpointing_is_exact:
+            name = (family if isinstance(family, type) else type(family)).__name__
+            raise ValueError(
+                f"{name} predicts something else under gradient checkpointing, since diffusers then drops "
+                "its attention mask: use running.gradient_checkpointing=false."
+            )
+
     def apply(self, model: FlowModel, rows_vary: bool = False) -> None:
         """Apply the settings to a pipeline that the policy has prepared.
 
         rows_vary: whether training batches vary in size. Raises ValueError for what the model family does not support.
         """
-        if self.gradient_checkpointing and not model.checkpointing_is_exact:
-            raise ValueError(
-                f"{type(model).__name__} predicts something else under gradient checkpointing, since diffusers then "
-                "drops its attention mask: use running.gradient_checkpointing=false."
-            )
+        self.check_family(model)
         in_float32_on_cpus()
         for denoiser in model.denoisers().values():
             if self.gradient_checkpointing:

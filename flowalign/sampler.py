@@ -187,7 +187,7 @@ class Record:
         if not self.rows:
             return Rollout(x0=x0, sigmas=sigmas)
         order = torch.tensor(self.rows, device=x0.device).argsort(stable=True)
-        columns = {name: torch.cat(parts)[order].unflatten(0, (len(x0), -1)) for name, parts in self.parts.items()}
+        columns = {name: _joined(parts)[order].unflatten(0, (len(x0), -1)) for name, parts in self.parts.items()}
         return Rollout(x0, sigmas, **columns)
 
 
@@ -196,5 +196,11 @@ def join(parts: Sequence[Rollout]) -> Rollout:
     columns = {}
     for name in ("x0", "steps", "x", "x_next", "log_prob", "std", "mean"):
         tensors = [part.__dict__.pop(name) for part in parts]
-        columns[name] = None if tensors[0] is None else torch.cat(tensors)
+        columns[name] = None if tensors[0] is None else _joined(tensors)
     return Rollout(sigmas=parts[0].sigmas, **columns)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat, without autocast, which refuses to join what is kept in another 16-bit type than its own."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(list(parts))

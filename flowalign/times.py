@@ -30,6 +30,10 @@ class Times(ABC):
         """Points per sample for a rollout of num_steps steps."""
         return max(1, int(0.99 * num_steps)) if self.num is None else self.num
 
+    def check(self, num_steps: int) -> None:
+        """Raises ValueError, before anything is sampled, for a schedule of which `draw` could take nothing."""
+        del num_steps
+
     def __call__(self, seed: int, epoch: int, keys: Sequence[int] | Tensor, sigmas: Tensor) -> Tensor:
         """(B, num) noise levels; sigmas (T+1,) is the schedule of the rollout."""
         drawn: dict[int, Tensor] = {}
@@ -82,6 +86,10 @@ class Stratified(Times):
         self.start: Start = start
         self.share = share
 
+    def check(self, num_steps: int) -> None:
+        """See the base class."""
+        self._range(num_steps)
+
     def draw(self, generator: Generator, sigmas: Tensor) -> Tensor:
         """See the base class."""
         num_steps = len(sigmas) - 1
@@ -92,17 +100,22 @@ class Stratified(Times):
 
     def indices(self, u: Tensor, num_steps: int) -> Tensor:
         """Indices into the schedule, (num,), of uniform numbers u, one a stratum."""
+        first, end = self._range(num_steps)
+        # Truncated bounds, as in the method's code: strata differ by one index where they do not divide evenly.
+        bounds = torch.linspace(first, end, len(u) + 1).long()
+        low, high = bounds[:-1], bounds[1:]
+        chosen = low + (u * (high - low)).long()
+        return torch.cat([chosen.new_zeros(1), chosen]) if self.start == "with_init" else chosen
+
+    def _range(self, num_steps: int) -> tuple[int, int]:
+        """The first index that may be drawn, and the one after the last; ValueError if there is none."""
         first, end = (0 if self.start == "discrete" else 1), int(num_steps * self.share)
         if end <= first:
             raise ValueError(
                 f"times.share={self.share} of {num_steps} steps leaves no noise level: use a larger share or more "
                 "steps."
             )
-        # Truncated bounds, as in the method's code: strata differ by one index where they do not divide evenly.
-        bounds = torch.linspace(first, end, len(u) + 1).long()
-        low, high = bounds[:-1], bounds[1:]
-        chosen = low + (u * (high - low)).long()
-        return torch.cat([chosen.new_zeros(1), chosen]) if self.start == "with_init" else chosen
+        return first, end
 
 
 class Uniform(Times):

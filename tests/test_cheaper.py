@@ -107,6 +107,8 @@ def test_the_settings_pass_the_check_of_a_command_line():
 def test_an_average_that_is_the_live_weights_is_refused(fit: Fit):
     with pytest.raises(ValueError, match=r"frozen.ema.every=always is no average: use evaluation.weights=live"):
         fit("algo=nft", "evaluation.weights=ema", "frozen.ema.every=always")
+    with pytest.raises(ConfigError, match=r"frozen.ema.every=always is no average"):  # before anything is loaded
+        compose_config("algo=nft", "evaluation.weights=ema", "frozen.ema.every=always")
 
 
 # ------------------------------------------------------------ merged adapters

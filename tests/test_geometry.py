@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
 
-from flowalign.geometry import Batch, Geometry, nearest_divisor
+from flowalign.geometry import Batch, Geometry, PlanError, nearest_divisor
 
 CASES = [
     # prompts, group, micro, updates, passes, points, ranks → accumulate, steps and batches an epoch, local samples
@@ -135,3 +136,20 @@ def test_a_micro_batch_holds_whole_groups_or_samples(together: Literal["group", 
 def test_groups_that_belong_together_are_dealt_whole_to_the_updates():
     with pytest.raises(ValueError, match=r"4 groups on a rank .* batch.updates=3 .* use batch.updates=4\.$"):
         Geometry(Batch(prompts=4, group_size=6, micro=6, updates=3), 1, together="group")
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "change"),
+    [
+        (Batch(prompts=2, group_size=2, micro=1), 1, r"batch.micro=1 leaves .* use batch.micro=2\.$"),
+        (Batch(prompts=2, group_size=3, micro=1, updates=2), 1, r"batch.micro=1 leaves .* use batch.micro=3\.$"),
+        (Batch(prompts=1, group_size=2, micro=1, updates=2), 1, "use batch.updates=1 and batch.micro=2 together"),
+        (Batch(prompts=1, group_size=2, micro=1), 2, "use batch.prompts=2 and batch.micro=2 together"),
+    ],
+)
+def test_points_that_are_compared_are_not_alone(batch: Batch, ranks: int, change: str):
+    Geometry(batch, 1, ranks)
+    with pytest.raises(ValueError, match=change) as refusal:
+        Geometry(batch, 1, ranks, least=2)
+    assert isinstance(refusal.value, PlanError)
+    assert Geometry(replace(batch, **refusal.value.changes), 1, ranks, least=2).micro >= 2

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d
 
 from flowalign.alive import Alive
+from flowalign.checks import ConfigError
+from flowalign.compatibility import check_groups
 from flowalign.decoding import Decoding, of_decoding
 from flowalign.memory import Share, advice, held, kept_for_backward, of_pass, plan
 from flowalign.models.sd3 import SD3
@@ -67,6 +69,13 @@ def test_a_family_that_checkpointing_changes_is_refused(sd3: SD3):
     sd3.checkpointing_is_exact = False  # type: ignore[misc]
     with pytest.raises(ValueError, match="use running.gradient_checkpointing=false"):
         Running(gradient_checkpointing=True).apply(sd3)
+
+
+def test_a_command_is_refused_such_a_family_before_it_is_loaded(compose: Callable[..., DictConfig]):
+    words = ("model=chroma", "tune=lora")
+    check_groups(compose(*words))
+    with pytest.raises(ConfigError, match=r"^Chroma predicts .* use running.gradient_checkpointing=false\.$"):
+        check_groups(compose(*words, "running.gradient_checkpointing=true"))
 
 
 def test_channels_last_decode_the_same_pictures(tiny: Callable[..., DictConfig]):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowalign.checks.errors import RunError
+from flowalign.checks.errors import ConfigError, RunError
 from flowalign.collect import Collected
 from flowalign.evaluation import Positions
 from flowalign.rewards.base import RewardError
@@ -270,6 +270,12 @@ def test_an_algorithm_without_its_copies_rule_is_refused(prepared: Callable[...,
         module.configure_model()
 
 
+def test_an_average_without_its_rule_is_refused(prepared: Callable[..., Run]):
+    module, _ = prepared("evaluation.weights=ema", "frozen.ema=null").build()
+    with pytest.raises(ConfigError, match=r"consults \['ema'\], but .*: leave frozen.ema as by default"):
+        module.configure_model()
+
+
 @pytest.mark.parametrize("algo", ["grpo", "nft"])
 def test_the_network_is_called_as_often_as_counted_and_frozen_copies_once_an_epoch(
     prepared: Callable[..., Run], algo: str
@@ -334,6 +340,11 @@ def test_a_picture_size_that_the_model_cannot_make_is_refused_before_training(pr
     run.recipe.eval_size = Size(70, 64)
     with pytest.raises(ValueError, match="cannot make pictures of 70×64"):
         run.build()
+
+
+def test_a_size_that_given_pictures_cannot_have_is_refused_before_training(prepared: Callable[..., Run]):
+    with pytest.raises(ConfigError, match=r"the scenes world draws squares: use resolution.train.width=64"):
+        prepared("algo=sft", "resolution.train.width=96").build()
 
 
 # ------------------------------------------------------------ scoring beside sampling

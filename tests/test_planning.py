@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flowalign.checks import ConfigError
 from flowalign.planning import check_plan, devices, replicas
+from flowalign.run import build_recipe
 
 
 @pytest.mark.parametrize(
@@ -18,12 +20,25 @@ from flowalign.planning import check_plan, devices, replicas
         (("trainer.devices=5",), r"cannot be dealt to 5 ranks: use batch.prompts=10 and batch.micro=24 together\.$"),
         (("reward=shapes_win_rate", "batch.prompts=11", "trainer.devices=2"), r"2 ranks in whole groups"),
         (("algo=tempflow", "batch.group_size=10"), r"trunks of 12 branches: use batch.group_size=12"),
+        (("algo=crd", "batch.micro=1"), r"batch.micro=1 leaves .* nothing can be learnt: use batch.micro=2\.$"),
+        (("dynamics=cps", "dynamics.eta=1.3"), r"^dynamics: CPS needs eta in \[0, 1\] \(got 1.3\)"),
+        (("credit=energies", "credit.clip=0"), "^credit: temperature and clips must be positive"),
+        (("times=stratified", "times.share=0.05"), r"times.share=0.05 of 10 steps leaves no noise level: use a larger"),
         (("algo=mixgrpo", "steps.parity=true", "steps.stay=1"), r"2 steps of a picture in epoch 0 and 1 in epoch 7"),
     ],
 )
 def test_a_plan_is_refused_from_the_config_alone(compose: Callable[..., Any], words: tuple[str, ...], sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         check_plan(compose(*words))
+
+
+def test_a_share_of_levels_that_nobody_draws_is_no_obstacle(compose: Callable[..., Any]):
+    check_plan(compose("algo=grpo", "times=stratified", "times.share=0.05"))
+
+
+def test_prompts_that_are_not_there_are_refused_before_the_model_is_loaded(compose: Callable[..., Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"^data.train: there is no prompt file"):
+        build_recipe(compose("data=folder", f"data.folder={tmp_path}", f"model.pretrained={tmp_path}/no_model"))
 
 
 @pytest.mark.parametrize(

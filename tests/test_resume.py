@@ -127,6 +127,17 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(
     assert {name.split(".")[2] for name in changed if ".copies." in name} == copies - {"reference"}
 
 
+def test_what_is_trained_in_double_precision_is_continued_in_it(fit: Callable[..., Fit], tmp_path: Path):
+    """Copies in the machine's memory too."""
+    words = (*RECIPES["nft"], "tune=lora", *COMMON, "trainer.precision=64-true", "policy.device_of_frozen=cpu")
+    straight, _, _ = fit("straight", *words, seed=1)
+    assert {t.dtype for t in straight.state_dict().values()} == {torch.float64}
+    with pytest.raises(KilledError):
+        fit("killed", *words, seed=2, kill=True)
+    resumed, _, _ = fit("killed", *words, seed=3, resume=tmp_path / "killed" / "checkpoints" / "last.ckpt")
+    assert differing(straight.state_dict(), resumed.state_dict()) == []
+
+
 def test_an_interrupted_run_with_every_saving_equals_the_uninterrupted_one(fit: Callable[..., Fit], tmp_path: Path):
     words = (*RECIPES["grpo"], "tune=lora", *COMMON, *SAVINGS)
     straight, _, metrics = fit("straight", *words, seed=1)

@@ -98,6 +98,23 @@ def test_a_walk_goes_on_from_the_rounded_states_that_it_keeps(dynamics: Dynamics
     assert not torch.equal(required(unrounded.x, "x"), x.float())
 
 
+@pytest.mark.parametrize("keep_in", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_what_states_are_kept_in_is_no_matter_of_autocast(keep_in: torch.dtype, autocast: torch.dtype):
+    """Which is for products, and there are none in this field."""
+
+    def joined() -> Rollout:
+        noises = (Noise(5, 0, range(start, start + 2), SHAPE) for start in (0, 2))
+        return join([walk(field, SIGMAS, All()(0, 4), FlowSDE(0.7), Euler(), n, keep_in=keep_in) for n in noises])
+
+    plain = joined()
+    with torch.autocast("cpu", autocast):
+        inside = joined()
+    for name in ("x0", "x", "x_next", "log_prob"):
+        assert torch.equal(getattr(inside, name), getattr(plain, name))
+        assert getattr(inside, name).dtype == getattr(plain, name).dtype
+
+
 def test_rounding_to_the_type_that_states_have_changes_nothing():
     plan, noise = All()(0, 4), Noise(5, 0, range(4), SHAPE)
     one, other = (walk(field, SIGMAS, plan, FlowSDE(0.7), Euler(), noise, keep_in=k) for k in (None, torch.float32))

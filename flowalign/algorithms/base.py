@@ -34,6 +34,8 @@ class Algorithm(ABC):
     """Whether the members of a group get the same noise and noise level for their j-th re-noised point."""
     samples_per_group: ClassVar[int | None] = None
     """Train only on so many members k of each group, the best ⌈k/2⌉ and the worst ⌊k/2⌋; None for all."""
+    least_micro: ClassVar[int] = 1
+    """Rows that a micro-batch needs: 2 where they are compared with the others of it, whatever these are."""
     dynamics_only: ClassVar[tuple[str, ...]] = ()
     """Names of the dynamics that it is defined for; empty for all."""
     energy: ClassVar[bool] = False

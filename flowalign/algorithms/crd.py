@@ -23,6 +23,7 @@ class CRD(Algorithm):
     point: ClassVar[Literal["transition", "noised"]] = "noised"
     samples_with: ClassVar[str | None] = "sampling"
     consults: ClassVar[tuple[str, ...]] = ("old",)
+    least_micro: ClassVar[int] = 2  # a row alone is its own centre
 
     def __init__(
         self,

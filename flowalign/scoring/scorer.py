@@ -179,16 +179,17 @@ class Scorer:
 
     def all(self, media: Tensor | None, prompts: Sequence[Prompt], latents: Latents | None = None) -> dict[str, Tensor]:
         """Scores (B,) of every evaluated reward by name, and the weighted sum of the objective as "reward"."""
-        return self.summed(self.start(RewardInput(prompts, media, latents), evaluation=True).result())
+        return self.summed(self.start(RewardInput(prompts, media, latents), evaluation=True).result(), len(prompts))
 
-    def summed(self, scores: Scores) -> Scores:
-        """Add the weighted sum of the objective as "reward"; NaN if none of its rewards is evaluated.
+    def summed(self, scores: Scores, number: int) -> Scores:
+        """Add the weighted sum of the objective as "reward" (number,); NaN if none of its rewards is evaluated.
 
         It always uses the final weights, so that evaluations of different epochs can be compared.
         """
         counted = [name for name in self.objective if name in scores]
-        if not counted:
-            return scores | {"reward": torch.full_like(next(iter(scores.values()), torch.empty(0)), torch.nan)}
+        if not counted:  # perhaps nothing at all is evaluated, so that no score says how many samples there are
+            like = next(iter(scores.values()), torch.empty(0))
+            return scores | {"reward": like.new_full((number,), torch.nan)}
         weights = self.weights()[[name in scores for name in self.objective]]
         return scores | {"reward": _total(torch.stack([scores[name] for name in counted], dim=1), weights)}
 

@@ -117,7 +117,10 @@ def test_groupwise_rewards_are_not_evaluated():
     scorer = Scorer({"rank": Compared(), "n": by_metadata}, weights={"rank": 2, "n": 3})
     assert scorer.measures == ["reward", "n"]
     assert scorer.all(MEDIA, PROMPTS)["reward"].tolist() == [3, 6]
-    assert Scorer(Compared()).all(MEDIA, PROMPTS)["reward"].isnan().all()
+    for held_out in (None, {"n": by_metadata}):  # as many as pictures, whether or not anything is evaluated
+        unknown = Scorer(Compared(), held_out).all(MEDIA, PROMPTS)["reward"]
+        assert unknown.shape == (2,)
+        assert unknown.isnan().all()
 
 
 def test_rewards_of_latents_get_latents_and_want_no_media():
