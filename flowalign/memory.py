@@ -16,7 +16,7 @@ from flowalign.alive import Alive, faked
 from flowalign.decoding import of_decoding
 from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
-from flowalign.models.quantised import is_quantised, pieces
+from flowalign.models.quantised import inner_tensors, is_quantised
 from flowalign.policy import Policy
 from flowalign.policy.merge import adapted as adapted_layers
 from flowalign.recipe import Recipe
@@ -42,7 +42,7 @@ class Share:
 
 def held(tensors: Iterable[Tensor]) -> int:
     """Bytes of distinct storages on this rank."""
-    storages = [piece.untyped_storage() for t in tensors for piece in pieces(local(t))]
+    storages = [piece.untyped_storage() for t in tensors for piece in inner_tensors(local(t))]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -66,11 +66,11 @@ def kept_for_backward(
     Blocks are not compiled for it.
     """
     held_by_model = [local(p) for d in model.denoisers().values() for p in d.parameters()]
-    own = {piece.untyped_storage().data_ptr() for p in held_by_model for piece in pieces(p)}
+    own = {piece.untyped_storage().data_ptr() for p in held_by_model for piece in inner_tensors(p)}
     seen: dict[int, int] = {}
 
     def count(t: Tensor) -> Tensor:
-        storages = [piece.untyped_storage() for piece in pieces(t)]
+        storages = [piece.untyped_storage() for piece in inner_tensors(t)]
         gathered = isinstance(t if t._base is None else t._base, nn.Parameter)  # whole for as long as its block runs
         if not gathered:
             seen.update({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own})

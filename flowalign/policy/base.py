@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from flowalign.models.quantised import pieces
+from flowalign.models.quantised import inner_tensors
 
 SAMPLED = 1024
 """Values of each parameter: many thousands in all, so that another training run of the same network shows."""
@@ -25,7 +25,7 @@ def identity(denoisers: Mapping[str, nn.Module]) -> str:
         for key, p in denoiser.named_parameters():
             if p.is_meta:
                 return ""
-            flat = pieces(p.detach())[0].flatten()
+            flat = inner_tensors(p.detach())[0].flatten()
             values = flat[:: max(len(flat) // SAMPLED, 1)][:SAMPLED].to("cpu", torch.bfloat16).contiguous()
             digest.update(f"{name} {key} {tuple(p.shape)} ".encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowalign.checks import ConfigError
 from flowalign.compatibility import check_groups
 from flowalign.memory import kept_for_backward, weights
-from flowalign.models.quantised import SUPERBLOCK, Kind, QuantisedLinear, is_quantised, packing, quantise
+from flowalign.models.quantised import SUPERBLOCK, Kind, QuantisedLinear, is_quantised, quantise, weight_quantiser
 from flowalign.models.sd3 import SD3
 from flowalign.policy import Lora, Policy
 from flowalign.policy.base import identity
@@ -124,7 +124,7 @@ def test_int8_is_what_diffusers_itself_makes_of_the_blocks(asked: Callable[..., 
 
 def test_a_weight_that_nf4_cannot_divide_stays_whole():
     block = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 130))
-    quantise([block], "nf4", packing("nf4"))
+    quantise([block], "nf4", weight_quantiser("nf4"))
     assert [is_quantised(layer.weight) for layer in block] == [True, False]
 
 
@@ -132,7 +132,7 @@ def test_a_weight_that_nf4_cannot_divide_stays_whole():
 def test_the_gradient_is_that_of_the_remade_weights(kind: str):
     torch.manual_seed(0)
     layer, x = nn.Linear(128, 256), torch.randn(3, 128, requires_grad=True)
-    held = QuantisedLinear(layer, packing(kind))  # type: ignore[arg-type]
+    held = QuantisedLinear(layer, weight_quantiser(kind))  # type: ignore[arg-type]
     remade = held(torch.eye(128)).T - layer.bias[:, None]
     (gradient,) = torch.autograd.grad(held(x).square().sum(), x)
     (expected,) = torch.autograd.grad((x @ remade.T + layer.bias).square().sum(), x)
