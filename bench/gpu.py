@@ -191,7 +191,7 @@ def described(row: Row, module: Any, precision: str) -> None:
     """What was run."""
     import torch
 
-    r, numbers = module.recipe, module.live.numbers()
+    r, numbers = module.recipe, module.live.parameter_counts()
     row.size = "×".join(str(n) for n in r.train_size.area if n is not None)
     row.parameters, row.trained = numbers["parameters"], numbers["trained"]
     row.samples = module.geometry.samples_local

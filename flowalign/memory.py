@@ -18,7 +18,7 @@ from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
 from flowalign.models.quantised import inner_tensors, is_quantised
 from flowalign.policy import Policy
-from flowalign.policy.merge import adapted as adapted_layers
+from flowalign.policy.merge import adapter_layers
 from flowalign.recipe import Recipe
 from flowalign.rollouts import SHOWN
 from flowalign.tensors import is_sharded, local
@@ -211,8 +211,8 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning,
     copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)
     points = geometry.trained_local * geometry.points_per_sample
     text = sum(map(weights, model.text_encoders().values()))
-    adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
-    before = [t for copy in policy.passing.values() for t in copy.values() if t.device == device]
+    adapted = held(layer.get_base_layer().weight for layer in adapter_layers(policy.denoisers))
+    before = [t for copy in policy.snapshots.values() for t in copy.values() if t.device == device]
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     whole = of_whole_pass(recipe, cond, precision, micro, geometry.accumulate > 1)
     passing = of_kept(recipe, cond, precision, micro) if whole is None else whole

@@ -29,7 +29,7 @@ from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
 from flowalign.policy import Policy
-from flowalign.policy.base import identity
+from flowalign.policy.fingerprint import weights_fingerprint
 from flowalign.recipe import Recipe
 from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
@@ -86,7 +86,8 @@ class AlignModule(Forward):
             raise ConfigError(f"frozen.{r.evaluation.copy}.every=always is no average: use evaluation.weights=live.")
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         strategy = self.trainer.strategy
-        self.base = strategy.broadcast(identity(r.model.denoisers()))  # if sharded, only rank 0 has read the weights
+        # If sharded, only rank 0 has read the weights.
+        self.base = strategy.broadcast(weights_fingerprint(r.model.denoisers()))
         shard = partial(strategy.shard, r.model) if isinstance(strategy, Sharded) else None
         with refusals():
             r.running.check(strategy.root_device)
@@ -342,7 +343,7 @@ class AlignModule(Forward):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Trained parameters and frozen copies only; the base model is not stored."""
-        kept = {f"policy.{key}" for key in self.live.kept_keys()}
+        kept = {f"policy.{key}" for key in self.live.checkpoint_keys()}
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in kept}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -16,7 +16,7 @@ from flowalign.memory import kept_for_backward, weights
 from flowalign.models.quantised import SUPERBLOCK, Kind, QuantisedLinear, is_quantised, quantise, weight_quantiser
 from flowalign.models.sd3 import SD3
 from flowalign.policy import Lora, Policy
-from flowalign.policy.base import identity
+from flowalign.policy.fingerprint import weights_fingerprint
 from flowalign.running import Running
 from tests.conftest import ROOT
 from tests.test_commands import picture, plain_pipeline
@@ -185,9 +185,9 @@ def test_a_base_in_16_bits_is_quantised_as_well(asked: Callable[..., Tensor], ki
 
 
 def test_every_kind_is_a_base_of_its_own():
-    bases = [identity(tiny_sd3(kind).denoisers()) for kind in (None, *KINDS)]
+    bases = [weights_fingerprint(tiny_sd3(kind).denoisers()) for kind in (None, *KINDS)]
     assert len(set(bases)) == 3
-    assert identity(tiny_sd3("int8").denoisers()) == bases[1]
+    assert weights_fingerprint(tiny_sd3("int8").denoisers()) == bases[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,7 +206,7 @@ def test_a_run_trains_adapters_only_from_a_ratio_of_one(tiny: Callable[..., Dict
 
     cfg = tiny("algo=grpo", f"model.quantised={kind}", "optimizer.lr=0.01", "trainer.check_val_every_n_epoch=9")
     recipe = build_recipe(cfg)
-    base, module = identity(recipe.model.denoisers()), AlignModule(recipe)
+    base, module = weights_fingerprint(recipe.model.denoisers()), AlignModule(recipe)
     trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
     trainer.fit(module)
     assert trainer.callback_metrics["train/on_policy_gap"] < 1e-5

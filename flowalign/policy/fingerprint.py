@@ -1,4 +1,4 @@
-"""What tells two bases apart: trained weights mean something on their own base only."""
+"""Fingerprint of the base weights: adapters and checkpoints are valid only for the base they were trained on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 from flowalign.models.quantised import inner_tensors
 
 SAMPLED = 1024
-"""Values of each parameter: many thousands in all, so that another training run of the same network shows."""
+"""Values hashed per parameter: many thousands in all, so that another training run of the same network differs."""
 
 
-def identity(denoisers: Mapping[str, nn.Module]) -> str:
-    """32 hexadecimal digits of names, shapes and evenly spread values of untouched networks; "" of meta parameters.
+def weights_fingerprint(denoisers: Mapping[str, nn.Module]) -> str:
+    """32 hex digits from the names, shapes and evenly spaced values of untrained networks; "" for meta parameters.
 
-    Values are taken in bfloat16: the same weights held in another type are the same base. Quantised ones are another,
-    told by their codes: a scale comes of a mean, which processors round differently.
+    Values are hashed in bfloat16, so that the same weights in another dtype are the same base. A quantised base is a
+    different one, and only its codes are hashed: scales come from means, whose rounding differs between processors.
     """
     digest = hashlib.sha256()
     for name, denoiser in denoisers.items():
