@@ -92,7 +92,7 @@ def write(page: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[*SEEDS], help="algorithms")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: three for the main algorithms, one for the others")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: three for main algorithms, one for others")
     parser.add_argument("--jobs", type=int, default=2, help="concurrent runs")
     parser.add_argument("--to", type=Path, default=ROOT / "outputs" / "compare")
     parser.add_argument("--keep", action="store_true", help="print the table without changing the docs")

@@ -1,4 +1,4 @@
-"""Pictures beside a prompt: how many, of which size, and what becomes of them."""
+"""Reference images: their number, their size and their encoding."""
 
 from __future__ import annotations
 

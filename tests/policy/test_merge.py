@@ -1,4 +1,4 @@
-"""Adapters folded into the weights: the same network but for rounding, and afterwards the very same weights."""
+"""Merged adapters: the same network up to rounding, and the original weights afterwards."""
 
 from __future__ import annotations
 

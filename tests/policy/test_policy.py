@@ -1,4 +1,4 @@
-"""The live network and its frozen copies: exchanged and restored to the bit."""
+"""The live network and its frozen copies: swapped and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tuned(transformer: nn.Module, kind: str, *copies: str) -> Policy:
 
 
 def move(policy: Policy, by: float = 0.1) -> None:
-    """As an optimiser would: every trained parameter, differently."""
+    """Change every trained parameter, each differently, as an optimiser would."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in policy.trained().values():
@@ -154,7 +154,7 @@ def test_copy_into_live_makes_the_copy_the_network(transformer: Any):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_kept_keys_are_what_is_trained_and_the_copies(transformer: Any, kind: str):
+def test_checkpoint_keys_are_the_trained_parameters_and_the_copies(transformer: Any, kind: str):
     policy = tuned(transformer, kind, "old")
     kept = policy.checkpoint_keys()
     assert kept <= policy.state_dict().keys()
@@ -163,7 +163,7 @@ def test_kept_keys_are_what_is_trained_and_the_copies(transformer: Any, kind: st
         assert all("lora" in key for key in kept)
 
 
-def test_the_kept_keys_alone_restore_a_policy(transformer: Any):
+def test_the_checkpoint_keys_alone_restore_a_policy(transformer: Any):
     from copy import deepcopy
 
     fresh = tuned(deepcopy(transformer), "lora", "old")
@@ -213,8 +213,8 @@ def test_an_unknown_place_for_copies_is_refused(transformer: Any):
         Policy({"transformer": transformer}, Full(), TARGETS, [], "gpu")  # type: ignore[arg-type]
 
 
-def test_a_page_locked_copy_has_the_same_values_in_the_same_parameters(monkeypatch: pytest.MonkeyPatch):
-    """Where there is no CUDA, memory can be said to be locked only."""
+def test_a_pinned_copy_has_the_same_values_in_the_same_parameters(monkeypatch: pytest.MonkeyPatch):
+    """Without CUDA pinning is only simulated."""
     locked: list[Tensor] = []
     monkeypatch.setattr(Tensor, "is_pinned", lambda t: any(t.data_ptr() == other.data_ptr() for other in locked))
     monkeypatch.setattr(Tensor, "pin_memory", lambda t: locked.append(t.clone()) or locked[-1])
@@ -229,7 +229,7 @@ def test_a_page_locked_copy_has_the_same_values_in_the_same_parameters(monkeypat
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_passing_copy_is_used_like_any_other_and_is_in_no_state(transformer: Any, kind: str):
+def test_a_snapshot_is_used_like_any_copy_and_is_in_no_state(transformer: Any, kind: str):
     policy = tuned(transformer, kind, "reference")
     start, keys = outputs(transformer), policy.state_dict().keys()
     policy.take_snapshot("start")
@@ -249,7 +249,7 @@ def test_a_passing_copy_is_used_like_any_other_and_is_in_no_state(transformer: A
 
 
 def test_an_average_at_an_interval_is_the_reference_one(golden: Callable[..., Any], agrees: Callable[..., bool]):
-    """Flow-GRPO's, which looks after every step and follows after every eighth."""
+    """Flow-GRPO's average, which is called after every step and updates after every eighth."""
     d = golden("decay_schedules")
     follow, ema = Follow(Average(), every="step", interval=8), torch.zeros(3, dtype=torch.float64)
     for k, live, theirs in zip(
