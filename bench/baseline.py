@@ -1,9 +1,9 @@
-"""An epoch in bare forwards, beside what two other systems take for the same: `python bench/baseline.py --compile`.
+"""The cost of an epoch in bare forward passes, compared with another system: `python bench/baseline.py --compile`.
 
-A random SD3 of 7.8 million parameters, one thread, 32 pictures of 64 × 64 in batches of 8, ten steps of which nine are
-trained on. Time is the CPU's, of the process: other work on the machine then matters less. Before and after every
-epoch the same process times bare forwards of a batch (no adapters, not compiled; with guidance of 16 rows), and the
-epoch is given in these. The first epoch, with all compilation, is told apart.
+A random SD3 of 7.8 million parameters, one thread, 32 images of 64 × 64 in batches of 8, ten steps of which nine are
+trained on. Times are CPU seconds of the process, which depend less on other load. Before and after every epoch the same
+process times bare forward passes of one batch (no adapters, not compiled; 16 rows with guidance), and the cost of the
+epoch is given in these units. The first epoch, which includes all compilation, is reported separately.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMMON = (
 )  # fmt: skip
 GRPO = ("algo=grpo", "steps=all", "rollout.same_noise=false", "algo.clip=1e-4")
 NFT = ("algo=nft", "frozen.old.every=always")
-AWM = ("algo=awm", "algo.ema_beta=0", "batch.micro=9")  # nine points of a picture belong together: as many rows in all
+AWM = ("algo=awm", "algo.ema_beta=0", "batch.micro=9")  # a micro-batch holds the nine points of an image
 LORA = ("tune=lora", "tune.rank=8", "tune.alpha=16")
 FULL = ("tune=full",)
 WORKLOADS = {
@@ -46,17 +46,17 @@ WORKLOADS = {
     "grpo_lora_kl": (GRPO, LORA, ("algo.kl_beta=1e-3", "optimisation.kl_share=0.33")),
 }
 UNIT = 8
-"""Rows of a bare forward, which the other systems' batches have, whatever ours have."""
+"""Rows of a bare forward pass: the batch size of the other system, whatever ours is."""
 RIVALS = {
     "grpo_lora": 158, "grpo_full": 152, "nft_lora": 191, "nft_full": 187, "awm_lora": 186, "awm_full": 187,
     "grpo_lora_cfg": 142, "grpo_lora_kl": 194,
 }  # fmt: skip
-"""Flow-Factory 0.1.0 on this workload; guidance with both gradients, the penalty at every point."""
+"""Flow-Factory 0.1.0 on these workloads; gradients through both branches of guidance, KL penalty at every point."""
 
 
 @dataclass
 class Row:
-    """One workload. Units are bare forwards of one batch; CPU seconds; medians, the range in brackets."""
+    """One workload: medians in bare forward passes of one batch and in CPU seconds, with ranges in brackets."""
 
     workload: str
     compiled: bool
@@ -69,18 +69,18 @@ class Row:
     epoch_s: float
     forward_s: float
     first_epoch_s: float
-    """With warming up, and with compiling in this process and its children."""
+    """Including warm-up and compilation, in this process and its children."""
     peak_rss_mb: float
 
 
 def with_children() -> float:
-    """The same with compilers that have ended."""
+    """CPU seconds of this process and of its finished children, such as compilers."""
     own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
 
 
 class Around:
-    """Bare forwards before and after every epoch, and all CPU seconds of the first."""
+    """Times bare forward passes before and after every epoch, and all CPU seconds of the first epoch."""
 
     def __init__(self, bare: Callable[[], None]) -> None:
         self.bare = bare
@@ -105,7 +105,7 @@ class Around:
 
 
 def bare_forward(recipe: Any) -> Callable[[], None]:
-    """UNIT rows through the network as it comes from its folder."""
+    """A forward pass of UNIT rows through the untouched pretrained network."""
     import copy
 
     import torch
@@ -124,12 +124,12 @@ def bare_forward(recipe: Any) -> Callable[[], None]:
 
 
 def words(workload: str) -> list[str]:
-    """Its overrides, but for the model."""
+    """The overrides of a workload, without those of the model."""
     return [*COMMON, *(word for part in WORKLOADS[workload] for word in part)]
 
 
 def measure(workload: str, model: list[str], folder: str, compiled: bool, epochs: int, overrides: list[str]) -> Row:
-    """Some epochs after one that warms up."""
+    """Measure `epochs` epochs after one warm-up epoch."""
     import torch
 
     from bench.clocks import Phases
@@ -147,7 +147,7 @@ def measure(workload: str, model: list[str], folder: str, compiled: bool, epochs
 
 
 def row(workload: str, compiled: bool, seen: Any, around: Around) -> Row:
-    """Each epoch but the first, in the bare forwards just before and after it."""
+    """Summarise all epochs but the first, each in units of the bare forward passes just before and after it."""
     forwards = [(a + b) / 2 for a, b in zip(around.forwards[2::2], around.forwards[3::2], strict=True)]
 
     def units(seconds: list[float]) -> list[float]:
@@ -174,8 +174,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="WORKLOAD")
-    parser.add_argument("--epochs", type=int, default=5, help="measured epochs, after one to warm up")
-    parser.add_argument("--compile", action="store_true", help="block by block (running.compile)")
+    parser.add_argument("--epochs", type=int, default=5, help="measured epochs, after one warm-up epoch")
+    parser.add_argument("--compile", action="store_true", help="compile block by block (running.compile)")
     parser.add_argument("--to", type=Path, default=place())
     given = parser.parse_intermixed_args()
     rows = Rows(given.to / "baseline.json")

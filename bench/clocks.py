@@ -1,4 +1,4 @@
-"""Callbacks that read the clock: phases of epochs, the way to a quality, the way to the first step."""
+"""Timing callbacks: the phases of epochs, the time to a quality, the time to the first optimiser step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PHASES = ("rollout", "frozen", "optimise")
 class Phases(Checkpoint, Report):
     """Seconds of every epoch, by phase: rollout, velocities of frozen copies, optimisation.
 
-    Formally a Checkpoint: such a callback hears of the end of an epoch after the module, whose copies have then
-    followed. An evaluation would count as optimisation; measuring programs switch it off.
+    Subclasses Checkpoint because Lightning calls such callbacks at the end of an epoch after the module, whose frozen
+    copies are then updated. An evaluation would count as optimisation; the benchmarks switch it off.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Phases(Checkpoint, Report):
         before: Callable[[], object] = lambda: None,
         after: Callable[[], object] = lambda: None,
     ) -> None:
-        """before and after every epoch these are called, outside of its time."""
+        """`before` and `after` are called around every epoch and are not timed."""
         self.clock, self.before, self.after = clock, before, after
         self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
 
@@ -43,7 +43,7 @@ class Phases(Checkpoint, Report):
         self.stamp, self.consulting = self.clock(), 0.0
 
     def begin(self, phase: str, total: int) -> None:
-        if phase == "frozen":  # once a copy, while the last rewards of the rollout are on their way
+        if phase == "frozen":  # once per copy, while the last rewards are pending
             self.asked = self.clock()
         elif phase == "optimise":
             self.seconds["frozen"].append(self.consulting)
@@ -58,7 +58,7 @@ class Phases(Checkpoint, Report):
         self.after()
 
     def _lap(self) -> float:
-        """Seconds since the last one."""
+        """Seconds since the previous call."""
         began, self.stamp = self.stamp, self.clock()
         return self.stamp - began
 
@@ -69,10 +69,10 @@ class Phases(Checkpoint, Report):
 
 
 class Course(Callback):
-    """Writes what a measure was at every evaluation of a training, and the seconds of training up to it.
+    """Records a metric at every evaluation of a run, with the seconds of training up to it.
 
-    Evaluations do not count as training; whatever else happens in an epoch does. The training stops at an evaluation
-    that is `enough` above the baseline.
+    Everything in an epoch but evaluations counts as training. Training stops at the first evaluation that is at least
+    `enough` above the baseline.
     """
 
     def __init__(self, path: str, metric: str, enough: float) -> None:
@@ -105,7 +105,7 @@ class Course(Callback):
 
 
 class Moments(Callback):
-    """Writes when a run has come how far, in seconds since 1970, and ends the process at its first optimiser step."""
+    """Writes the Unix times of a run's milestones, and ends the process after the first optimiser step."""
 
     def __init__(self, path: str) -> None:
         self.path, self.moments = Path(path), {}

@@ -1,7 +1,7 @@
 """Every algorithm on the embedded model: `make compare`, `make compare ARGS="--only grpo nft trainer.max_epochs=50"`.
 
-Runs what is missing, continues what was interrupted, and writes table and curves into docs/algorithms/. Runs have one
-thread each and stand side by side, which uses two cores better than two threads in one run.
+Runs what is missing, resumes what was interrupted, and writes the table and curves into docs/algorithms/. Runs have one
+thread each and run concurrently, which uses two cores better than two threads in one run.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/algorithms"
 BEGIN, END = "<!-- written by make compare -->", "<!-- end -->"
 EPOCHS = 30
-"""Fewer than the default 50: the order is clear by then, and 26 runs are an hour and a half instead of three."""
+"""Fewer than the default 50: the ranking is clear by then, and 26 runs take an hour and a half instead of three."""
 SEEDS = {
     **dict.fromkeys(("grpo", "grpo_guard", "mixgrpo", "tempflow", "nft", "awm", "flowawr"), (0, 1, 2)),
     **dict.fromkeys(("dance_grpo", "mixgrpo_flash", "flow_dppo", "dpo", "dgpo", "crd", "sft"), (0,)),
 }
-"""Of every algorithm but flow_grpo_fast, which on the embedded model is grpo to the last number."""
+"""For every algorithm but flow_grpo_fast, which on the embedded model is identical to grpo."""
 
 
 def run(algo: str, seed: int, folder: Path, overrides: list[str]) -> bool:
-    """One run to its end; what a former call left is continued. Whether it succeeded."""
+    """Complete one run, resuming what an earlier call left. Returns whether it succeeded."""
     if finished(folder):
         return True
     last = folder / "checkpoints" / "last.ckpt"
@@ -48,7 +48,7 @@ def run(algo: str, seed: int, folder: Path, overrides: list[str]) -> bool:
 
 
 def row(algo: str, folders: list[Path]) -> str:
-    """Base → final of the test prompts, the best of the validation curve, and what it cost."""
+    """Baseline and final values on the test prompts, the best of the validation curve, and the cost."""
     documents = [summary(folder) for folder in folders]
     before = [d["baseline"]["test/strict"] for d in documents]
     after = [d["final"]["test/strict"] for d in documents]
@@ -72,7 +72,7 @@ def report(runs: dict[str, list[Path]]) -> str:
 
 
 def course(folders: list[Path]) -> str:
-    """The validation curve of one algorithm as a table: a column an epoch."""
+    """The validation curves of one algorithm as a table, one column per epoch."""
     curves = {name: [curve(folder, f"val/{name}") for folder in folders] for name in ("strict", "reward", "quality")}
     epochs = sorted(set.intersection(*(set(c) for group in curves.values() for c in group)))
     lines = [f"| epoch | {' | '.join(map(str, epochs))} |", "|---" * (len(epochs) + 1) + "|"]
@@ -84,7 +84,7 @@ def course(folders: list[Path]) -> str:
 
 
 def write(page: Path, text: str) -> None:
-    """The part of the page between its two marks."""
+    """Replace the part of the page between its two markers."""
     head, rest = page.read_text().split(BEGIN, 1)
     page.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.split(END, 1)[1]}")
 
@@ -92,14 +92,14 @@ def write(page: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[*SEEDS], help="algorithms")
-    parser.add_argument("--seeds", nargs="+", type=int, help="instead of three for the main ones and one for others")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: three for main algorithms, one for others")
+    parser.add_argument("--jobs", type=int, default=2, help="concurrent runs")
     parser.add_argument("--to", type=Path, default=ROOT / "outputs" / "compare")
-    parser.add_argument("--keep", action="store_true", help="print the table and leave the docs alone")
-    parser.add_argument("--report", action="store_true", help="run nothing: the table of what is finished")
+    parser.add_argument("--keep", action="store_true", help="print the table without changing the docs")
+    parser.add_argument("--report", action="store_true", help="run nothing; report what is finished")
     known, overrides = parser.parse_known_args()
     jobs = [(algo, seed) for algo in known.only for seed in known.seeds or SEEDS[algo]]
-    jobs.sort(key=lambda job: job[1])  # one seed of each first: an interrupted comparison is still one
+    jobs.sort(key=lambda job: job[1])  # one seed of each first, for an early comparison
     folders = {job: (known.to / job[0] / f"seed{job[1]}").resolve() for job in jobs}
     with ThreadPoolExecutor(known.jobs) as pool:
         todo = [] if known.report else jobs

@@ -18,7 +18,7 @@ METRICS = ("val/strict", "val/quality")
 
 
 def name(folder: Path) -> str:
-    """Algorithm, what is trained, and the height at which it is judged where that is not the one of training."""
+    """Algorithm and tune, and the evaluation height if it differs from that of training."""
     config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     tune = config.tune["_target_"].rsplit(".", 1)[-1].lower()
     trained, judged = config.resolution.train.height, config.resolution.eval.height
@@ -27,7 +27,7 @@ def name(folder: Path) -> str:
 
 
 def plot(target: Path, groups: dict[str, list[Path]], metrics: tuple[str, ...] = METRICS) -> None:
-    """A panel a metric; a line a group of runs, with a band over its seeds."""
+    """Draw one panel per metric, with one line per group of runs and a band over its seeds."""
     figure, axes = plt.subplots(1, len(metrics), figsize=(10, 4), layout="constrained")
     for axis, metric in zip(axes, metrics, strict=True):
         colours = matplotlib.color_sequences["tab20" if len(groups) > 10 else "tab10"]

@@ -1,8 +1,8 @@
-"""How near an epoch comes to the network calls that it cannot do without: `make bench`, or `make bench ARGS="--help"`.
+"""How close an epoch comes to the cost of its network calls: `make bench`, or `make bench ARGS="--help"`.
 
 The floor of an epoch is (calls of the bare network × cost of one) + VAE decodes. Costs are measured in the same
-process, between the epochs that they are compared with, so that a busy machine slows both. Every workload has a process
-of its own, since peak memory only ever rises.
+process, between the epochs that they are compared with, so that other load slows both. Every workload runs in its own
+process, since peak memory never decreases.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WORKLOADS = {
 
 @dataclass
 class Row:
-    """One workload. Seconds are medians over epochs; raw_fwd_units = epochs in bare forwards at the rollout's batch."""
+    """One workload: medians over epochs; raw_fwd_units: bare forward passes at the rollout's batch size."""
 
     workload: str
     floor_s: float
@@ -44,7 +44,7 @@ class Row:
 
 
 class Floor:
-    """Times single calls of the bare parts, as an epoch of this module makes them."""
+    """Times single calls of the network and the VAE, with the batch sizes of the module's epochs."""
 
     def __init__(self, module: Any) -> None:
         import copy
@@ -56,7 +56,7 @@ class Floor:
         r, self.module = module.recipe, module
         self.batch = min(r.rollout.batch_size, module.geometry.samples_local)
         self.micro = next(iter(IndexLoader(module.geometry, r.seed, 0)))
-        # Rollouts are measured against the network without adapters, which is what there was before training.
+        # Rollouts are compared with the network without adapters, as it was before training.
         self.bare = copy.copy(r.model)
         self.bare.pipe = copy.copy(r.model.pipe)
         self.bare.pipe.transformer = copy.deepcopy(r.model.pipe.transformer)
@@ -92,7 +92,7 @@ class Floor:
         return median(self.times[name])
 
     def seconds(self) -> float:
-        """An epoch's calls, as the module counts them, times what each costs; a smaller batch counts by its share."""
+        """The calls of an epoch, as the module counts them, times the cost of each; partial batches count pro rata."""
         module = self.module
         g = module.geometry
         epochs = module.counts["samples"] / g.samples
@@ -105,7 +105,7 @@ class Floor:
 
 
 def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
-    """Warm up for an epoch, then time `epochs` more."""
+    """Time `epochs` epochs after one warm-up epoch."""
     from bench.clocks import Phases
 
     module, trainer = built(
@@ -142,7 +142,7 @@ def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
 
 
 def random_model(name: str, folder: Path) -> list[str]:
-    """Overrides that choose it, once it is made; none for the embedded one."""
+    """Write a random model and return the overrides that select it; none for the embedded one."""
     if name == "tiny_sd3":
         return []
     from bench.random_sd3 import SIZES, random_sd3
@@ -154,7 +154,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="One epoch, warm: what the network alone would take, and what it took")
+    table = Table(title="One warm epoch: the floor of the network alone, and the actual time")
     for column in rows[0]:
         table.add_column(column, justify="left" if column == "workload" else "right")
     for row in rows:
@@ -165,7 +165,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
-    parser.add_argument("--epochs", type=int, default=3, help="timed epochs, after one to warm up")
+    parser.add_argument("--epochs", type=int, default=3, help="timed epochs, after one warm-up epoch")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="WORKLOAD")
     parser.add_argument("--model", default="tiny_sd3", help="or a random one: 8M, 30M (parameters)")
     parser.add_argument("--to", type=Path, default=place())

@@ -1,7 +1,7 @@
-"""What becomes of a run that is killed, stopped, starved or fed rubbish: real processes and signals, and a table.
+"""Fault injection: runs that are killed, signalled, starved or given damaged files, with a table of the outcomes.
 
-`python bench/faults.py` runs everything; `--only killed disk` some cases, `--kills 50` so many random kills. A run is
-three epochs of the embedded model; what is resumed is compared to the last bit with the run that nothing happened to.
+`python bench/faults.py` runs everything; `--only killed disk` selects cases, `--kills 50` sets the number of random
+kills. A run is three epochs of the embedded model; a resumed run is compared bit for bit with an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from bench import forked  # noqa: E402
 from bench.forked import Ended  # noqa: E402
 
 PAIR = ("trainer.devices=2", "batch.micro=1")
-"""Words of a run of two ranks."""
+"""Overrides of a run with two ranks."""
 GRACE = 10.0
-"""Seconds for Python's own helpers of processes, which notice that they are orphans."""
+"""Seconds for Python's own helper processes to notice that they are orphans."""
 
 
 @dataclass
 class Outcome:
-    """One row. seconds: the longest from the fault to the end of the last process. lost: epochs begun that had to be
-    repeated, at most; equal: how many resumed runs equal the uninterrupted one."""
+    """One row. seconds: longest time from the fault to the end of the last process; lost: most epochs that had to be
+    repeated; equal: number of resumed runs equal to the uninterrupted one."""
 
     case: str
     runs: int
@@ -47,7 +47,7 @@ class Outcome:
 
 
 class Bench:
-    """Runs below a folder, and the uninterrupted ones that they are compared with."""
+    """Runs in a folder, and the uninterrupted runs that they are compared with."""
 
     def __init__(self, folder: Path, kills: int) -> None:
         self.folder, self.kills = folder, kills
@@ -64,7 +64,7 @@ class Bench:
         return self._whole[key]
 
     def resumed(self, folder: Path, *words: str, ranks: int = 1) -> bool:
-        """Whether a run goes on from what it has left, and ends as if nothing had happened."""
+        """Resume a run. Returns whether it ends like the uninterrupted one."""
         ended = forked.run(folder, *words, "ckpt_path=auto", ranks=ranks)
         return set(ended.codes) == {0} and forked.same_end(folder, self.whole(*words, ranks=ranks)[0])
 
@@ -80,18 +80,18 @@ class Bench:
 
 
 def begun(run: forked.Started, epoch: int = 0) -> None:
-    """Waits for an epoch of a run with a Trap."""
+    """Wait until a run with a Trap has begun `epoch`."""
     while run.processes[0].is_alive() and epochs(run.folder) <= epoch:
         time.sleep(0.05)
 
 
 def epochs(folder: Path) -> int:
-    """How many a run with a Trap has begun."""
+    """Number of epochs that a run with a Trap has begun."""
     return int((folder / "epoch").read_text() or 0) + 1 if (folder / "epoch").exists() else 0
 
 
 def lost(folder: Path) -> int:
-    """Epochs that were begun and are not in the checkpoint."""
+    """Number of epochs that were begun and are not in the checkpoint."""
     written = (folder / "checkpoints" / "last.ckpt").exists()
     return epochs(folder) - (int(forked.last(folder)["epoch"]) + 1 if written else 0)
 
@@ -100,7 +100,7 @@ def lost(folder: Path) -> int:
 
 
 def killed(bench: Bench) -> Iterator[Outcome]:
-    """kill -9 at random moments of random epochs, each followed by a resumption."""
+    """kill -9 at random moments of random epochs, then resume."""
     draw, (_, length) = random.Random(0), bench.whole()
     ended, folders, repeated, equal = [], [], [], 0
     for i in range(bench.kills):
@@ -130,7 +130,7 @@ def dead_rank(bench: Bench) -> Iterator[Outcome]:
 
 
 def launched(bench: Bench) -> Iterator[Outcome]:
-    """Two ranks of which Lightning starts the second: what becomes of the process that a user has started."""
+    """Two ranks, the second started by Lightning: how the process ends that the user has started."""
     for send, rank in (("SIGKILL", 1), ("SIGTERM", 0), ("SIGTERM", 1)):
         folder = bench.folder / f"launched_{send}{rank}"
         ended = forked.run(folder, *PAIR, "strategy=ddp", *trapped("rollout", [rank], send))
@@ -138,7 +138,7 @@ def launched(bench: Bench) -> Iterator[Outcome]:
 
 
 def torchrun(bench: Bench) -> Iterator[Outcome]:
-    """Two ranks of a real torchrun: one is killed, one is asked to stop, the launcher itself is asked to stop."""
+    """Two ranks under a real torchrun: SIGKILL to one rank, SIGTERM to one rank, SIGTERM to the launcher."""
     words = (*PAIR, "strategy=ddp")
     for send, rank in (("SIGKILL", 1), ("SIGTERM", 0), ("SIGTERM", None)):
         name = f"{send} to {'the launcher' if rank is None else f'rank {rank}'} during rollout"
@@ -160,7 +160,7 @@ def trapped(moment: str, ranks: list[int], send: str) -> tuple[str, ...]:
 
 
 def terminated(bench: Bench) -> Iterator[Outcome]:
-    """SIGTERM to some of two ranks, each followed by a resumption."""
+    """SIGTERM to one or both of two ranks, then resume."""
     words = (*PAIR, "strategy=ddp")
     for ranks in ([0], [1], [0, 1]):
         for moment in ("rollout", "optimisation", "validation", "writing"):
@@ -172,7 +172,7 @@ def terminated(bench: Bench) -> Iterator[Outcome]:
 
 
 def requeued(bench: Bench) -> Iterator[Outcome]:
-    """SIGUSR1 under SLURM, with a command that only notes what it is asked for."""
+    """SIGUSR1 under SLURM, with a scontrol that only records its arguments."""
     folder = bench.folder / "requeued"
     folder.mkdir(parents=True)
     scontrol = folder / "scontrol"
@@ -186,7 +186,7 @@ def requeued(bench: Bench) -> Iterator[Outcome]:
 
 
 def interrupted(bench: Bench) -> Iterator[Outcome]:
-    """Ctrl-C with rewards in processes of their own."""
+    """Ctrl-C with rewards in worker processes."""
     workers = ("reward=brightness", "~reward.held_out", "reward.objective._target_=flowalign.rewards.workers.InWorkers")
     reward = "+reward.objective.reward={_target_: flowalign.rewards.brightness.Brightness}"
     folder = bench.folder / "interrupted"
@@ -219,7 +219,7 @@ def disk(bench: Bench) -> Iterator[Outcome]:
 
 
 class Bomb:
-    """What a pickle can do."""
+    """A pickle that executes a command when it is loaded."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -229,7 +229,7 @@ class Bomb:
 
 
 def spoilt(whole: Path, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Checkpoints that are none, by what was done to them."""
+    """Yield invalid checkpoints, with what is wrong with each."""
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -249,7 +249,7 @@ def spoilt(whole: Path, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def checkpoints(bench: Bench) -> Iterator[Outcome]:
-    """Resuming from what is no checkpoint."""
+    """Resume from invalid checkpoints."""
     whole, _ = bench.whole()
     for name, path in spoilt(whole, bench.folder / "spoilt"):
         ended = forked.run(bench.folder / f"from_{path.stem}", f"ckpt_path={path}")
@@ -258,7 +258,7 @@ def checkpoints(bench: Bench) -> Iterator[Outcome]:
 
 
 def another_base(bench: Bench) -> Iterator[Outcome]:
-    """Resuming where the pipeline's weights have changed."""
+    """Resume with other weights in the pipeline."""
     from safetensors.torch import load_file, save_file
 
     import flowalign
@@ -273,7 +273,7 @@ def another_base(bench: Bench) -> Iterator[Outcome]:
 
 
 def cache(bench: Bench) -> Iterator[Outcome]:
-    """Encoded prompts on the disk that were cut short, and one with an upset bit."""
+    """Cached prompt encodings that are truncated, and one with a flipped bit."""
     kept, whole = bench.folder / "cache", bench.whole()[0]
     first = forked.run(bench.folder / "cached", f"encoding.cache={kept}")
     files = sorted(kept.glob("**/*.safetensors"))
@@ -291,7 +291,7 @@ def cache(bench: Bench) -> Iterator[Outcome]:
 
 
 def two(bench: Bench) -> Iterator[Outcome]:
-    """A second run in the folder of one that is still going."""
+    """A second run in the folder of one that is still running."""
     folder = bench.folder / "two"
     first = forked.start(folder, *forked.TRAP)
     begun(first)
@@ -305,7 +305,7 @@ def two(bench: Bench) -> Iterator[Outcome]:
 
 
 def not_finite(bench: Bench) -> Iterator[Outcome]:
-    """A loss that is NaN in one step, in all epochs, and on one of two ranks."""
+    """A NaN loss in one step, on one of two ranks, and in every epoch."""
     trap = "+callbacks.trap._target_=bench.trap.NotFinite"
     ddp = (*PAIR, "strategy=ddp", "+callbacks.trap.rank=1")
     for name, words, ranks in (
@@ -318,7 +318,7 @@ def not_finite(bench: Bench) -> Iterator[Outcome]:
 
 
 def memory(bench: Bench) -> Iterator[Outcome]:
-    """The machine's allocator refuses, in the baseline evaluation and in the second rollout."""
+    """CPU memory runs out, in the baseline evaluation and in the second rollout."""
     for pictures, phase in ((0, "evaluation"), (13, "rollout")):
         folder = bench.folder / f"memory_{phase}"
         reward = ("reward.objective._target_=bench.trap.Hungry", f"+reward.objective.pictures={pictures}")
@@ -342,7 +342,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def measure(rows: Iterator[Outcome], to: Path) -> None:
-    """Writes the table `to` and its values beside it, row by row."""
+    """Write the table `to`, and its values to a JSON file beside it, row by row."""
     outcomes = []
     for outcome in rows:
         outcomes.append(outcome)
@@ -353,7 +353,7 @@ def measure(rows: Iterator[Outcome], to: Path) -> None:
 
 
 def prepare() -> None:
-    """Imports what every run needs, once."""
+    """Import what every run needs, once, before forking."""
     import torch
 
     import flowalign.callbacks.checkpoint_io

@@ -1,8 +1,8 @@
-"""A reward server that fails as its address says: http://127.0.0.1:PORT/hangs hangs, …/garbage answers garbage.
+"""A reward server whose URL selects how it fails: http://127.0.0.1:PORT/hangs hangs, …/garbage answers garbage.
 
-Its honest score is the mean of a picture. `python bench/faulty_reward.py` prints its port and serves until killed.
-The first part of the path names the fault, a second one how many requests are answered well before it begins, a third
-one how many are not.
+Its correct score is the mean of an image. `python bench/faulty_reward.py` prints its port and serves until killed. The
+first part of the path names the fault, an optional second one the number of correct answers before it, and a third one
+the number of faulty answers.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def honest(query: Node) -> Node:
 
 
 def everywhere(value: Any) -> Callable[[Node], Node]:
-    """The same score for every sample."""
+    """Replace every score by `value`."""
     return lambda node: node | {"scores": [entry | {"score": value} for entry in node["scores"]]}
 
 
 def renamed(node: Node) -> Node:
-    """Scores under the ids that the samples would have elsewhere in the request."""
+    """Replace each id by the one that the sample would have at another position in the request."""
     names = [entry["id"] for entry in node["scores"]]
     moved = [f"{(i + 1) % len(names)}-{name.split('-')[1]}" for i, name in enumerate(names)]
     if len(names) == 1:
@@ -70,7 +70,7 @@ WRONG: dict[str, Callable[[Node], Node]] = {
     "null": everywhere(None),
     "not_an_object": lambda node: node["scores"],  # type: ignore[dict-item, return-value]
 }
-"""Answers that are wrong (all but null, which is honest: a sample without a score)."""
+"""Wrong answers (all but null, which is valid: a sample without a score)."""
 STATUS = {
     "error_500": (500, "RuntimeError: the reward broke"),
     "out_of_memory": (500, "OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB"),
@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:  # noqa: N802
         fault = self.path.split("/")[1]
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         self._fail("none" if well else fault, query)
 
     def _fail(self, fault: str, query: Node) -> None:
-        """Physical faults here; the wrong answers and refusals are tables above."""
+        """Produce transport faults here; wrong answers and error statuses come from the tables above."""
         if fault == "slow_start" and time.monotonic() < BEGAN + SLOW:
             self._say(503, b'{"error": "the reward is starting"}')
         elif fault == "dies":

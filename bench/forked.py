@@ -1,5 +1,5 @@
-"""Real runs of `python train.py …` as processes that may be signalled, killed and waited for; forked, since importing
-everything takes longer than a run of these.
+"""Real runs of `python train.py …` as processes that can be signalled, killed and waited for. They are forked, since
+importing everything takes longer than one of these runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BOUND = 300.0
-"""Seconds after which a run is killed and counts as hanging; generous, for a machine that does other things too."""
+"""Seconds after which a run is killed and counts as hung; generous, as the machine may be busy."""
 TINY = (
     *("batch.prompts=2", "batch.group_size=2", "batch.micro=2", "batch.updates=2", "tune=lora", "rollout.num_steps=2"),
     *("rollout.batch_size=1", "times.num=null", "evaluation.sampling.num_steps=1", "evaluation.sampling.batch_size=1"),
@@ -38,13 +38,13 @@ class Started:
     processes: list[Any]
 
     def send(self, number: int) -> None:
-        """To every rank and whatever belongs to its process group, as a terminal does."""
+        """Signal every rank and its process group, as a terminal does."""
         for process in self.processes:
             if process.is_alive():
                 os.killpg(process.pid, number)
 
     def wait(self, bound: float = BOUND) -> Ended:
-        """The end of all ranks; what has not ended within `bound` seconds is killed."""
+        """Wait for all ranks; those still running after `bound` seconds are killed."""
         until = time.monotonic() + bound
         for process in self.processes:
             process.join(max(until - time.monotonic(), 0))
@@ -60,7 +60,7 @@ class Started:
 
 @dataclass
 class Ended:
-    """How a run ended. seconds: from the first signal of a Trap to the end of the last rank."""
+    """How a run ended. seconds: from the first signal of a Trap to the end of the last rank; said: the output."""
 
     codes: tuple[int, ...]
     hung: bool
@@ -69,13 +69,13 @@ class Ended:
 
     @property
     def last_words(self) -> str:
-        """The last thing that the run said in one sentence."""
+        """The last warning or error that the run logged."""
         said = re.findall(r"\[flowalign\]\[(?:ERROR|WARNING)\] - (.*)", re.sub(r"\x1b\[[0-9;]*m", "", self.said))
         return said[-1] if said else ""
 
 
 def start(folder: Path, *words: str, ranks: int = 1, environment: Mapping[str, str] | None = None) -> Started:
-    """`train.py` with TINY and these words in `folder`, by as many processes as torchrun would start."""
+    """Start `train.py` with TINY and these overrides in `folder`, one process per rank as under torchrun."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("said*.txt"), *folder.glob("snapped*")):
         old.unlink()
@@ -97,7 +97,7 @@ def start(folder: Path, *words: str, ranks: int = 1, environment: Mapping[str, s
 
 
 def settled(*words: str) -> tuple[str, ...]:
-    """Overrides with the last word on every key, since Hydra refuses two choices of one group."""
+    """Keep the last override of every key, since Hydra rejects two choices of one group."""
     return tuple({word.partition("=")[0]: word for word in words}.values())
 
 
@@ -111,10 +111,10 @@ def _program(words: Sequence[str], rank: int, environment: Mapping[str, str], ou
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # Whoever has forked us may have put objects of his own in their place, as pytest does.
+    # The parent may have replaced these objects, as pytest does.
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ.update(environment)
-    rank_zero_only.rank = rank  # Lightning has looked for it when it was imported
+    rank_zero_only.rank = rank  # Lightning determined it at import
     os.chdir(ROOT)
     sys.argv = ["train.py", *words]
     sys.modules["__main__"].__spec__ = None  # Lightning's launcher then starts train.py
@@ -122,12 +122,12 @@ def _program(words: Sequence[str], rank: int, environment: Mapping[str, str], ou
 
 
 def run(folder: Path, *words: str, ranks: int = 1, environment: Mapping[str, str] | None = None) -> Ended:
-    """The same, waited for."""
+    """`start` a run and wait for it."""
     return start(folder, *words, ranks=ranks, environment=environment).wait()
 
 
 def torchrun(folder: Path, *words: str, ranks: int = 2, terminated_after: Path | None = None) -> Ended:
-    """The same by a real torchrun, whose own exit code is told; SIGTERM to it alone once a file is there."""
+    """Run under a real torchrun and return its exit code; it gets SIGTERM once `terminated_after` exists."""
     folder.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "train.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
@@ -156,12 +156,12 @@ def torchrun(folder: Path, *words: str, ranks: int = 2, terminated_after: Path |
 
 
 def of_session(leader: int) -> list[str]:
-    """Processes that a session has left."""
+    """Processes that are left of a session."""
     return subprocess.run(["pgrep", "-s", str(leader)], capture_output=True, text=True).stdout.split()
 
 
 def last(folder: Path) -> dict[str, Any]:
-    """last.ckpt of a run; ValueError if it is not whole, and FileNotFoundError if there is none."""
+    """Load last.ckpt of a run. Raises ValueError if it is damaged, and FileNotFoundError if there is none."""
     from flowalign.strategies.folders import read
     from flowalign.strategies.intact import check_intact
 
@@ -171,7 +171,7 @@ def last(folder: Path) -> dict[str, Any]:
 
 
 def differing(one: Any, other: Any, place: str = "") -> list[str]:
-    """Where two nests of values differ, to the last bit."""
+    """Paths at which two nested structures differ, bit for bit."""
     import torch
 
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -186,7 +186,7 @@ def differing(one: Any, other: Any, place: str = "") -> list[str]:
 
 
 def same_end(one: Path, other: Path) -> bool:
-    """Whether two runs have left the same weights, copies, optimiser and counters."""
+    """Whether two runs ended with the same weights, copies, optimiser state and counters."""
     parts = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
     first, second = last(one), last(other)
     return not [place for part in parts for place in differing(first[part], second[part], part)]

@@ -1,7 +1,7 @@
-"""Pipelines of the published sizes with random weights: what they cost can be measured without downloading them.
+"""Pipelines of the published sizes with random weights, to measure their cost without downloading them.
 
-Text encoders are small, with outputs as wide as the transformers expect. Weights are made on the device in the given
-type, since a 12-billion-parameter network would take long on its way there.
+Text encoders are small, with outputs as wide as the transformers expect. Weights are created on the device in the
+given dtype, since moving a 12-billion-parameter network there would take long.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ SD3_5_MEDIUM = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
-FLUX1_DEV = {"guidance_embeds": True}  # for the rest the class's own defaults are those of FLUX.1
-WAN2_1_1_3B = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}  # and here those of the 14 billion
+FLUX1_DEV = {"guidance_embeds": True}  # the other defaults of the class are those of FLUX.1
+WAN2_1_1_3B = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}  # here those of the 14-billion model
 
 
 def made(kind: Callable[..., nn.Module], *args: Any, device: torch.device, dtype: torch.dtype, **config: Any) -> Any:
-    """A network whose matrices are normal with deviation 0.02, so that bfloat16 activations stay finite."""
+    """A network with normal weights of standard deviation 0.02, such that bfloat16 activations stay finite."""
     with torch.device("meta"):
         network = kind(*args, **config)
     network = network.to(dtype).to_empty(device=device)
@@ -67,7 +67,7 @@ def _t5(kind: Any, config: Any, device: torch.device, dtype: torch.dtype) -> Any
 def _clip(kind: Any, width: int, device: torch.device, dtype: torch.dtype) -> Any:
     config = clip_config()
     config.projection_dim = width
-    if not kind.__name__.endswith("Projection"):  # the pooled output is then as wide as the encoder itself
+    if not kind.__name__.endswith("Projection"):  # the pooled output is as wide as the encoder
         config.hidden_size = width
     return made(kind, config, device=device, dtype=dtype)
 
@@ -114,7 +114,7 @@ def flux1_dev(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def wan2_1_t2v(device: torch.device, dtype: torch.dtype) -> Any:
-    """Wan 2.1 text to video, 1.3 billion parameters."""
+    """Wan 2.1 text-to-video, 1.3 billion parameters."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 

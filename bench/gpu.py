@@ -1,11 +1,11 @@
-"""Large models at full size with random weights: `make bench-gpu`, or with --tiny on any machine.
+"""Large models at full size with random weights: `make bench-gpu`, or on any machine with --tiny.
 
-One warm epoch of every model, algorithm and tune: how fast, which phase takes how long, how much of the device's peak
-the optimisation uses, whether the first ratio is 1 in bfloat16, how near the memory plan comes to the measured peak.
-Every row has a process of its own and is written to gpu.json at once. What does not fit or fails is a row that says so.
-With --to the folder of an earlier call, rows that it has finished with the same overrides are not measured again.
+One warm epoch of every model, algorithm and tune: throughput, time per phase, model FLOP utilisation of the
+optimisation, deviation of the first ratio from 1 in bfloat16, and planned against measured peak memory. Every row is
+measured in its own process and written to gpu.json at once; a configuration that fails or does not fit is a row that
+says why. With --to the folder of an earlier call, its finished rows with the same overrides are not measured again.
 Overrides: running.compile=true, batch.micro=8, rollout.guidance=4.5, and all others of train.py. --trace adds a third
-epoch that is recorded by torch.profiler.
+epoch that torch.profiler records.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench.utilisation import flops_a_point, mfu, peak_of  # noqa: E402
 
 GIB = 2**30
 WARM = 1
-"""Epochs before the one that counts."""
+"""Warm-up epochs before the measured one."""
 SIZES = {"sd3_5_medium": (512, 512, None), "flux1_dev": (512, 512, None), "wan2_1_t2v": (480, 832, 33)}
 TINY = {"sd3_5_medium": (32, 48, None), "flux1_dev": (32, 48, None), "wan2_1_t2v": (32, 48, 9)}
 ALGORITHMS = {
@@ -38,15 +38,15 @@ ALGORITHMS = {
     "nft": ("algo=nft",),
     "flowawr": ("algo=flowawr",),
 }
-"""With the steps that the methods train on: all of them, or a window."""
+"""Each with the steps that the method trains on: all of them, or a window."""
 TUNES = ("lora", "full")
 WEIGHTS = {"lora": "bfloat16", "full": "float32"}
-"""Of the denoiser. Fully tuned weights want float32: a step of AdamW is smaller than what bfloat16 can tell apart."""
+"""Dtype of the denoiser. Full fine-tuning needs float32: an AdamW step is below the resolution of bfloat16."""
 
 
 @dataclass
 class Row:
-    """One model, algorithm and tune. Seconds are those of the second epoch; None is what was not measured."""
+    """One model, algorithm and tune. Seconds are those of the second epoch; None: not measured."""
 
     model: str
     algo: str
@@ -59,7 +59,7 @@ class Row:
     trained: int | None = None
     samples: int | None = None
     points: int | None = None
-    """Training points of an epoch: pictures × trained steps."""
+    """Training points of an epoch: images × trained steps."""
     micro: int | None = None
     guidance: float | None = None
     compiled: bool | None = None
@@ -68,7 +68,7 @@ class Row:
     frozen_s: float | None = None
     optimise_s: float | None = None
     step_s: float | None = None
-    """Of the optimisation phase, by optimiser step."""
+    """Seconds of the optimisation phase per optimiser step."""
     samples_per_s: float | None = None
     tflops_a_point: float | None = None
     mfu: float | None = None
@@ -79,7 +79,7 @@ class Row:
     device: str | None = None
     precision: str | None = None
     weights: str | None = None
-    """In which type the denoiser's weights are."""
+    """Dtype of the denoiser's weights."""
 
 
 class DoesNotFitError(Exception):
@@ -127,7 +127,7 @@ def prepared(row: Row, tiny: bool, folder: Path) -> tuple[Any, Any]:
 
 
 def synchronised() -> float:
-    """Seconds, once the accelerator has done what it was asked for."""
+    """The clock in seconds, read after synchronising the accelerator."""
     import torch
 
     if torch.cuda.is_available():
@@ -136,7 +136,7 @@ def synchronised() -> float:
 
 
 def weigh(module: Any, keep: Callable[[int], None]) -> None:
-    """Tells the planned bytes; raises DoesNotFitError if they are more than the device has."""
+    """Report the planned bytes to `keep`. Raises DoesNotFitError if the device has less memory."""
     import torch
 
     module.recipe.model.to(module.device)  # as the module itself does a little later
@@ -151,7 +151,7 @@ def weigh(module: Any, keep: Callable[[int], None]) -> None:
 
 
 def measured(row: Row, tiny: bool, peak: float | None, trace: Path | None) -> Row:
-    """The row with its figures; peak in FLOP/s, None to look it up; trace: a folder for the profiler's files."""
+    """Fill in the row; peak in FLOP/s, None to look it up; trace: a folder for the profiler's files."""
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
@@ -167,7 +167,7 @@ def measured(row: Row, tiny: bool, peak: float | None, trace: Path | None) -> Ro
 
         def remember() -> None:
             gaps.append(float(trainer.callback_metrics.get("train/on_policy_gap", float("nan"))))
-            if len(gaps) == WARM + 1:  # while the network is on the device; the count has gradients of its own
+            if len(gaps) == WARM + 1:  # while the network is on the device; counting allocates gradients
                 peaks.append(torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None)
                 flops.append(flops_a_point(module))
 
@@ -181,17 +181,17 @@ def measured(row: Row, tiny: bool, peak: float | None, trace: Path | None) -> Ro
     described(row, module, str(trainer.precision))
     timed(row, seen, module.geometry.steps_per_epoch)
     row.planned_gib = planned[0] / GIB
-    row.on_policy_gap = max(gaps) if max(gaps) == max(gaps) else None  # only a likelihood has a ratio
+    row.on_policy_gap = max(gaps) if max(gaps) == max(gaps) else None  # NaN: the algorithm has no ratio
     row.peak_gib = peaks[0]
     utilised(row, module, flops[0], peak)
     return row
 
 
 def described(row: Row, module: Any, precision: str) -> None:
-    """What was run."""
+    """Fill in what was run."""
     import torch
 
-    r, numbers = module.recipe, module.live.numbers()
+    r, numbers = module.recipe, module.live.parameter_counts()
     row.size = "×".join(str(n) for n in r.train_size.area if n is not None)
     row.parameters, row.trained = numbers["parameters"], numbers["trained"]
     row.samples = module.geometry.samples_local
@@ -202,7 +202,7 @@ def described(row: Row, module: Any, precision: str) -> None:
 
 
 def timed(row: Row, seen: Any, steps: int) -> None:
-    """The second epoch; the first one warms up."""
+    """Fill in the times of the measured epoch."""
     row.epoch_s = seen.epochs[WARM]
     row.rollout_s, row.frozen_s, optimise_s = (seconds[WARM] for seconds in seen.seconds.values())
     row.optimise_s, row.step_s = optimise_s, optimise_s / steps
@@ -210,7 +210,7 @@ def timed(row: Row, seen: Any, steps: int) -> None:
 
 
 def utilised(row: Row, module: Any, flops: float | None, peak: float | None) -> None:
-    """Arithmetic of the device."""
+    """Fill in FLOPs and utilisation."""
     row.tflops_a_point = None if flops is None else flops / 1e12
     known = peak or peak_of(str(row.device), str(row.precision))
     asked = module.counts["train"] * module.geometry.samples // module.counts["samples"]  # of one epoch
@@ -218,19 +218,19 @@ def utilised(row: Row, module: Any, flops: float | None, peak: float | None) -> 
 
 
 def attempted(row: Row, given: argparse.Namespace) -> Row:
-    """The row with its figures, or with what went wrong."""
+    """The measured row, or the row with the reason why it failed."""
     try:
         peak = given.peak_tflops and given.peak_tflops * 1e12
         trace = given.to / "trace" / f"{row.model}_{row.algo}_{row.tune}" if given.trace else None
         return alone(measured, row, given.tiny, peak, trace)
-    except Exception as error:  # the others are measured all the same
+    except Exception as error:  # go on with the other rows
         row.failed = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         print(f"{row.model}, {row.algo}, {row.tune}: {row.failed}", flush=True)
         return row
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
-    """The columns that say something."""
+    """A table of the columns that have values."""
     told = [key for key in (rows[0] if rows else {}) if any(row[key] not in (None, "") for row in rows)]
     return markdown([{key: row[key] for key in told} for row in rows])
 
@@ -242,8 +242,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[*SIZES], choices=[*SIZES], metavar="MODEL")
     parser.add_argument("--algorithms", nargs="+", default=[*ALGORITHMS], choices=[*ALGORITHMS], metavar="ALGORITHM")
     parser.add_argument("--tunes", nargs="+", default=[*TUNES], choices=TUNES)
-    parser.add_argument("--peak-tflops", type=float, help="of the device in 16 bits, where the table does not know it")
-    parser.add_argument("--trace", action="store_true", help="profiles of a further epoch, in the folder trace")
+    parser.add_argument("--peak-tflops", type=float, help="of the device in 16 bits, if it is not in the table")
+    parser.add_argument("--trace", action="store_true", help="profile one more epoch, into the folder trace")
     parser.add_argument("--to", type=Path, default=place())
     given = parser.parse_intermixed_args()
     rows, overrides = Rows(given.to / "gpu.json"), " ".join(given.overrides)

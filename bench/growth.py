@@ -1,9 +1,9 @@
 """How the cost of an epoch grows with the work, one factor at a time: `make growth`, or `python bench/growth.py`.
 
-A random SD3 in one thread: CPU seconds of both phases of an epoch over tokens, steps, group size, prompts, rank of the
-adapters, width and depth. All else stays as `bench/baseline.py` has it, but for 4 prompts × 4 pictures in one optimiser
-step. An exponent is the slope of a straight line through the logarithms of the medians, with its standard error.
-Writes growth.json, growth.md and growth.png; measurements that are in growth.json already are not repeated.
+A random SD3 in one thread: CPU seconds of both phases of an epoch against tokens, steps, group size, prompts, LoRA
+rank, width and depth. All else is as in `bench/baseline.py`, except for 4 prompts × 4 images in one optimiser step. An
+exponent is the slope of a line fitted to the logarithms of the medians, with its standard error. Writes growth.json,
+growth.md and growth.png; measurements already in growth.json are not repeated.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ BASE = ("batch.prompts=4", "batch.group_size=4", "batch.updates=1", "seed=0")
 
 @dataclass(frozen=True)
 class Factor:
-    """What is changed, and to which values."""
+    """A factor and the values that it takes."""
 
     values: tuple[int, ...]
     words: Callable[[int], tuple[str, ...]] = lambda value: ()
     size: Callable[[int], Size] = lambda value: (LAYERS, HEADS)
     """Layers and heads of the network."""
     amount: Callable[[int], int] = lambda value: value
-    """What the cost is fitted to."""
+    """The quantity that the cost is fitted against."""
 
 
 def tokens(side: int) -> int:
-    """Of a square picture and its text: 8 pixels a side make a token."""
+    """Tokens of a square image and its text: one per 8 × 8 pixels."""
     return (side // 8) ** 2 + 2 * TOKENS
 
 
@@ -65,12 +65,12 @@ class Fit:
 
     exponent: float
     error: float | None
-    """Standard error of the exponent; None for two values, through which every line goes."""
+    """Standard error of the exponent; None for two values, which a line fits exactly."""
     scale: float
 
 
 def fit(amounts: Sequence[float], seconds: Sequence[float]) -> Fit:
-    """Least squares on logarithms. Raises ValueError for fewer than two different amounts."""
+    """Least squares on logarithms. Raises ValueError for fewer than two distinct amounts."""
     if len(set(amounts)) < 2:
         raise ValueError(f"a slope needs two different amounts (got {list(amounts)}).")
     x, y = [[math.log(value) for value in values] for values in (amounts, seconds)]
@@ -83,7 +83,7 @@ def fit(amounts: Sequence[float], seconds: Sequence[float]) -> Fit:
 
 
 def measure(workload: str, changed: list[str], folder: str, epochs: int) -> dict[str, Any]:
-    """Medians over epochs, after one that warms up."""
+    """Medians over `epochs` epochs after one warm-up epoch."""
     import torch
 
     from bench.clocks import Phases
@@ -98,7 +98,7 @@ def measure(workload: str, changed: list[str], folder: str, epochs: int) -> dict
 
 
 def measure_all(given: argparse.Namespace, rows: Rows) -> None:
-    """Every value of every factor that is not in the rows yet."""
+    """Measure every value of every factor that is not in the rows yet."""
     for name in given.only:
         for value in given.values or FACTORS[name].values:
             key = {"workload": given.workload, "factor": name, "value": value, "epochs": given.epochs}
@@ -108,7 +108,7 @@ def measure_all(given: argparse.Namespace, rows: Rows) -> None:
 
 
 def one(given: argparse.Namespace, name: str, value: int) -> dict[str, Any]:
-    """One value, on a network of its own."""
+    """Measure one value, on a newly made network."""
     factor = FACTORS[name]
     with tempfile.TemporaryDirectory() as folder:
         model = random_sd3(factor.size(value), Path(folder))
@@ -117,13 +117,13 @@ def one(given: argparse.Namespace, name: str, value: int) -> dict[str, Any]:
 
 
 def by_factor(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each factor in the order of their amounts."""
+    """The rows of each factor, sorted by amount."""
     found = {name: sorted((r for r in rows if r["factor"] == name), key=lambda r: r["amount"]) for name in FACTORS}
     return {name: members for name, members in found.items() if len({r["amount"] for r in members}) > 1}
 
 
 def fits(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Fit]]:
-    """By factor and phase."""
+    """The fits by factor and phase."""
     return {
         name: {phase: fit([r["amount"] for r in members], [r[f"{phase}_s"] for r in members]) for phase in PHASES}
         for name, members in by_factor(rows).items()
@@ -131,7 +131,7 @@ def fits(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Fit]]:
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """A row a factor: what it was, the seconds, and the exponents."""
+    """A table with one row per factor: amounts, seconds and exponents."""
     lines = []
     for name, found in fits(rows).items():
         members = by_factor(rows)[name]
@@ -146,7 +146,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(target: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """A panel a factor, logarithmic, with the fitted lines."""
+    """Draw one log-log panel per factor, with the fitted lines."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,7 +166,7 @@ def plot(target: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def panel(axis: Any, name: str, members: Sequence[dict[str, Any]]) -> None:
-    """One factor."""
+    """Draw one factor."""
     from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
     amounts = [row["amount"] for row in members]
@@ -190,11 +190,11 @@ def panel(axis: Any, name: str, members: Sequence[dict[str, Any]]) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of everything but the factor")
-    workloads = [name for name in WORKLOADS if not name.startswith("awm")]  # whose micro-batches fit 10 steps only
+    workloads = [name for name in WORKLOADS if not name.startswith("awm")]  # awm's micro-batches only fit 10 steps
     parser.add_argument("--workload", choices=workloads, default="grpo_lora")
     parser.add_argument("--only", nargs="+", choices=FACTORS, metavar="FACTOR", help=", ".join(FACTORS))
-    parser.add_argument("--values", nargs="+", type=int, help="instead of the usual ones; with one factor")
-    parser.add_argument("--epochs", type=int, default=5, help="measured epochs, after one to warm up")
+    parser.add_argument("--values", nargs="+", type=int, help="instead of the default ones; needs a single factor")
+    parser.add_argument("--epochs", type=int, default=5, help="measured epochs, after one warm-up epoch")
     parser.add_argument("--to", type=Path, default=place())
     given = parser.parse_intermixed_args()
     full = "full" in given.workload

@@ -1,4 +1,4 @@
-"""Pictures that carry a number in their first pixel, and a reward that reads it: a mispaired score cannot hide."""
+"""Images with a number in their first pixel, and a reward that reads it, which reveals mispaired scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def marked(numbers: list[int], size: int = 64) -> Tensor:
-    """(B, 3, size, size) of noise, each with its number, below 2^24, in the first pixel."""
+    """Noise images (B, 3, size, size), each with its number, below 2^24, in the first pixel."""
     pictures = torch.rand(len(numbers), 3, size, size, generator=torch.Generator().manual_seed(0))
     for picture, number in zip(pictures, numbers, strict=True):
         picture[:, 0, 0] = torch.tensor([number >> 16, number >> 8 & 255, number & 255]) / 255
@@ -18,10 +18,10 @@ def marked(numbers: list[int], size: int = 64) -> Tensor:
 
 
 class Marked:
-    """The number of each picture, (B,); some prompts ask for something else. A video has that of its last frame."""
+    """The number (B,) of each image, or of the last frame of each video; some prompts trigger faults instead."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        """seconds: that a picture takes."""
+        """seconds: time per image."""
         self.seconds = seconds
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -38,7 +38,7 @@ class Marked:
 
 
 class Members(Marked):
-    """How many members the group of each sample has in the call."""
+    """A groupwise reward: the number of samples of the same group in the call."""
 
     groupwise = True
 

@@ -1,4 +1,4 @@
-"""A training put together in this process, silent, for a measuring program; and processes of their own."""
+"""Helpers of the benchmarks: a silent training run in this process, and calls in a new process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 QUIET = (
     "logger=none", "callbacks=none", "trainer.check_val_every_n_epoch=9999", "+trainer.enable_checkpointing=false",
 )  # fmt: skip
-"""Overrides that leave the bare epochs."""
+"""Overrides that leave nothing but the epochs themselves."""
 Result = TypeVar("Result")
 
 
@@ -30,12 +30,12 @@ def cpu() -> float:
 
 
 def settled(words: Iterable[str]) -> list[str]:
-    """The last word on every key, since Hydra refuses two choices of one group."""
+    """Keep the last override of every key, since Hydra rejects two choices of one group."""
     return list({word.partition("=")[0]: word for word in words}.values())
 
 
 def composed(words: Iterable[str]) -> DictConfig:
-    """The config of these overrides, of which later ones win."""
+    """Compose the config of these overrides, of which later ones win."""
     from hydra import compose, initialize_config_dir
 
     from flowalign.process import silence_libraries
@@ -47,7 +47,7 @@ def composed(words: Iterable[str]) -> DictConfig:
 
 
 def built(cfg: DictConfig) -> tuple[AlignModule, Trainer]:
-    """What train.py would run, without the evaluations around it."""
+    """Build the module and trainer that train.py would run, without the evaluations around it."""
     from flowalign.module import AlignModule
     from flowalign.run import build_recipe, build_trainer, plan_accumulation
 
@@ -56,14 +56,14 @@ def built(cfg: DictConfig) -> tuple[AlignModule, Trainer]:
 
 
 def alone(call: Callable[..., Result], *arguments: Any) -> Result:
-    """The same in a process of its own, since peak memory only ever rises. Raises RuntimeError with the words of what
-    it raises, or BrokenProcessPool if the process was killed."""
+    """Run `call` in a new process, since peak memory never decreases. Raises RuntimeError with the message of its
+    exception, or BrokenProcessPool if the process was killed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(told, call, *arguments).result()
 
 
 def told(call: Callable[..., Result], *arguments: Any) -> Result:
-    """The same, with exceptions that another process can read: some of ours and of others cannot be pickled."""
+    """Run `call` and convert its exceptions to RuntimeError, since some exceptions cannot be pickled."""
     try:
         return call(*arguments)
     except Exception as error:

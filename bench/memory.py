@@ -1,12 +1,12 @@
-"""Memory: the measured peak beside the planned one, and whether anything grows. `python bench/memory.py`.
+"""Memory: planned against measured peaks, and whether anything leaks. `python bench/memory.py`.
 
-plan: a random SD3 in a process of its own for each of grpo and nft, with adapters and full. Planned is the plan that a
-run prints (flowalign/memory.py). Measured is the peak of resident memory while the model is trained, less what was
-resident before the model was loaded. The process trains the embedded model first, so that Python, its libraries and
-their thread pools are in what was before. Both once with the C library's allocator as it comes, which keeps and splits
-freed memory, and once with every block of 64 KiB or more in a mapping of its own, so that resident is what is in use.
+plan: a random SD3 in its own process for grpo and nft, with LoRA and full fine-tuning. Planned is the plan that a run
+prints (flowalign/memory.py). Measured is the peak resident memory of the training, less what was resident before the
+model was loaded; the process trains the embedded model first, so that Python, its libraries and their thread pools are
+part of the latter. Each is measured with the C library's default allocator, which keeps and splits freed memory, and
+with every block of 64 KiB or more in its own mapping, so that only memory in use is resident.
 growth: resident memory after every epoch of a tiny geometry with all callbacks, loggers and evaluations of a usual run.
-buffer: whether the training points of grpo are those of the trained steps, and hold on to nothing else.
+buffer: whether the training points of grpo are those of the trained steps only, and keep no other memory alive.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ TINY = (
     "trainer.check_val_every_n_epoch=10", "callbacks=[checkpoint,preemption,ranks,pictures]",
 )  # fmt: skip
 ALLOCATORS = {"as it comes": {}, "mapped": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}}
-"""Environments in which the C library of Linux starts."""
+"""Environment variables of the allocator of glibc."""
 FLAT = 0.01
-"""Growth between epochs 20 to 40 and the last 20 that counts as none."""
+"""Growth from epochs 20 to 40 to the last 20 that counts as none."""
 
 
 # ------------------------------------------------------------ plan
@@ -73,7 +73,7 @@ def planned_and_measured(workload: str, model: list[str], folder: str, overrides
 
 
 def _train(words: Sequence[str]) -> tuple[dict[str, int], int, str]:
-    """The plan by line, the peak of two epochs, and what kind of peak that is."""
+    """The plan by line, the peak in bytes of two epochs, and how the peak was measured."""
     from lightning.pytorch.callbacks import LambdaCallback
 
     module, trainer = built(composed(words))
@@ -93,7 +93,7 @@ def _train(words: Sequence[str]) -> tuple[dict[str, int], int, str]:
 
 @contextmanager
 def environment(words: dict[str, str]) -> Iterator[None]:
-    """Of processes that are started inside."""
+    """Set environment variables for processes started within this context."""
     before = os.environ.copy()
     os.environ.update(words)
     try:
@@ -118,14 +118,14 @@ def plans(given: argparse.Namespace) -> bool:
 
 
 def growth(sizes: Sequence[float], window: int = 20) -> float:
-    """Median of the last `window` to the median of the second; ValueError if they would overlap."""
+    """Ratio of the medians of the last and the second window. Raises ValueError if there are fewer than 3 windows."""
     if len(sizes) < 3 * window:
         raise ValueError(f"two windows of {window} after the first need {3 * window} epochs (got {len(sizes)}).")
     return median(sizes[-window:]) / median(sizes[window : 2 * window])
 
 
 def after_every_epoch(epochs: int, folder: str, overrides: list[str]) -> list[int]:
-    """Resident bytes."""
+    """Resident bytes after every epoch."""
     import torch
     from lightning import Callback
 
@@ -135,7 +135,7 @@ def after_every_epoch(epochs: int, folder: str, overrides: list[str]) -> list[in
         sizes: list[int] = []
 
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            if trainer.current_epoch:  # now the last one has been checkpointed, too
+            if trainer.current_epoch:  # the previous epoch has been checkpointed by now
                 self.weigh()
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -154,7 +154,7 @@ def after_every_epoch(epochs: int, folder: str, overrides: list[str]) -> list[in
 
 
 def grows(given: argparse.Namespace) -> bool:
-    """A row a workload; whether all are flat."""
+    """Measure every workload. Returns whether none grows."""
     rows = Rows(given.to / "memory_growth.json")
     for workload in given.only:
         with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +181,7 @@ def grows(given: argparse.Namespace) -> bool:
 
 
 def buffered(algorithm: str, folder: str, overrides: list[str]) -> dict[str, Any]:
-    """What the buffer of one epoch holds, and what it may hold."""
+    """Train one epoch and check its buffer."""
     words = (*COMMON, *QUIET, f"algo={algorithm}", f"paths.output_dir={folder}", "trainer.max_epochs=1", *overrides)
     module, trainer = built(composed(words))
     trainer.fit(module)
@@ -189,9 +189,9 @@ def buffered(algorithm: str, folder: str, overrides: list[str]) -> dict[str, Any
 
 
 def held_points(module: Any) -> dict[str, Any]:
-    """Points in the buffer against pictures × trained steps, and bytes of storage against bytes of values.
+    """Compare the points in the buffer with images × trained steps, and bytes of storage with bytes of values.
 
-    More storage than values would be a view, of a whole walk for instance.
+    More storage than values would mean a view that keeps more alive, such as a whole trajectory.
     """
     import torch
 

@@ -1,12 +1,12 @@
-"""Does the OCR reward rank a written word above the same word damaged, and that above another word?
+"""Whether the OCR reward ranks a word above the same word damaged, and that above another word.
 
     python bench/ocr_ranking.py --engine rapidocr --words 200
     python bench/ocr_ranking.py --engine tesseract --damage covered
 
-Each word is drawn in a colour, size and place of its own on a plain background. Damage is "garbled": two inner letters
-are other ones, and noise of deviation 0.1 lies over everything; or "covered": weak noise over everything, and nothing
-but noise where two inner letters were. Prints one JSON object: `ranked`, the share of words with clean > damaged >
-other, the shares of both halves of that, and the mean score of each kind.
+Each word is drawn in a random colour, size and position on a plain background. Damage is "garbled": two inner letters
+are replaced, and noise of standard deviation 0.1 is added; or "covered": weak noise is added, and two inner letters are
+replaced by noise. Prints one JSON object: `ranked`, the share of words with clean > damaged > other, the shares of both
+inequalities, and the mean score of each kind.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Box = tuple[int, int, int, int]
 
 
 class Canvas:
-    """Where and how a word is drawn."""
+    """Style and position of a drawn word."""
 
     def __init__(self, word: str, rng: np.random.Generator) -> None:
         self.word, ground = word, int(rng.integers(200, 256))
@@ -68,14 +68,14 @@ class Canvas:
         return image_to_tensor(image)
 
     def boxes(self) -> list[Box]:
-        """Of the word's letters."""
+        """Bounding boxes of the letters."""
         ends = [self.left + self.font.getlength(self.word[:i]) for i in range(len(self.word) + 1)]
         top, bottom = int(self.top), int(self.top + 1.2 * self.size)
         return [(int(first), top, round(last), bottom) for first, last in zip(ends[:-1], ends[1:], strict=True)]
 
 
 def covered(canvas: Canvas, rng: np.random.Generator) -> Tensor:
-    """Weak noise, and nothing else in place of two inner letters."""
+    """Draw the word with weak noise, and only noise in place of two inner letters."""
     picture = noisy(canvas.drawn(canvas.word), 0.03, rng)
     boxes = canvas.boxes()
     for number in inner(canvas.word, rng):
@@ -86,7 +86,7 @@ def covered(canvas: Canvas, rng: np.random.Generator) -> Tensor:
 
 
 def garbled(canvas: Canvas, rng: np.random.Generator) -> Tensor:
-    """Noise, and two inner letters that are other ones."""
+    """Draw the word with noise and with two inner letters replaced."""
     letters = list(canvas.word)
     for number in inner(canvas.word, rng):
         letters[number] = str(rng.choice([letter for letter in ascii_lowercase if letter not in canvas.word]))
@@ -97,23 +97,23 @@ DAMAGES = {"garbled": garbled, "covered": covered}
 
 
 def inner(word: str, rng: np.random.Generator) -> list[int]:
-    """Two of a word's letters, neither the first nor the last."""
+    """Positions of two letters, neither the first nor the last."""
     return rng.choice(np.arange(1, len(word) - 1), size=2, replace=False).tolist()
 
 
 def noisy(picture: Tensor, deviation: float, rng: np.random.Generator) -> Tensor:
-    """With normal noise."""
+    """Add normal noise."""
     return picture + deviation * torch.from_numpy(rng.standard_normal(tuple(picture.shape))).float()
 
 
 def unlike(word: str, rng: np.random.Generator) -> str:
-    """Another word, at least three quarters of whose letters would have to change."""
+    """Another word, at an edit distance of at least three quarters of the length."""
     others = [w for w in WORDS if edit_distance(w, word) >= 0.75 * len(word)]
     return str(rng.choice(others))
 
 
 def measure(engine: str, words: Sequence[str], damage: str = "garbled", seed: int = 0) -> dict[str, Any]:
-    """Figures of one engine; see the module."""
+    """Results of one engine; see the module docstring."""
     reward = OCR(engine)  # type: ignore[arg-type]
     rows = []
     for number, word in enumerate(words):
@@ -136,7 +136,6 @@ def measure(engine: str, words: Sequence[str], damage: str = "garbled", seed: in
 
 
 def main() -> None:
-    """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", default="rapidocr", choices=["rapidocr", "tesseract"])
     parser.add_argument("--damage", default="garbled", choices=list(DAMAGES))

@@ -1,7 +1,7 @@
-"""What each saving is worth: the same phase with and without it, in one process and in turn, as a ratio.
+"""Speedup of each optimisation: the same phase with and without it, alternately in one process, as a ratio.
 
-`python bench/options.py --repeats 7`, or `--only merged prefix_3`. Rollouts and optimisation phases are run outside of
-the Trainer, after one epoch that warms up; no weight changes. Calls are rows that the network was asked for.
+`python bench/options.py --repeats 7`, or `--only merged prefix_3`. Rollouts and optimisation phases run outside of the
+Trainer, after one warm-up epoch; weights do not change. Calls are the rows that the network evaluates.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def first_noise(step: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Option:
-    """Words of both runs, of the plain and of the cheaper one, and the phase that is timed."""
+    """Overrides of both runs, of the plain and of the cheaper one, and the phase that is timed."""
 
     common: tuple[str, ...]
     plain: tuple[str, ...]
@@ -60,7 +60,7 @@ OPTIONS = {
 
 
 class Phases:
-    """One run's phases, by themselves."""
+    """The phases of one run, callable separately."""
 
     def __init__(self, words: tuple[str, ...], model: list[str], folder: str) -> None:
         self.module, self.trainer = built(composed([*COMMON, *words, *model, f"paths.output_dir={folder}"]))
@@ -68,7 +68,7 @@ class Phases:
         self.calls = 0
 
     def rollout(self) -> None:
-        """Pictures, rewards and points of an epoch."""
+        """Images, rewards and points of an epoch."""
         from flowalign.scoring import ScoreQueue
 
         module = self.module
@@ -78,7 +78,7 @@ class Phases:
         self.calls = got.calls
 
     def optimise(self) -> None:
-        """Forward, loss and backward of the points of the last epoch."""
+        """Forward pass, loss and backward pass for the points of the last epoch."""
         module, self.calls = self.module, 0
         for idx in module.train_dataloader():
             point, cond = module.buffer.gather(idx)
@@ -92,7 +92,7 @@ class Phases:
 
 @dataclass
 class Row:
-    """Medians. ratio is that of the paired times, plain ÷ cheaper, with its range."""
+    """Medians. ratio: of paired times, plain ÷ cheaper, with its range."""
 
     option: str
     phase: str
@@ -114,7 +114,7 @@ def timed(call: Callable[[], None]) -> float:
 
 
 def measure(name: str, repeats: int, model: list[str]) -> Row:
-    """Both in turn, so that a busy machine slows both."""
+    """Measure both alternately, so that other load slows both."""
     option = OPTIONS[name]
     with tempfile.TemporaryDirectory() as folder:
         one, other = (Phases((*option.common, *words), model, folder) for words in (option.plain, option.cheaper))

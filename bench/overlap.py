@@ -1,7 +1,7 @@
-"""What scoring beside sampling saves: `python bench/overlap.py`.
+"""Time saved by scoring one batch while the next one is sampled: `python bench/overlap.py`.
 
-A reward that sleeps is given the time that sampling takes. Three rollout phases are then timed alternately, in one
-process: sampling with a reward that takes no time, scoring in turn, and scoring beside sampling.
+A dummy reward sleeps for as long as sampling takes. Three kinds of rollout phases are then timed alternately, in one
+process: sampling with a reward that takes no time, scoring after sampling, and scoring concurrently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 
 class Sleeper:
-    """Scores nothing, for so many seconds a picture."""
+    """A reward of 0 that takes `seconds` per image."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -52,7 +52,7 @@ def collector(overrides: list[str]) -> Any:
 
 
 def measure(collect: Any, repeats: int, ahead: int) -> dict[str, float]:
-    """Medians of seconds, and of the ratio of the overlapped phase to sampling, which takes as long as scoring."""
+    """Median seconds, and the median ratio of the overlapped phase to sampling, which takes as long as scoring."""
     import torch
 
     from flowalign.scoring import ScoreQueue, Scorer
@@ -70,7 +70,7 @@ def measure(collect: Any, repeats: int, ahead: int) -> dict[str, float]:
     timed(0.0, 0)  # warm
     found: dict[str, list[float]] = {"sampling": [], "in_turn": [], "beside": []}
     for _ in range(repeats):
-        # Sampling before and after, since a machine may become busier meanwhile.
+        # Sampling is timed before and after, since the load of the machine may change.
         before = timed(0.0, 0)
         found["beside"].append(timed(before / samples, ahead))
         found["sampling"].append((before + timed(0.0, 0)) / 2)
@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--ahead", type=int, default=1, help="batches that may wait for their scores")
+    parser.add_argument("--ahead", type=int, default=1, help="batches that may have pending scores")
     parser.add_argument("--to", type=Path, default=ROOT / "outputs" / "bench" / "overlap.json")
     given = parser.parse_intermixed_args()
     row = measure(collector(["rollout.batch_size=9", *given.overrides]), given.repeats, given.ahead)

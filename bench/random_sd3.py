@@ -1,4 +1,4 @@
-"""A random Stable Diffusion 3 with all its parts, small enough for a CPU: what is measured without downloads."""
+"""A complete random Stable Diffusion 3, small enough to measure on a CPU without downloads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from tests.models.tiny.parts import clip_config, clip_tokenizer, seeded, t5, t5_tokenizer
 
 TOKENS = 32
-"""Text tokens of the CLIPs and of T5 each; a picture of 64 × 64 has 64 more."""
+"""Text tokens of the CLIPs and of T5 each; an image of 64 × 64 has 64 more."""
 SIZES = {"8M": (6, 6), "30M": (10, 9), "100M": (11, 16)}
-"""Layers, and heads of 32: the width is 192, 288 and 512."""
+"""Layers, and heads of dimension 32: widths 192, 288 and 512."""
 
 
 def normal(module: torch.nn.Module) -> Any:
-    """The module with matrices that are normal with deviation 0.02."""
+    """Initialise the matrices of a module from a normal distribution of standard deviation 0.02."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -47,7 +47,7 @@ def transformer(layers: int, heads: int) -> Any:
 
 
 def vae() -> Any:
-    """Pictures of 64 × 64 to latents of 16 × 16 × 16."""
+    """A VAE from images of 64 × 64 to latents of 16 × 16 × 16."""
     from diffusers import AutoencoderKL
 
     config: dict[str, Any] = {
@@ -65,7 +65,7 @@ def vae() -> Any:
 
 
 def write(size: tuple[int, int], folder: Path) -> Path:
-    """The pipeline in diffusers layout; size: layers and heads of 32."""
+    """Save the pipeline in diffusers layout; size: layers, and heads of dimension 32."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
@@ -86,5 +86,5 @@ def write(size: tuple[int, int], folder: Path) -> Path:
 
 
 def random_sd3(size: tuple[int, int], folder: Path) -> list[str]:
-    """Overrides that choose one, once it is written."""
+    """Write a random pipeline and return the overrides that select it."""
     return [f"model.pretrained={write(size, folder)}", "model.absent=[]", f"model.max_sequence_length={TOKENS}"]

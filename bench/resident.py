@@ -12,12 +12,12 @@ PROC = Path("/proc/self")
 
 
 def now() -> int:
-    """Bytes that are resident."""
+    """Resident bytes."""
     return _status("VmRSS")
 
 
 def settle() -> None:
-    """Gives back what is unreachable, and what the C library keeps for later."""
+    """Collect garbage, and return freed memory from the C library to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -25,7 +25,7 @@ def settle() -> None:
 
 
 def restart_peak() -> bool:
-    """Whether the peak could be set to what is resident now."""
+    """Reset the peak to what is resident now. Returns whether the system allows that."""
     try:
         (PROC / "clear_refs").write_text("5")
     except OSError:
@@ -34,7 +34,7 @@ def restart_peak() -> bool:
 
 
 def peak(restarted: bool) -> int:
-    """Bytes; since `restart_peak` where that could be done, of the whole process otherwise."""
+    """Peak resident bytes, since `restart_peak` if that succeeded, otherwise of the whole process."""
     return _status("VmHWM") if restarted else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

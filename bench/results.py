@@ -17,7 +17,7 @@ ROWS = [
 
 
 def table(documents: list[dict]) -> str:
-    """A row a metric: before, after, and the change of each run averaged."""
+    """A table with one row per metric: baseline, final, and the mean change over runs."""
     lines = ["| metric (percent) | baseline | final | change |", "|---|---|---|---|"]
     for key in ROWS:
         before = [d["baseline"][key] for d in documents]

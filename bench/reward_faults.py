@@ -1,7 +1,8 @@
-"""What becomes of a run whose reward server fails: a short real training for every fault, and a table of how it ended.
+"""Runs whose reward server fails: a short real training run for every fault, and a table of how they ended.
 
-`python bench/reward_faults.py` (`--only hangs garbage` for some). A run of two epochs on the embedded model is scored
-by bench/faulty_reward.py, which answers the baseline and the first epoch well and then fails; `@` cases fail at once.
+`python bench/reward_faults.py` (`--only hangs garbage` selects some). A run of two epochs on the embedded model is
+scored by bench/faulty_reward.py, which answers correctly in the baseline evaluation and the first epoch and then fails;
+cases with `@` fail at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 BOUND = 300.0
-"""Seconds after which a run is killed and counts as hanging."""
+"""Seconds after which a run is killed and counts as hung."""
 TINY = (
     *("batch.prompts=2", "batch.group_size=2", "batch.micro=3", "batch.updates=2", "tune=lora", "rollout.num_steps=4"),
     *("rollout.batch_size=4", "times.num=null", "evaluation.sampling.num_steps=3", "evaluation.num_val=4"),
@@ -41,7 +42,7 @@ REMOTE = (
     "reward.objective.patience.start=15",
 )
 BEFORE = 4
-"""Requests of the baseline evaluation and of the first epoch: 4 + 4 pictures, 2 in each."""
+"""Requests of the baseline evaluation and of the first epoch: 4 + 4 images, 2 per request."""
 FAULTS = (
     *("none", "dies", "hangs", "trickles", "cut_off", "garbage", "error_500", "out_of_memory", "busy", "unauthorised"),
     *("too_large", "wrong_id", "missing", "other_reward", "text", "infinite", "null", "one_of_two_dies"),
@@ -51,7 +52,7 @@ FAULTS = (
 
 @dataclass
 class Outcome:
-    """How a run ended. zeros: rewards of exactly 0 in its metrics, which no picture here can earn."""
+    """How a run ended. zeros: rewards of exactly 0 in its metrics, which no image here can get."""
 
     fault: str
     on_failure: str
@@ -62,9 +63,9 @@ class Outcome:
     zeros: int
     checkpoint: str
     reason: str
-    """What the client said first."""
+    """The first reason that the client logged."""
     end: str
-    """What ended the run."""
+    """The message with which the run ended."""
 
 
 class Server:
@@ -82,7 +83,7 @@ class Server:
 
 
 def urls(fault: str, server: str, other: str) -> list[str]:
-    """The addresses that a run is given."""
+    """The server URLs of a run."""
     if fault == "nobody@":
         return ["http://127.0.0.1:9"]
     if fault == "one_of_two_dies":
@@ -108,7 +109,7 @@ def train(fault: str, on_failure: str, folder: Path) -> Outcome:
 
 
 def program(words: Sequence[str], output: Path) -> tuple[int | None, str]:
-    """Exit code (None: it had to be killed) and output of `python train.py …`, forked to spare the imports."""
+    """Exit code (None: it had to be killed) and output of `python train.py …`, forked to save the imports."""
     process = multiprocessing.get_context("fork").Process(target=_program, args=(words, output))
     process.start()
     process.join(BOUND)
@@ -130,7 +131,7 @@ def _program(words: Sequence[str], output: Path) -> None:
 
 
 def reached(run: Path) -> tuple[int, str]:
-    """Epochs in the newest checkpoint, and whether it opens whole."""
+    """Epochs in the newest checkpoint, and whether it can be opened."""
     from flowalign.commands.saved import load_run
 
     path = run / "checkpoints" / "last.ckpt"
@@ -143,7 +144,7 @@ def reached(run: Path) -> tuple[int, str]:
 
 
 def metrics(run: Path) -> tuple[str, int]:
-    """Share of the pictures of each epoch that were scored, and how many rewards in the metrics are 0."""
+    """Share of the images of each epoch that were scored, and the number of rewards in the metrics that are 0."""
     import csv
 
     found = run / "csv" / "metrics.csv"

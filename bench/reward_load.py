@@ -1,7 +1,7 @@
-"""How near a remote reward comes to its servers: 1,000 pictures over 4 replicas whose reward takes 50 ms a picture.
+"""Efficiency of a remote reward: 1,000 images over 4 replicas whose reward takes 50 ms per image.
 
-Each picture carries its number and the reward reads it, so that a score that is lost or of another picture is counted.
-The ideal is pictures × seconds / replicas. `python bench/reward_load.py`; the servers are real processes on loopback.
+Each image encodes its number and the reward reads it, so that lost and mispaired scores are counted. The ideal time is
+images × seconds / replicas. `python bench/reward_load.py`; the servers are real processes on the loopback interface.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Row:
-    """One size. lost: pictures without a score; mispaired: with that of another one."""
+    """One image size. lost: images without a score; mispaired: images with the score of another one."""
 
     size: int
     batch_size: int
@@ -43,7 +43,7 @@ class Row:
 
 @contextmanager
 def serving(replicas: int, seconds: float) -> Iterator[list[str]]:
-    """Addresses of as many servers."""
+    """Start `replicas` servers and yield their URLs."""
     option = f"_target_: flowalign.scoring.Scorer\nobjective: {{ _target_: bench.marked.Marked, seconds: {seconds} }}\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def serving(replicas: int, seconds: float) -> Iterator[list[str]]:
 
 
 def measure(urls: list[str], pictures: int, size: int, seconds: float, batch_size: int, in_flight: int) -> Row:
-    """One call of the reward for all pictures at once."""
+    """Time one call of the reward with all images."""
     import torch
 
     from bench.marked import marked
@@ -100,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=0.05, help="that a picture takes")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 512], help="sides of the pictures")
+    parser.add_argument("--seconds", type=float, default=0.05, help="per image")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 512], help="heights and widths of the images")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--to", type=Path, default=None, help="folder; outputs/bench/<time> unless given")

@@ -1,4 +1,4 @@
-"""Rows of a measurement: a table in markdown, and a JSON file that is written as soon as a row is known."""
+"""Result rows: a markdown table, and a JSON file that is written after every row."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ BENCHES = Path(__file__).parents[1] / "outputs" / "bench"
 
 
 def place() -> Path:
-    """A folder for the results of this moment."""
+    """A results folder named after the current time."""
     return BENCHES / time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
 def cell(value: Any) -> str:
-    """Four digits of a number, nothing of what was not measured."""
+    """Format a value: floats with four digits, None as an empty cell."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -26,7 +26,7 @@ def cell(value: Any) -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """A table with the keys of the first row as its head."""
+    """A markdown table whose header is the keys of the first row."""
     if not rows:
         return "nothing was measured"
     heads = list(rows[0])
@@ -35,19 +35,19 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 class Rows:
-    """`rows` of one JSON file. What an earlier call has left there is kept, so that a measurement can go on."""
+    """`rows` of one JSON file. Existing rows are kept, so that a measurement can be resumed."""
 
     def __init__(self, path: Path, **about: Any) -> None:
-        """about: what is written beside the rows."""
+        """about: metadata that is written next to the rows."""
         self.path, self.about = path, about
         self.rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.is_file() else []
 
     def has(self, **wanted: Any) -> bool:
-        """Whether a row with these values is there and did not fail."""
+        """Whether there is a row with these values that did not fail."""
         return any(not row.get("failed") and wanted.items() <= row.items() for row in self.rows)
 
     def add(self, row: dict[str, Any], *keys: str) -> None:
-        """Instead of the row that is the same in `keys`, if any are given."""
+        """Add a row and write the file. A row with the same values of `keys`, if any are given, is replaced."""
         same = {key: row[key] for key in keys}
         self.rows = [old for old in self.rows if not (same and same.items() <= old.items())] + [row]
         self.write()

@@ -1,4 +1,4 @@
-"""What finished runs say of themselves: their summary, config and curves."""
+"""Summaries and curves of finished runs."""
 
 from __future__ import annotations
 

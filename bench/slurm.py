@@ -1,4 +1,4 @@
-"""A SLURM of one node on this machine, for as long as a block lasts. Root only; changes nothing outside its folder."""
+"""A single-node SLURM on this machine, as a context manager. Needs root; changes nothing outside its folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KillWait={kill_wait}
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus}
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE
 """
-# Processes of a pid namespace end with its first one, steps of jobs included, which slurmd would leave behind.
+# In a PID namespace all processes end with the first one, even job steps, which slurmd would leave behind.
 DAEMONS = """\
 munged --foreground --force --key-file=munge.key --socket=munge.socket --pid-file=munge.pid --log-file=munge.log \
 --seed-file=munge.seed &
@@ -52,7 +52,7 @@ ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 
 
 def lacking() -> str:
-    """What this machine would need, in a sentence; empty if `cluster` works here."""
+    """What is missing on this machine, in a sentence; empty if `cluster` works here."""
     if missing := [name for name in PROGRAMS if shutil.which(name, path=_path(os.environ)) is None]:
         return f"needs {', '.join(missing)}: apt-get install slurm-wlm munge util-linux (nothing to configure)"
     return "" if os.geteuid() == 0 else "needs root, who may start slurmd and run jobs of others"
@@ -60,7 +60,7 @@ def lacking() -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What `scontrol show job` says at one moment."""
+    """The output of `scontrol show job` at one moment."""
 
     fields: Mapping[str, str]
 
@@ -74,7 +74,7 @@ class Job:
 
     @property
     def code(self) -> int:
-        """As a shell counts."""
+        """The exit code as a shell reports it: 128 + the number of a signal."""
         code, _, number = self.fields["ExitCode"].partition(":")
         return 128 + int(number) if int(number) else int(code)
 
@@ -87,19 +87,19 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """For processes that shall find it; without what a surrounding SLURM may have set."""
+        """Environment of processes that use this SLURM, without the variables of a surrounding one."""
         outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         return outer | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path(os.environ)}
 
     def ask(self, *command: str) -> str:
-        """Output of one of SLURM's commands; RuntimeError with its complaint."""
+        """Run a SLURM command and return its output. Raises RuntimeError with its error message."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()
 
     def submit(self, script: Path, *options: str) -> str:
-        """Number of a new job."""
+        """Submit a job and return its number."""
         return self.ask("sbatch", "--parsable", *options, str(script))
 
     def job(self, number: str) -> Job:
@@ -107,7 +107,7 @@ class Cluster:
         return Job({key: value for key, _, value in (word.partition("=") for word in shown.split())})
 
     def until(self, number: str, *states: str, restarts: int = 0, bound: float = 300.0) -> Job:
-        """Waits for a state of a job that was started again so often; TimeoutError if it ends in another one."""
+        """Wait for a state of a job after `restarts` restarts. Raises TimeoutError, also if it ends in another."""
         deadline = time.monotonic() + bound
         while (job := self.job(number)).state not in states or job.restarts < restarts:
             if time.monotonic() > deadline or job.state in ENDED:
@@ -119,21 +119,22 @@ class Cluster:
         return self.until(number, *ENDED, bound=bound)
 
     def start_now(self, number: str) -> None:
-        """SLURM lets a requeued job wait for two minutes."""
+        """Start a requeued job at once; SLURM would let it wait for two minutes."""
         self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
 
 
 @contextmanager
 def cluster(folder: Path, cpus: int = 2, kill_wait: int = 30) -> Iterator[Cluster]:
-    """Starts munged, slurmctld and slurmd, and ends them with all that they have started.
+    """Start munged, slurmctld and slurmd; on exit kill them and all that they have started.
 
-    folder: for keys, state and logs, on a short path (a socket lies there). kill_wait: seconds from SIGTERM to SIGKILL.
+    folder: for keys, state and logs; its path must be short, as it contains a socket. kill_wait: seconds from SIGTERM
+    to SIGKILL.
     """
     if sentence := lacking():
         raise RuntimeError(f"a SLURM of one node {sentence}.")
     _write(folder, cpus, kill_wait)
     namespace = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", DAEMONS]
-    command = ["setpriv", "--pdeathsig", "KILL", *namespace]  # if this process is killed, too
+    command = ["setpriv", "--pdeathsig", "KILL", *namespace]  # also if this process is killed
     here = Cluster(folder)
     with (folder / "daemons.log").open("w") as log:
         daemons = subprocess.Popen(command, cwd=folder, env=here.environment, stdout=log, stderr=log)

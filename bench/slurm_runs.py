@@ -1,6 +1,6 @@
-"""What becomes of jobs under a real SLURM: signalled, requeued, cancelled, in arrays and sweeps; a table.
+"""Jobs under a real SLURM that are signalled, requeued and cancelled, in arrays and sweeps, with a table of outcomes.
 
-`python bench/slurm_runs.py` starts a SLURM of one node for itself (see slurm.py); `--only requeued array` some cases.
+`python bench/slurm_runs.py` starts its own single-node SLURM (see slurm.py); `--only requeued array` selects cases.
 Runs are those of faults.py with more epochs, and are compared with uninterrupted ones without SLURM.
 """
 
@@ -34,11 +34,11 @@ class Slurm:
     """Runs as jobs of a cluster."""
 
     def __init__(self, folder: Path, here: Cluster, long: int = 300) -> None:
-        """long: epochs of a run that outlasts its time limit."""
+        """long: epochs of a run that exceeds its time limit."""
         self.folder, self.here, self.long, self.bench = folder, here, long, Bench(folder, kills=0)
 
     def submit(self, name: str, *words: str, how: str = f"srun {PYTHON}", options: tuple[str, ...] = ()) -> str:
-        """A job that trains in the folder of this name, in which variables of the job may occur."""
+        """Submit a job that trains in the folder `name`, which may contain variables of the job."""
         quoted = shlex.join(forked.settled(*forked.TINY, *EPOCHS, *words))
         script = self.folder / f"{re.sub(r'[^a-z0-9_]', '', name)}.sh"
         script.write_text(f"#!/bin/sh\n{how} train.py {quoted} hydra.run.dir={self.folder}/{name}\n")
@@ -46,7 +46,7 @@ class Slurm:
         return self.here.submit(script, *set_out, *options)
 
     def begun(self, number: str, name: str, epoch: int = 3, bound: float = 300.0) -> None:
-        """Waits for an epoch of a run with a Trap."""
+        """Wait until a run with a Trap has begun `epoch`."""
         deadline = time.monotonic() + bound
         while faults.epochs(self.folder / name) <= epoch:
             job = self.here.job(number)
@@ -61,7 +61,7 @@ class Slurm:
         return forked.same_end(self.folder / name, self.bench.whole(*EPOCHS, *words, ranks=ranks)[0])
 
     def row(self, case: str, name: str, job: Job, seconds: float | None = None, **others: str) -> Outcome:
-        """Of an ended job. codes: of its tasks as srun tells them, then its own."""
+        """The row of a finished job. codes: those of its tasks as srun reports them, then its own."""
         tasks = re.findall(r"[Ee]xit(?:ed with exit)? code (\d+)", self.said(name))
         codes = " ".join([*dict.fromkeys(tasks), f"{job.code} {job.state}"])
         said = f"{job.restarts} restarts" + "; asked for once" * ("could not be put back" not in self.said(name))
@@ -72,13 +72,13 @@ class Slurm:
 
 
 def wait_of(job: Job) -> float:
-    """Seconds that SLURM lets a requeued job wait."""
+    """Seconds that SLURM makes a requeued job wait."""
     eligible, requeued = (datetime.fromisoformat(job.fields[name]) for name in ("EligibleTime", "SubmitTime"))
     return (eligible - requeued).total_seconds()
 
 
 def signalled(slurm: Slurm, case: str, name: str, *words: str, how: str, options: tuple[str, ...], to: str) -> Outcome:
-    """SIGUSR1 in the middle of a run that then starts again, and ends."""
+    """SIGUSR1 in the middle of a run, which is then requeued and completes."""
     ranks, here = 2 if words else 1, slurm.here
     arguments = (*forked.TRAP, *RESUMING, *words)
     number = slurm.submit(name, *arguments, how=how, options=(*AGAIN, *options))
@@ -104,7 +104,7 @@ def requeued(slurm: Slurm) -> Iterator[Outcome]:
 
 
 def ranks(slurm: Slurm) -> Iterator[Outcome]:
-    """SIGUSR1 to jobs of two ranks, whoever starts these."""
+    """SIGUSR1 to jobs of two ranks, for each way of starting them."""
     two = ("--cpus-per-task=2",)
     for case, name, how, options, to in (
         ("two tasks of srun", "tasks", f"srun {PYTHON}", ("--ntasks-per-node=2",), ""),
@@ -115,14 +115,14 @@ def ranks(slurm: Slurm) -> Iterator[Outcome]:
 
 
 def cancelled(slurm: Slurm) -> Iterator[Outcome]:
-    """`scancel`, and another job that goes on."""
+    """`scancel`, and a second job that resumes."""
     for name, words, options in (("cancelled", (), ()), ("cancelled_two", PAIR, ("--ntasks-per-node=2",))):
         number = slurm.submit(name, *forked.TRAP, *RESUMING, *words, options=options)
         slurm.begun(number, name)
         began = time.monotonic()
         slurm.here.ask("scancel", number)
         job = slurm.here.ended(number, bound=60)
-        while "output folder" not in slurm.said(name) and time.monotonic() < began + 60:  # its state is known before
+        while "output folder" not in slurm.said(name) and time.monotonic() < began + 60:  # it ends later
             time.sleep(0.1)
         seconds, gone = time.monotonic() - began, faults.lost(slurm.folder / name)
         outcome = slurm.row(f"scancel of {2 if words else 1} task(s)", name, job, seconds, lost=str(gone))
@@ -132,7 +132,7 @@ def cancelled(slurm: Slurm) -> Iterator[Outcome]:
 
 
 def array(slurm: Slurm) -> Iterator[Outcome]:
-    """SIGUSR1 to the job of an array whose number is that of the array: the other goes on."""
+    """SIGUSR1 to the job of an array that has the array's own number; the other one continues."""
     here, name = slurm.here, "array$SLURM_ARRAY_TASK_ID"
     options = (*AGAIN, "--array=0-1", f"--output={slurm.folder}/array%a.out")
     number = slurm.submit(name, *forked.TRAP, *RESUMING, options=options)
@@ -148,7 +148,7 @@ def array(slurm: Slurm) -> Iterator[Outcome]:
 
 
 def limited(slurm: Slurm) -> Iterator[Outcome]:
-    """The signal that SLURM sends before the time limit; nobody shortens the wait."""
+    """The signal that SLURM sends before the time limit, with the full wait before the restart."""
     limit, epochs = ("--time=2", "--signal=USR1@30"), f"trainer.max_epochs={slurm.long}"
     number = slurm.submit("limited", *forked.TRAP, *RESUMING, epochs, options=(*AGAIN, *limit))
     job = slurm.here.ended(number, bound=3600)
@@ -157,7 +157,7 @@ def limited(slurm: Slurm) -> Iterator[Outcome]:
 
 
 def refused(slurm: Slurm) -> Iterator[Outcome]:
-    """Two tasks of which nobody starts the second, and a number of devices that is not that of tasks."""
+    """Two tasks of which the second is never started, and a number of devices that differs from that of tasks."""
     for case, name, how, words in (
         ("--ntasks-per-node=2 without srun", "alone", PYTHON, PAIR),
         ("two tasks and one device", "devices", f"srun {PYTHON}", ()),
@@ -169,9 +169,9 @@ def refused(slurm: Slurm) -> Iterator[Outcome]:
 
 
 def sweep(slurm: Slurm) -> Iterator[Outcome]:
-    """Two runs of a sweep, a job each; one is sent what submitit has SLURM send before the time limit.
+    """Two runs of a sweep, one job each; one gets the signal that submitit has SLURM send before the time limit.
 
-    Under limits of ten minutes and less submitit takes that for the end of the time, whenever it comes.
+    With limits of up to ten minutes submitit treats this signal as a timeout whenever it arrives.
     """
     words = [word for word in forked.settled(*forked.TINY, *EPOCHS, *forked.TRAP) if not word.startswith("seed=")]
     folder, here = slurm.folder / "sweep", slurm.here
@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--to", type=Path, default=None, help="folder; outputs/bench/<time> unless given")
-    parser.add_argument("--long", type=int, default=300, help="epochs of the run that outlasts its time limit")
+    parser.add_argument("--long", type=int, default=300, help="epochs of the run that exceeds its time limit")
     given = parser.parse_args()
     folder = (given.to or forked.ROOT / "outputs" / "bench" / time.strftime("%Y-%m-%d_%H-%M-%S")).resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""How long one waits for `python train.py --help`, and for the first optimiser step: `python bench/startup.py`.
+"""Time to `python train.py --help`, and to the first optimiser step: `python bench/startup.py`.
 
-Seconds from the start of the process, each several times in turn; medians, the range in brackets. Of the default run
-also the moments on the way: parts loaded, baseline evaluated (of the validation prompts; that of the test prompts comes
-after the first epoch), first rollout.
+Seconds from the start of the process, measured alternately several times; medians, with ranges in brackets. For the
+default run also its milestones: parts loaded, baseline evaluated (on the validation prompts; that on the test prompts
+comes after the first epoch), first rollout.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOMENTS = {
 
 
 def launched(words: list[str]) -> float:
-    """When `train.py` was started with these words, in seconds since 1970; it has ended, well."""
+    """Run `train.py` with these arguments to a successful end. Returns the Unix time of its start."""
     began = time.time()
     subprocess.run(
         [sys.executable, "train.py", *words], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
@@ -47,7 +47,7 @@ def help_once() -> dict[str, float]:
 
 
 def run_once(overrides: list[str]) -> dict[str, float]:
-    """Seconds from the start to every moment of a run, which ends at its first step."""
+    """Seconds from the start to each milestone of a run, which ends at its first optimiser step."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "moments.json"
         callback = ("+callbacks.moments._target_=bench.clocks.Moments", f"+callbacks.moments.path={path}")
@@ -59,7 +59,7 @@ def run_once(overrides: list[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of the run, as for train.py")
-    parser.add_argument("--repeats", type=int, default=5, help="after one of each that fills the machine's file cache")
+    parser.add_argument("--repeats", type=int, default=5, help="after one warm-up of each, which fills the file cache")
     parser.add_argument("--to", type=Path, default=place())
     given = parser.parse_intermixed_args()
     seconds: dict[str, list[float]] = {}
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def summed(name: str, seconds: list[float]) -> dict[str, Any]:
-    """A row."""
+    """The row of one measurement."""
     spread = f"[{min(seconds):.2f}, {max(seconds):.2f}]"
     return {"what": name, "median_s": round(median(seconds), 2), "range_s": spread, "repeats": len(seconds)}
 

@@ -1,11 +1,11 @@
-"""Minutes of training until the embedded model is so much better: `python bench/time_to_quality.py --algorithms nft`.
+"""Minutes of training until the embedded model reaches a gain: `python bench/time_to_quality.py --algorithms nft`.
 
-Runs `train.py` with an algorithm's own settings and looks at val/strict every few epochs; a run ends once it is 30
-points above the base. Minutes are those of the training: evaluations are timed apart and left out, the baseline among
-them. A gain is reached at the first evaluation at or above it. Every run is a row of time_to_quality.json as soon as it
-ends; with --to the folder of an earlier call, rows that are there are not measured again.
+Runs `train.py` with the default settings of an algorithm and evaluates val/strict every few epochs; a run ends once it
+is 30 points above the baseline. Minutes are those of training, without evaluations. A gain is reached at the first
+evaluation at or above it. Every run becomes a row of time_to_quality.json when it ends; with --to the folder of an
+earlier call, existing rows are not measured again.
 
-The learning rate falls over --epochs, so that another limit is another measurement.
+The learning rate decays over --epochs, so results with different limits are not comparable.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from bench.rows import Rows, markdown, place  # noqa: E402
 ALGORITHMS = sorted(path.stem for path in (ROOT / "conf" / "algo").glob("*.yaml"))
 METRIC = "val/strict"
 GAINS = (20, 30)
-"""Points, in percent."""
+"""Percentage points."""
 CLOCK = "bench.clocks.Course"
 
 
 def reached(points: Sequence[dict[str, float]], base: float, gain: float) -> dict[str, float] | None:
-    """The first evaluation at or above base + gain; None if there is none. Shares, not percent."""
+    """The first evaluation at or above base + gain, both in [0, 1]; None if there is none."""
     return next((point for point in points if point["value"] >= base + gain - 1e-9), None)
 
 
 def standard_error(share: float, pictures: int) -> float:
-    """Of a share of independent pictures."""
+    """Standard error of a share of independent images."""
     return math.sqrt(share * (1 - share) / pictures)
 
 
 def figures(course: dict[str, Any]) -> dict[str, Any]:
-    """What a run says: minutes of training, shares in percent."""
+    """Results of a run: minutes of training, shares in percent."""
     base, points, pictures = course["base"], course["points"], course["pictures"]
     found = {f"minutes_to_{gain}": reached(points, base, gain / 100) for gain in GAINS}
     best = max((point["value"] for point in points), default=base)
@@ -62,11 +62,11 @@ def figures(course: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(given: argparse.Namespace, algo: str, seed: int) -> dict[str, Any]:
-    """One training; `failed` says why there are no figures."""
+    """Train once; `failed` says why there are no results."""
     folder = (given.to / algo / f"seed{seed}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "course.json"
-    path.unlink(missing_ok=True)  # of a run that was interrupted
+    path.unlink(missing_ok=True)  # left by an interrupted run
     command = [
         sys.executable, "train.py", f"algo={algo}", f"seed={seed}", f"hydra.run.dir={folder}", "test=false",
         f"trainer.max_epochs={given.epochs}", f"trainer.check_val_every_n_epoch={given.every}", "logger=none",
@@ -82,13 +82,13 @@ def run(given: argparse.Namespace, algo: str, seed: int) -> dict[str, Any]:
 
 
 def settings(given: argparse.Namespace, algo: str, seed: int) -> dict[str, Any]:
-    """What makes two runs the same measurement."""
+    """The settings that identify a measurement."""
     words = {"max_epochs": given.epochs, "every": given.every, "threads": given.threads}
     return {"algo": algo, "seed": seed} | words | {"overrides": given.overrides}
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """A row an algorithm, medians over seeds; a gain that some did not reach has the number of those that did."""
+    """A table with one row per algorithm: medians over seeds, and how many reached a gain if not all did."""
     lines = []
     for algo in dict.fromkeys(row["algo"] for row in rows):
         mine = [row for row in rows if row["algo"] == algo and not row["failed"]]
@@ -99,7 +99,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def middle(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The columns of the table."""
+    """The columns of one row: medians over runs."""
 
     def minutes(gain: int) -> str:
         found = [row[f"minutes_to_{gain}"] for row in rows if row[f"minutes_to_{gain}"] is not None]
@@ -124,10 +124,10 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS, metavar="ALGORITHM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=int, default=100, help="of a run, at most")
+    parser.add_argument("--epochs", type=int, default=100, help="maximum per run")
     parser.add_argument("--every", type=int, default=2, help="epochs between evaluations")
-    parser.add_argument("--threads", type=int, default=2, help="of a run; one run at a time")
-    parser.add_argument("--report", action="store_true", help="run nothing: the table of what is there")
+    parser.add_argument("--threads", type=int, default=2, help="per run; runs are sequential")
+    parser.add_argument("--report", action="store_true", help="run nothing; report the existing rows")
     parser.add_argument("--to", type=Path, default=place())
     given = parser.parse_intermixed_args()
     rows = Rows(given.to / "time_to_quality.json", metric=METRIC)

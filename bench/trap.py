@@ -1,4 +1,4 @@
-"""What happens to runs, at a moment that can be chosen: a signal, a death, a number that is none."""
+"""Callbacks and rewards that inject faults at a chosen moment: a signal, a NaN loss, a failed allocation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MOMENTS = (*PHASES, "writing")
 class Trap(Callback, Report):
     """Sends this process a signal in epoch 1, after the first batch of a phase or while the checkpoint is written.
 
-    Writes when it did so to `snapped` and the rank, and to `epoch` which one began last; both in `folder`.
+    Writes two files into `folder`: the time of the signal to `snapped` + rank, and the last epoch begun to `epoch`.
     """
 
     def __init__(self, folder: str, moment: str = "", send: str = "SIGTERM", ranks: list[int] | None = None) -> None:
-        """moment: one of MOMENTS, or nothing; ranks: of them, all by default."""
+        """moment: one of MOMENTS, or "" for no signal; ranks: those that get the signal, None: all."""
         self.moment, self.send, self.ranks, self.folder = moment, signal.Signals[send], ranks, Path(folder)
         self.module: LightningModule | None = None
 
@@ -44,7 +44,7 @@ class Trap(Callback, Report):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.moment != "writing":
             return
-        if not trainer.is_global_zero:  # the first rank writes, and the others wait for it
+        if not trainer.is_global_zero:  # rank 0 writes, and the others wait for it
             self._snap()
             return
         sync = os.fsync
@@ -66,7 +66,7 @@ class Trap(Callback, Report):
 
 
 class NotFinite(Callback):
-    """Spoils the loss of one point on one rank, in the first micro-batch of some epochs."""
+    """Sets the loss of one point to NaN on one rank, in the first micro-batch of some epochs."""
 
     def __init__(self, epochs: list[int], rank: int = 0) -> None:
         self.epochs, self.rank = epochs, rank
@@ -87,10 +87,10 @@ class NotFinite(Callback):
 
 
 class Hungry:
-    """A reward that asks for more memory than there is."""
+    """A reward that runs out of memory."""
 
     def __init__(self, pictures: int) -> None:
-        """pictures: that are scored before."""
+        """pictures: number of images that are scored before."""
         self.left = pictures
 
     def __call__(self, media: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:

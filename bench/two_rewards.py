@@ -1,7 +1,7 @@
-"""Two rewards of which one is loud: `python bench/two_rewards.py` trains on their plain sum and with credit=gdpo.
+"""Two rewards on different scales: `python bench/two_rewards.py` trains on their plain sum and with credit=gdpo.
 
-`reward=shapes_light` pays for what the prompt asks for and, with a tenth of the spread, for light pictures. Runs what
-is missing, continues what was interrupted, prints a table and draws docs/two_rewards.png.
+`reward=shapes_light` rewards prompt adherence and, with a tenth of the spread, brightness. Runs what is missing,
+resumes what was interrupted, prints a table and draws docs/two_rewards.png.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ METRICS = ("light", "shapes", "strict", "quality")
 
 
 def report(runs: dict[str, list[Path]]) -> str:
-    """Validation measures before and after, in percent, mean ± deviation over the seeds."""
+    """Validation metrics before and after training, in percent, mean ± standard deviation over seeds."""
     lines = ["| credit | seeds | " + " | ".join(f"`val/{name}`" for name in METRICS) + " |"]
     lines.append("|---" * (len(METRICS) + 2) + "|")
     for name, folders in runs.items():
@@ -35,9 +35,9 @@ def report(runs: dict[str, list[Path]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="concurrent runs, with one thread each")
     parser.add_argument("--to", type=Path, default=ROOT / "outputs" / "two_rewards")
-    parser.add_argument("--report", action="store_true", help="run nothing: what is finished")
+    parser.add_argument("--report", action="store_true", help="run nothing; report what is finished")
     known, overrides = parser.parse_known_args()
     words = ["reward=shapes_light", "test=false", *overrides]
     folders = {(c, seed): (known.to / c / f"seed{seed}").resolve() for seed in known.seeds for c in CREDITS}

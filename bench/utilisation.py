@@ -1,4 +1,4 @@
-"""Model FLOP utilisation: what the mathematics of training needs, of what the device could do in that time."""
+"""Model FLOP utilisation: the FLOPs that training requires, relative to what the device could do in that time."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ PEAKS = {
     "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-"""FLOP/s of dense bfloat16 products with float32 sums, as the makers state them, by a part of the device's name."""
+"""Vendors' dense bfloat16 FLOP/s with float32 accumulation, by a substring of the device name."""
 
 
 def peak_of(device: str, precision: str) -> float | None:
-    """Of a device by its name; None if it is not in the table, or if the run does not multiply in 16 bits."""
+    """Peak FLOP/s of a device; None if it is not in the table, or if the run does not multiply in 16 bits."""
     if not precision.startswith(("bf16", "16")):
         return None
     return next((peak for name, peak in PEAKS.items() if name in device), None)
 
 
 def mfu(flops_a_point: float | None, points: int, seconds: float, peak: float | None) -> float | None:
-    """Share of the peak, in [0, 1]; None where something is unknown."""
+    """Share of the peak, in [0, 1]; None if FLOPs or peak are unknown."""
     if flops_a_point is None or peak is None:
         return None
     return flops_a_point * points / (seconds * peak)
 
 
 def flops_a_point(module: Any) -> float | None:
-    """FLOPs of a training forward and backward of one point of the last epoch, guidance included, counted as they run.
+    """FLOPs of the forward and backward pass of one training point of the last epoch, guidance included, as counted.
 
-    What gradient checkpointing computes again is not counted. None with an attention backend of another package, in
-    which nothing can be counted; diffusers calls PyTorch's own ones native.
+    Recomputation by gradient checkpointing is not counted. None with an attention backend of another package, whose
+    FLOPs cannot be counted; diffusers calls PyTorch's own backends native.
     """
     import torch
 
@@ -57,7 +57,7 @@ def flops_a_point(module: Any) -> float | None:
 
 
 def _countable(device: Any) -> Any:
-    """Attention of products that the counter knows, which PyTorch's own one for CPUs is not."""
+    """Select an attention backend whose FLOPs can be counted, which PyTorch's default on CPUs is not."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

@@ -16,9 +16,9 @@ from flowalign.alive import Alive, faked
 from flowalign.decoding import of_decoding
 from flowalign.geometry import Geometry
 from flowalign.models.base import FlowModel
-from flowalign.models.quantised import is_quantised, pieces
+from flowalign.models.quantised import inner_tensors, is_quantised
 from flowalign.policy import Policy
-from flowalign.policy.merge import adapted as adapted_layers
+from flowalign.policy.merge import adapter_layers
 from flowalign.recipe import Recipe
 from flowalign.rollouts import SHOWN
 from flowalign.tensors import is_sharded, local
@@ -42,7 +42,7 @@ class Share:
 
 def held(tensors: Iterable[Tensor]) -> int:
     """Bytes of distinct storages on this rank."""
-    storages = [piece.untyped_storage() for t in tensors for piece in pieces(local(t))]
+    storages = [piece.untyped_storage() for t in tensors for piece in inner_tensors(local(t))]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -66,11 +66,11 @@ def kept_for_backward(
     Blocks are not compiled for it.
     """
     held_by_model = [local(p) for d in model.denoisers().values() for p in d.parameters()]
-    own = {piece.untyped_storage().data_ptr() for p in held_by_model for piece in pieces(p)}
+    own = {piece.untyped_storage().data_ptr() for p in held_by_model for piece in inner_tensors(p)}
     seen: dict[int, int] = {}
 
     def count(t: Tensor) -> Tensor:
-        storages = [piece.untyped_storage() for piece in pieces(t)]
+        storages = [piece.untyped_storage() for piece in inner_tensors(t)]
         gathered = isinstance(t if t._base is None else t._base, nn.Parameter)  # whole for as long as its block runs
         if not gathered:
             seen.update({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in own})
@@ -211,8 +211,8 @@ def plan(recipe: Recipe, policy: Policy, geometry: Geometry, cond: Conditioning,
     copies = 0 if recipe.device_of_frozen == "cpu" else len(policy.copies)
     points = geometry.trained_local * geometry.points_per_sample
     text = sum(map(weights, model.text_encoders().values()))
-    adapted = held(layer.get_base_layer().weight for layer in adapted_layers(policy.denoisers))
-    before = [t for copy in policy.passing.values() for t in copy.values() if t.device == device]
+    adapted = held(layer.get_base_layer().weight for layer in adapter_layers(policy.denoisers))
+    before = [t for copy in policy.snapshots.values() for t in copy.values() if t.device == device]
     adapters = "tune=lora" if recipe.tune.kind == "full" else ""
     whole = of_whole_pass(recipe, cond, precision, micro, geometry.accumulate > 1)
     passing = of_kept(recipe, cond, precision, micro) if whole is None else whole

@@ -29,7 +29,7 @@ from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
 from flowalign.points import drawn
 from flowalign.policy import Policy
-from flowalign.policy.base import identity
+from flowalign.policy.fingerprint import weights_fingerprint
 from flowalign.recipe import Recipe
 from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
@@ -79,7 +79,7 @@ class AlignModule(Forward):
         if self.policy is not None:  # Lightning calls this for every fit, validate and test
             return
         r = self.recipe
-        asked = r.consulted - r.same_as_live | (set() if r.evaluation.copy is None else {r.evaluation.copy})
+        asked = (r.consulted - r.same_as_live) | (set() if r.evaluation.copy is None else {r.evaluation.copy})
         kept = [name for name in r.frozen if name in asked]
         missing = sorted(asked - set(kept) - {"reference"})
         if missing:
@@ -91,7 +91,8 @@ class AlignModule(Forward):
             raise ConfigError(f"frozen.{r.evaluation.copy}.every=always is no average: use evaluation.weights=live.")
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         strategy = self.trainer.strategy
-        self.base = strategy.broadcast(identity(r.model.denoisers()))  # if sharded, only rank 0 has read the weights
+        # If sharded, only rank 0 has read the weights.
+        self.base = strategy.broadcast(weights_fingerprint(r.model.denoisers()))
         with as_config_errors():
             r.running.check(strategy.root_device)
             self.policy = Policy(
@@ -355,7 +356,7 @@ class AlignModule(Forward):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Trained parameters and frozen copies only; the base model is not stored."""
-        kept = {f"policy.{key}" for key in self.live.kept_keys()}
+        kept = {f"policy.{key}" for key in self.live.checkpoint_keys()}
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in kept}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -70,7 +70,7 @@ def _show_batches(trainer: Trainer, module: AlignModule) -> None:
         table.add_row(name, value)
     if module.recipe.batch.micro == "auto":
         table.add_row("batch.micro=auto", f"{module.geometry.micro} of {module.geometry.micros()}")
-    numbers = module.live.numbers()
+    numbers = module.live.parameter_counts()
     table.add_row("parameters", f"{numbers['trained']:,} trained of {numbers['parameters']:,}")
     table.add_row("frozen copies", ", ".join(module.live.copies) or "none")
     table.add_row("epochs", f"{trainer.max_epochs}, evaluated every {trainer.check_val_every_n_epoch}")

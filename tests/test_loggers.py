@@ -117,7 +117,7 @@ def test_wandb_gets_settings_numbers_of_parameters_and_pictures(fake: Any, train
     module, _ = train("run", "logger=wandb")
     ((_, run),) = fake
     assert run.settings["batch"]["group_size"] == 2
-    numbers = module.live.numbers()
+    numbers = module.live.parameter_counts()
     assert run.settings["parameters"] == {"trained": numbers["trained"], "all": numbers["parameters"]}
     assert numbers["trained"] < numbers["parameters"]
     shown = [values for values in run.logged if "val/pictures" in values]
@@ -226,7 +226,7 @@ def test_mlflow_itself_goes_on_with_the_run(train: Train, tmp_path: Path):
     client = client_of(store)
     (run,) = client.search_runs([client.get_experiment_by_name("flowalign").experiment_id])
     assert run.info.status == "FINISHED"
-    assert run.data.params["parameters.trained"] == str(module.live.numbers()["trained"])
+    assert run.data.params["parameters.trained"] == str(module.live.parameter_counts()["trained"])
     assert run.data.params["trainer.max_epochs"] == "1"  # as first given: MLflow changes none
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 3]
     assert list(tmp_path.glob("art/**/*.png"))

@@ -191,7 +191,7 @@ def test_a_checkpoint_holds_what_is_trained_and_not_the_base(fit: Callable[..., 
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     held = torch.load(path, weights_only=True)
     assert all("lora" in key for key in held["state_dict"])
-    trained, base = module.live.numbers()["trained"], module.live.numbers()["parameters"]
+    trained, base = module.live.parameter_counts()["trained"], module.live.parameter_counts()["parameters"]
     assert sum(t.numel() for t in held["state_dict"].values()) == 3 * trained  # live, old, reference
     assert held["flowalign"]["config"]["algo"]["_target_"].endswith("NFT")
     assert {p.name for p in path.parent.iterdir()} == {"last.ckpt", "best_epoch000.ckpt"}

@@ -20,7 +20,7 @@ class Hyperparameters(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.waiting and isinstance(pl_module, AlignModule):
-            numbers = pl_module.live.numbers()
+            numbers = pl_module.live.parameter_counts()
             counts = {"parameters": {"trained": numbers["trained"], "all": numbers["parameters"]}}
             log_settings(trainer.loggers, {**self.settings, **counts})
             self.waiting = False

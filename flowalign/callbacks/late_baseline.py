@@ -27,7 +27,7 @@ class LateBaseline(Callback):
         if isinstance(pl_module, AlignModule):
             self.copy = unchanged_copy(pl_module) or "start"
             if self.copy == "start":
-                pl_module.live.keep("start")
+                pl_module.live.take_snapshot("start")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The module's own hook, which updates frozen copies, runs after those of callbacks.
@@ -40,7 +40,7 @@ class LateBaseline(Callback):
     def _evaluate(self, trainer: Trainer, module: AlignModule) -> None:
         began = time.perf_counter()
         metrics = module.judge_test(self.copy)
-        module.live.let_go(self.copy)
+        module.live.drop_snapshot(self.copy)
         self.waiting = False
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=0)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from flowalign.models.base import FlowModel
 from flowalign.policy import Policy
-from flowalign.policy.base import identity
+from flowalign.policy.fingerprint import weights_fingerprint
 from flowalign.resuming import last_checkpoint
 from flowalign.run import compose_config, instantiate, size_of
 from flowalign.sampler import Sampling
@@ -101,7 +101,7 @@ def load_run(
     if weights not in (known := ["live", *copies, "base"]):
         raise ValueError(f"weights={weights}: the checkpoint holds {', '.join(known)}.")
     model = instantiate(config.model)
-    if state["flowalign"].get("base") not in (None, identity(model.denoisers())):
+    if state["flowalign"].get("base") not in (None, weights_fingerprint(model.denoisers())):
         raise ValueError(f"ckpt={ckpt} was trained on another base than {config.model.pretrained} is now.")
     scorer = _bound_scorer(rewards, config, model)
     # The copy "base" is made before the trained weights are loaded, so it holds the pipeline's weights.
@@ -110,7 +110,7 @@ def load_run(
     if not before and "start" in tune:
         tune.start = None  # the checkpoint supersedes it, and the file may be gone
     policy = Policy(model.denoisers(), instantiate(tune), model.lora_targets, [*copies, *before])
-    differing = sorted({key for key in policy.kept_keys() if not key.startswith("copies.base.")} ^ held.keys())
+    differing = sorted({key for key in policy.checkpoint_keys() if not key.startswith("copies.base.")} ^ held.keys())
     if differing:
         raise ValueError(f"ckpt={ckpt} does not fit its own config ({len(differing)} entries, first {differing[0]}).")
     policy.load_state_dict(held, strict=False)

@@ -1,1 +1,1 @@
-"""Model adapters: one per diffusers family, and the only importers of diffusers pipelines."""
+"""Model adapters, one per diffusers family. No other package imports diffusers pipelines."""

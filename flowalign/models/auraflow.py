@@ -1,4 +1,4 @@
-"""AuraFlow (AuraFlowPipeline): time is sigma, and the padding of prompts is zero instead of masked."""
+"""AuraFlow (AuraFlowPipeline): time is sigma; padding tokens are zeros rather than masked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowalign.types import Conditioning
 
 
 class AuraFlow(FlowModel):
-    """Its scheduler spaces the sigmas itself, and the prediction is v."""
+    """The scheduler spaces the sigmas itself; the network predicts v."""
 
     pipeline = "AuraFlowPipeline"
     evenly = False

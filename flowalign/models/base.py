@@ -1,7 +1,7 @@
-"""The adapter protocol: the thin truth about one diffusers pipeline.
+"""Base class of the model adapters, each a thin wrapper around one diffusers pipeline.
 
-Outside an adapter there is one convention (flow.py): spatial float32 latents, sigma in [0, 1], v = eps - x0. Sign,
-time scale, packing, guidance and VAE normalisation are settled here and nowhere else.
+Outside the adapters there is one convention (flow.py): spatial float32 latents, sigma in [0, 1], v = eps - x0. Only
+adapters deal with sign, time scale, packing, guidance and VAE normalisation.
 """
 
 from __future__ import annotations
@@ -16,45 +16,46 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.models import schedule
-from flowalign.models.loading import READERS, VIEWERS, fingerprint, load_pipeline
-from flowalign.models.quantised import Kind, packing, quantise
+from flowalign.models.loading import IMAGE_FOLDERS, TEXT_FOLDERS, fingerprint, load_pipeline
+from flowalign.models.quantised import Kind, quantise, weight_quantiser
 from flowalign.types import Conditioning
 
 NEGATIVE = "neg."
 """Key prefix of the unconditional branch in a Conditioning."""
 SHARED = "cond."
-"""Key prefix of what both branches see, such as the latents of a given picture."""
+"""Key prefix of the entries that both branches share, such as the latents of a reference image."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch type called `name`."""
+    """Convert a dtype name to the torch dtype. Raises ValueError for an unknown name."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
     if name not in known:
         raise ValueError(f"a dtype is one of {', '.join(known)} (got {name!r}).")
     return known[name]
 
 
-def _released(prompts: Sequence[str], *others: Any, **also: Any) -> Conditioning:
+def _encode_after_release(prompts: Sequence[str], *others: Any, **also: Any) -> Conditioning:
     raise RuntimeError(
         f"{prompts[0]!r} cannot be encoded: the text encoders were released (encoding.release=true), and this prompt "
         "was not encoded before, or its cached file is damaged."
     )
 
 
-def _times(sigma: Tensor | float, x: Tensor) -> Tensor:
-    """(B,) = 1000 sigma, beside x (B, …)."""
+def _timesteps(sigma: Tensor | float, x: Tensor) -> Tensor:
+    """(B,) = 1000 sigma in float32, on the device of x (B, …)."""
     return 1000 * torch.as_tensor(sigma, dtype=torch.float32, device=x.device).expand(len(x))
 
 
-def _positive(cond: Conditioning) -> Conditioning:
+def _conditional(cond: Conditioning) -> Conditioning:
+    """The conditional branch, including the shared entries."""
     return Conditioning({key: entry for key, entry in cond.items() if not key.startswith(NEGATIVE)})
 
 
 class FlowModel(ABC):
-    """A flow-matching pipeline, as rollouts, losses and evaluation see it.
+    """A flow-matching pipeline behind the interface that rollouts, losses and evaluation use.
 
-    `pretrained` is a hub id, a local folder in diffusers layout, or the name of a pipeline inside this package.
-    Components that are not trained are held in `dtype`; the denoisers in `train_dtype`.
+    `pretrained` is a hub id, a local folder in diffusers layout, or the name of a pipeline embedded in this package.
+    The denoisers are kept in `train_dtype`, all other components in `dtype`.
     """
 
     pipeline: ClassVar[str]
@@ -63,17 +64,17 @@ class FlowModel(ABC):
     default_lora_targets: ClassVar[tuple[str, ...]]
     default_max_sequence_length: ClassVar[int]
     guidance_off: ClassVar[float] = 1.0
-    """Classifier-free guidance at or below this is off."""
+    """Classifier-free guidance is off at or below this scale."""
     evenly: ClassVar[bool] = True
-    """Whether the pipeline passes even sigmas to its scheduler; otherwise the scheduler spaces them itself."""
+    """Whether the pipeline passes evenly spaced sigmas to its scheduler; otherwise the scheduler spaces them."""
     default_embedded_guidance: ClassVar[float | None] = None
-    """Guidance that a distilled network takes as an input, apart from the classifier-free one; None: it takes none."""
+    """Guidance scale that a guidance-distilled network takes as an input; None if it takes none."""
     sees_images: ClassVar[bool] = False
-    """Whether a prompt comes with pictures: editing, or a first frame."""
+    """Whether prompts come with images: to be edited, or as the first frame of a video."""
     checkpointing_is_exact: ClassVar[bool] = True
-    """Whether the network predicts the same under gradient checkpointing."""
+    """Whether gradient checkpointing leaves the prediction unchanged."""
     one_text_length: ClassVar[bool] = True
-    """Whether every prompt becomes equally many tokens; otherwise a batch is padded to its longest."""
+    """Whether all prompts have the same number of tokens; otherwise a batch is padded to its longest prompt."""
 
     def __init__(
         self,
@@ -88,46 +89,46 @@ class FlowModel(ABC):
         embedded_guidance: float | None = None,
         quantised: Kind | None = None,
     ) -> None:
-        """max_sequence_length counts text tokens (null = the family's default); `absent` components are not loaded.
+        """max_sequence_length counts text tokens (None: the family's default); `absent` components are not loaded.
 
-        embedded_guidance is the input of a guidance-distilled network, in rollouts, training and evaluation alike.
-        quantised: the denoisers' blocks are held in so many bits, frozen; they still compute in `train_dtype`.
+        embedded_guidance is the input of a guidance-distilled network, the same in rollouts, training and evaluation.
+        quantised is the format in which the blocks of the denoisers are stored, frozen; they compute in `train_dtype`.
         """
         if embedded_guidance is not None and self.default_embedded_guidance is None:
             raise ValueError(
                 f"{type(self).__name__} takes no embedded_guidance: use rollout.guidance, "
                 f"which is off at {self.guidance_off:g}."
             )
-        given = self.default_embedded_guidance if embedded_guidance is None else embedded_guidance
-        self.embedded_guidance = given or 0.0  # 0 where the network takes none
+        scale = self.default_embedded_guidance if embedded_guidance is None else embedded_guidance
+        self.embedded_guidance = scale or 0.0  # 0 if the network takes none
         self.pretrained, self.revision, self.absent = pretrained, revision, tuple(absent)
         self.quantised = quantised
-        pack = None if quantised is None else packing(quantised)  # refused before anything is read
+        quantiser = None if quantised is None else weight_quantiser(quantised)  # before loading: it may raise
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
         self.pipe = load_pipeline(
             self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent), self.denoiser_names
         )
         for denoiser in self.denoisers().values():
-            if denoiser.dtype != torch_dtype(train_dtype):  # diffusers warns of every cast, also of an empty one
+            if denoiser.dtype != torch_dtype(train_dtype):  # diffusers warns of every cast, even a no-op
                 denoiser.to(torch_dtype(train_dtype))
             denoiser.eval().requires_grad_(False)
-        if quantised is not None and pack is not None:
-            quantise(self.blocks(), quantised, pack)
+        if quantised is not None and quantiser is not None:
+            quantise(self.blocks(), quantised, quantiser)
         for component in self.frozen_components():
             component.eval().requires_grad_(False)
 
     def denoisers(self) -> dict[str, nn.Module]:
-        """What is trained, sharded and checkpointed, by its name in the pipeline."""
+        """The networks that are trained, sharded and checkpointed, by component name."""
         return {name: getattr(self.pipe, name) for name in self.denoiser_names}
 
     def frozen_components(self) -> list[nn.Module]:
-        """Everything else with weights: text encoders and VAE."""
+        """All other components with weights: text encoders and VAE."""
         parts = [part for name, part in self.pipe.components.items() if name not in self.denoiser_names]
         return [part for part in parts if isinstance(part, nn.Module)]
 
     def to(self, device: torch.device) -> FlowModel:
-        """Moves the frozen components; the denoisers belong to the policy."""
+        """Move the frozen components; the policy moves the denoisers."""
         for component in self.frozen_components():
             component.to(device)
         self.device = device
@@ -136,7 +137,7 @@ class FlowModel(ABC):
     device: torch.device = torch.device("cpu")
 
     def agree(self, wanted: Tensor) -> Tensor:
-        """(n,) bool: which networks any rank asks for. A strategy that has all ranks ask together replaces this."""
+        """(n,) bool: the networks that any rank needs. Replaced by strategies whose ranks must call them together."""
         return wanted
 
     # ------------------------------------------------------------ size and schedule
@@ -147,7 +148,7 @@ class FlowModel(ABC):
         return self.pipe.vae_scale_factor * 2
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
-        """Raises ValueError, naming the nearest possible size, for one that the family cannot make."""
+        """Raise ValueError, naming the nearest possible size, if the family cannot generate this one."""
         if frames is not None:
             raise ValueError(f"{type(self).__name__} makes pictures: leave resolution.*.frames at null (got {frames}).")
         self._check_sides(height, width)
@@ -163,22 +164,22 @@ class FlowModel(ABC):
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the spatial latent outside of the network."""
+        """Channels of the spatial (unpacked) latent."""
         return self.pipe.transformer.config.in_channels
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
-        """Shape of one latent, such that randn(B, *shape) is the noise the pipeline itself would draw."""
+        """Shape of one latent: randn(B, *shape) is the initial noise that the pipeline itself would draw."""
         del frames
         scale = self.pipe.vae_scale_factor
         return (self.latent_channels, height // scale, width // scale)
 
     def tokens(self, height: int, width: int, frames: int | None = None) -> int:
-        """Number of picture tokens, which a resolution-dependent shift counts: patches of 2×2 latents."""
+        """Number of image tokens (patches of 2×2 latents), on which a resolution-dependent shift depends."""
         _, *sides = self.latent_shape(height, width, frames)
         return math.prod(sides) // 4
 
     def mu(self, num_steps: int, height: int, width: int, frames: int | None) -> float | None:
-        """Exponent of a shift that depends on the resolution; None where the shift is static."""
+        """The scheduler's `mu`, for a shift that depends on the resolution; None if the shift is static."""
         del num_steps
         config = self.pipe.scheduler.config
         if not config.get("use_dynamic_shifting"):
@@ -186,13 +187,13 @@ class FlowModel(ABC):
         return schedule.linear_mu(config, self.tokens(height, width, frames))
 
     def sigmas(self, num_steps: int, height: int, width: int, frames: int | None = None) -> Tensor:
-        """(num_steps + 1,) float32 from 1 to 0 on the CPU: exactly what the pipeline's own call would walk."""
+        """(num_steps + 1,) float32 from 1 to 0 on the CPU: exactly the schedule of the pipeline's own call."""
         scheduler = schedule.euler(self.pipe.scheduler)
-        evenly = self.evenly or scheduler is not self.pipe.scheduler  # the multistep ones space evenly, then shift
+        evenly = self.evenly or scheduler is not self.pipe.scheduler  # multistep ones space evenly, then shift
         return schedule.sigmas(scheduler, num_steps, evenly, self.mu(num_steps, height, width, frames))
 
     def shift(self, height: int, width: int, frames: int | None = None) -> float:
-        """How far the schedule is moved towards the noise: sigma = s u / (1 + (s - 1) u) of an even time u, s ≥ 1."""
+        """The shift s ≥ 1 of the schedule towards noise: sigma = s u / (1 + (s - 1) u) for uniform time u."""
         return schedule.shift(schedule.euler(self.pipe.scheduler).config, self.mu(1, height, width, frames))
 
     # ------------------------------------------------------------ network
@@ -205,11 +206,11 @@ class FlowModel(ABC):
         images: Sequence[Tensor] | None = None,
         size: tuple[int, int, int | None] | None = None,
     ) -> Conditioning:
-        """Text to Conditioning, one row a prompt; `negatives` adds the unconditional branch under "neg.".
+        """Encode prompts, one row each; `negatives` adds the unconditional branch under "neg.".
 
-        Families that see pictures (`sees_images`) also take these, (n, 3, H, W) in [0, 1] for each prompt, and the
-        (height, width, frames) of what will be made; what becomes of them is under "cond.". The others leave both out.
-        A family whose two branches are made differently, or whose text encoder sees the pictures, writes this itself.
+        Families with `sees_images` also take `images`, (n, 3, H, W) in [0, 1] per prompt, and `size`, the (height,
+        width, frames) to generate; their encodings are stored under "cond.". The others take neither. Override this
+        where the two branches are encoded differently, or where the text encoder sees the images.
         """
         cond = self.text(prompts)
         if negatives is not None:
@@ -219,33 +220,33 @@ class FlowModel(ABC):
         return cond
 
     def text(self, texts: Sequence[str]) -> Conditioning:
-        """One branch of it, a row a text."""
+        """Encode one branch, one row per text."""
         raise NotImplementedError(f"{type(self).__name__} needs text(), or an encode() of its own.")
 
     def seen(
         self, prompts: Sequence[str], images: Sequence[Tensor] | None, size: tuple[int, int, int | None] | None
     ) -> Conditioning:
-        """What becomes of the pictures, under "cond."; only for families with `sees_images`."""
+        """Encode the images, under "cond."; only for families with `sees_images`."""
         raise NotImplementedError(f"{type(self).__name__} needs seen().")
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
-        """v of one branch. x (B, …) spatial, t (B,) = 1000 sigma in float32, branch without the unconditional part."""
+        """v of one branch: x (B, …) spatial, t (B,) = 1000 sigma in float32, `branch` without key prefix "neg."."""
 
     def unguided(self, x: Tensor, sigma: Tensor | float, cond: Conditioning) -> Tensor:
-        """v of the conditional branch in one forward, whatever the noise levels; otherwise as `velocity`."""
-        return self.forward(x, _times(sigma, x), _positive(cond)).float()
+        """v of the conditional branch in one forward pass, even if noise levels differ; otherwise as `velocity`."""
+        return self.forward(x, _timesteps(sigma, x), _conditional(cond)).float()
 
     def velocity(
         self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0, through_both: bool = True
     ) -> Tensor:
-        """v = eps - x0 in float32, (B, …). sigma is a number or (B,); guidance is classifier-free and off at 1.
+        """v = eps - x0, (B, …) in float32. sigma is a number or (B,), guidance the classifier-free scale.
 
-        through_both=False leaves the unconditional branch without gradient, and without its activations.
+        through_both=False treats the unconditional branch as a constant: no gradient, no stored activations.
         """
         if guidance <= self.guidance_off:
             return self.unguided(x, sigma, cond)
-        t, positive = _times(sigma, x), _positive(cond)
+        t, positive = _timesteps(sigma, x), _conditional(cond)
         shared = {k: c for k, c in cond.items() if k.startswith(SHARED)}
         negative = {k.removeprefix(NEGATIVE): c for k, c in cond.items() if k.startswith(NEGATIVE)}
         if not through_both and torch.is_grad_enabled():
@@ -257,60 +258,60 @@ class FlowModel(ABC):
         return self.guide(v_negative, v_positive, guidance)
 
     def guide(self, v_negative: Tensor, v_positive: Tensor, guidance: float) -> Tensor:
-        """The guided velocity, (B, …) of two of them."""
+        """Combine the velocities of both branches, (B, …), into the guided one."""
         return v_negative + guidance * (v_positive - v_negative)
 
     def denormalised(self, x: Tensor) -> Tensor:
-        """Latents as the VAE knows them."""
+        """Map latents from the scale of the denoiser to that of the VAE."""
         config = self.pipe.vae.config
         return x / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     def normalised(self, z: Tensor) -> Tensor:
-        """The inverse: latents as the denoiser knows them."""
+        """Map latents from the scale of the VAE to that of the denoiser: the inverse of `denormalised`."""
         config = self.pipe.vae.config
         return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Latents to pictures (B, 3, H, W), or videos (B, F, 3, H, W), float32 in [0, 1]."""
+        """Decode latents to images (B, 3, H, W) or videos (B, F, 3, H, W), float32 in [0, 1]."""
         vae = self.pipe.vae
         media = vae.decode(self.denormalised(x).to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5
-        return media.clamp(0, 1).contiguous()  # running.vae_channels_last leaves them otherwise
+        return media.clamp(0, 1).contiguous()  # running.vae_channels_last changes the layout
 
     @torch.no_grad()
     def encode_images(self, media: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] to latents in float32, normalised as the denoiser knows them."""
+        """Encode images (B, 3, H, W) in [0, 1] to float32 latents on the scale of the denoiser."""
         vae = self.pipe.vae
         return self.normalised(vae.encode((2 * media - 1).to(vae.dtype), return_dict=False)[0].mode().float())
 
     # ------------------------------------------------------------ text encoders
 
     def text_fingerprint(self) -> str:
-        """What the encoding of a prompt depends on beside its text; an encoding kept on disk belongs to one."""
+        """Identify everything but the text that a prompt's encoding depends on; part of the key of the disk cache."""
         encoder = next((m for name, m in self.text_encoders().items()), None)
         kind = f"{type(self).__name__} {self.max_sequence_length} {getattr(encoder, 'dtype', None)} {self.absent}"
-        folders = (*READERS, *VIEWERS) if self.sees_images else READERS
+        folders = (*TEXT_FOLDERS, *IMAGE_FOLDERS) if self.sees_images else TEXT_FOLDERS
         return f"{kind} {fingerprint(self.pretrained, self.revision, folders)}"
 
     def text_encoders(self) -> dict[str, nn.Module]:
-        """The text encoders by their names in the pipeline."""
+        """The text encoders, by component name."""
         parts = {name: part for name, part in self.pipe.components.items() if name.startswith("text_encoder")}
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     def release_text_encoders(self) -> None:
-        """Lets go of their memory; nothing can be encoded afterwards."""
+        """Free the memory of the text encoders; `encode` raises RuntimeError afterwards."""
         self.pipe.register_modules(**dict.fromkeys(self.text_encoders()))
-        self.encode = _released  # type: ignore[method-assign]
+        self.encode = _encode_after_release  # type: ignore[method-assign]
 
     # ------------------------------------------------------------ files
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated units of the denoisers, for sharding, compilation and checkpointing."""
+        """The transformer blocks of the denoisers: the units of sharding, compilation and checkpointing."""
         lists = [m for d in self.denoisers().values() for m in d.children() if isinstance(m, nn.ModuleList)]
         return [block for blocks in lists for block in blocks]
 
-    def share_sequences(self, context: int, mesh: Any) -> None:
-        """Splits sequences over neighbouring ranks by diffusers' plans. mesh has the dims (…, "ring", "ulysses")."""
+    def enable_context_parallel(self, context: int, mesh: Any) -> None:
+        """Split sequences over neighbouring ranks by diffusers' plans. mesh has dimensions (…, "ring", "ulysses")."""
         from diffusers import ContextParallelConfig
 
         for denoiser in self.denoisers().values():
@@ -318,26 +319,26 @@ class FlowModel(ABC):
 
     @property
     def loads_lora(self) -> bool:
-        """Whether the pipeline has a loader of adapters; otherwise its denoisers load them."""
+        """Whether the pipeline can load LoRA adapters; otherwise its denoisers load them."""
         return hasattr(type(self.pipe), "save_lora_weights")
 
     def save_lora(self, folder: Path) -> None:
-        """Writes the adapters; `load_lora_weights(folder)` restores them with the right alpha.
+        """Save the adapters, such that the pipeline's `load_lora_weights(folder)` restores them with the right alpha.
 
-        A further denoiser's are in folder/NAME, for `load_lora_weights(folder/NAME, load_into_NAME=True)`. Where the
-        pipeline has no loader, they are for the denoiser's `load_lora_adapter(folder, prefix=None,
-        use_safetensors=True)`.
+        Those of a second denoiser go to folder/NAME, for `load_lora_weights(folder/NAME, load_into_NAME=True)`. If the
+        pipeline has no LoRA loader, the denoiser's `load_lora_adapter(folder, prefix=None, use_safetensors=True)`
+        restores them.
         """
         from peft.utils import get_peft_model_state_dict
 
         for name, denoiser in self.denoisers().items():
-            place = folder if name == "transformer" else folder / name
+            target = folder if name == "transformer" else folder / name
             if not self.loads_lora:
-                denoiser.save_lora_adapter(place, adapter_name="default")  # type: ignore[operator]
+                denoiser.save_lora_adapter(target, adapter_name="default")  # type: ignore[operator]
                 continue
             arguments: dict[str, Any] = {
                 "transformer_lora_layers": get_peft_model_state_dict(denoiser),
-                # Without this header alpha would come back as the rank.
+                # Without this header the loader would set alpha to the rank.
                 "transformer_lora_adapter_metadata": denoiser.peft_config["default"].to_dict(),  # type: ignore
             }
-            type(self.pipe).save_lora_weights(str(place), **arguments)
+            type(self.pipe).save_lora_weights(str(target), **arguments)

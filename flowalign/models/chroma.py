@@ -1,4 +1,4 @@
-"""Chroma (ChromaPipeline): FLUX.1 without its distillation, with a mask over the padding of its prompts."""
+"""Chroma (ChromaPipeline): FLUX.1 without guidance distillation, and with padding tokens masked."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flowalign.types import Conditioning
 
 
 class Chroma(FlowModel):
-    """Under gradient checkpointing diffusers leaves the mask out of the single blocks, which moves the prediction.
+    """Under gradient checkpointing diffusers omits the mask in the single blocks, which changes the prediction.
 
-    The mask itself is 0 or 1 and is added to the attention, as in the pipeline (diffusers issue 13619).
+    The mask of 0 and 1 is added to the attention scores, as in the pipeline (diffusers issue 13619).
     """
 
     pipeline = "ChromaPipeline"

@@ -1,4 +1,4 @@
-"""FLUX.1 (FluxPipeline): guidance-distilled, tokens of 2×2 latents, positions as inputs."""
+"""FLUX.1 (FluxPipeline): guidance-distilled, with 2×2 latents per token and explicit position ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowalign.types import Conditioning
 
 
 class Flux1(FlowModel):
-    """`embedded_guidance` is what the pipeline calls guidance_scale; `guidance` is its true_cfg_scale, usually off."""
+    """`embedded_guidance` is the pipeline's guidance_scale; `guidance` is its true_cfg_scale, usually off."""
 
     pipeline = "FluxPipeline"
     default_max_sequence_length = 512
@@ -38,7 +38,7 @@ class Flux1(FlowModel):
         dtype, (height, width) = transformer.dtype, x.shape[2:]
         guided = transformer.config.guidance_embeds
         tokens = branch["tokens"].to(dtype)
-        patches, at = self.patches(x, branch)
+        patches, position_ids = self.patches(x, branch)
         v = transformer(
             hidden_states=patches.to(dtype),
             timestep=t / 1000,
@@ -46,21 +46,21 @@ class Flux1(FlowModel):
             pooled_projections=branch["pooled"].to(dtype),
             encoder_hidden_states=tokens,
             txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=dtype),
-            img_ids=at.to(dtype),
+            img_ids=position_ids.to(dtype),
             return_dict=False,
         )[0]
         return unpack(v[:, : height * width // 4], height, width)
 
     def patches(self, x: Tensor, branch: Conditioning) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, 4C), those of x first, and their positions (N, 3)."""
+        """Image tokens (B, N, 4C), those of x first, and their positions (N, 3)."""
         del branch
         return pack(x), positions(x)
 
 
 def positions(x: Tensor) -> Tensor:
-    """(N, 3): 0, row and column of every token of latents x."""
+    """(N, 3): 0, row and column of each token of the latents x."""
     rows, columns = x.shape[2] // 2, x.shape[3] // 2
-    at = torch.zeros(rows, columns, 3, device=x.device)
-    at[..., 1] = torch.arange(rows, device=x.device)[:, None]
-    at[..., 2] = torch.arange(columns, device=x.device)
-    return at.flatten(0, 1)
+    ids = torch.zeros(rows, columns, 3, device=x.device)
+    ids[..., 1] = torch.arange(rows, device=x.device)[:, None]
+    ids[..., 2] = torch.arange(columns, device=x.device)
+    return ids.flatten(0, 1)

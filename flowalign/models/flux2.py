@@ -1,4 +1,4 @@
-"""FLUX.2 (Flux2KleinPipeline, Flux2Pipeline): latents are patches already, and the schedule depends on its length."""
+"""FLUX.2 (Flux2KleinPipeline, Flux2Pipeline): one latent is one token; the shift depends on the number of steps too."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flowalign.types import Conditioning
 
 
 class Flux2Klein(FlowModel):
-    """`guidance` is the pipeline's guidance_scale with a negative prompt of your own, where the pipeline's is empty.
+    """`guidance` is the pipeline's guidance_scale, with any negative prompt, while the pipeline's is always empty.
 
-    The models distilled to 4 steps were made to run without it. Pictures can be made, not edited.
+    The models distilled to 4 steps are meant to run without it. Image editing is not supported.
     """
 
     pipeline = "Flux2KleinPipeline"
     default_max_sequence_length = 512
-    # The single blocks' attn.to_out stays out: peft matches the ends of names, and in the double blocks it is a list.
+    # Without the single blocks' attn.to_out: peft matches suffixes, and in the double blocks to_out is a ModuleList.
     default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 
     def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""HunyuanVideo, text to video (HunyuanVideoPipeline): guidance-distilled."""
+"""HunyuanVideo, text-to-video (HunyuanVideoPipeline): guidance-distilled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowalign.types import Conditioning
 
 
 class HunyuanVideo(VideoModel):
-    """`embedded_guidance` is what the pipeline calls guidance_scale; `guidance` is its true_cfg_scale, usually off."""
+    """`embedded_guidance` is the pipeline's guidance_scale; `guidance` is its true_cfg_scale, usually off."""
 
     pipeline = "HunyuanVideoPipeline"
     default_max_sequence_length = 256

@@ -1,4 +1,4 @@
-"""Loads a diffusers pipeline as users name it, and says in one sentence why it could not."""
+"""Loading of diffusers pipelines, with errors that say in one sentence what is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def resolve(pretrained: str) -> str:
-    """The folder of an embedded pipeline or of a local one, or else the hub id unchanged."""
+    """The folder of the embedded pipeline of this name; any other folder or hub id unchanged."""
     embedded = ASSETS / pretrained
     if "/" not in pretrained and (embedded / "model_index.json").is_file():
         return str(embedded)
@@ -29,7 +29,7 @@ _without_weights: ContextVar[bool] = ContextVar("without_weights", default=False
 
 @contextmanager
 def without_weights(on: bool = True) -> Iterator[None]:
-    """Inside, the trained networks of pipelines are built from their configs alone: another rank sends the values."""
+    """Within this context, trained networks are built on the meta device: another rank will send their weights."""
     token = _without_weights.set(on)
     try:
         yield
@@ -37,8 +37,8 @@ def without_weights(on: bool = True) -> Iterator[None]:
         _without_weights.reset(token)
 
 
-def _bare(where: str, index: dict[str, Any], name: str, revision: str | None) -> Any:
-    """A component with meta parameters. Buffers and tables are computed, as they are in none of the files."""
+def _meta_component(where: str, index: dict[str, Any], name: str, revision: str | None) -> Any:
+    """A component with meta parameters but real buffers, which are computed rather than stored in the checkpoint."""
     import diffusers
     from accelerate import init_empty_weights
 
@@ -48,18 +48,18 @@ def _bare(where: str, index: dict[str, Any], name: str, revision: str | None) ->
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without the libraries' bars over components and weights, which would stand before every message of ours."""
+def progress_bars_disabled() -> Iterator[None]:
+    """Hide the libraries' loading bars, which would clutter the output before every message of ours."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
-    shown = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
-    for log in shown:
+    enabled = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
+    for log in enabled:
         log.disable_progress_bar()
     try:
         yield
     finally:
-        for log in shown:
+        for log in enabled:
             log.enable_progress_bar()
 
 
@@ -72,9 +72,10 @@ def load_pipeline(
     arguments: dict[str, Any],
     trained: Sequence[str] = (),
 ) -> Any:
-    """A diffusers pipeline of class `name`; honours HF_HOME and HF_HUB_OFFLINE through diffusers itself.
+    """Load a diffusers pipeline of class `name`. HF_HOME and HF_HUB_OFFLINE apply, as diffusers itself reads them.
 
-    The `trained` components are empty inside `without_weights`.
+    Raises ValueError if `pretrained` does not exist, is incomplete or holds another pipeline class. Within
+    `without_weights` the `trained` components have meta parameters.
     """
     import diffusers
 
@@ -98,21 +99,21 @@ def load_pipeline(
             f"{pretrained} is neither a folder in diffusers layout (no model_index.json) nor a hub id like "
             f"org/name; embedded pipelines: {', '.join(known)}."
         )
-    with quietly(), explain_hub_errors(pretrained, ValueError, index.is_file()):
+    with progress_bars_disabled(), explain_hub_errors(pretrained, ValueError, index.is_file()):
         pipeline = getattr(diffusers, name)
         if _without_weights.get():
             config = pipeline.load_config(where, revision=revision)
-            arguments = arguments | {part: _bare(where, config, part, revision) for part in trained}
+            arguments = arguments | {part: _meta_component(where, config, part, revision) for part in trained}
         return pipeline.from_pretrained(where, revision=revision, variant=variant, dtype=dtype, **arguments)
 
 
-READERS = ("text_encoder*", "tokenizer*")
-VIEWERS = ("vae", "image_*", "processor", "feature_extractor")
-"""Folders of a pipeline: what reads prompts, and what looks at the pictures beside them."""
+TEXT_FOLDERS = ("text_encoder*", "tokenizer*")
+IMAGE_FOLDERS = ("vae", "image_*", "processor", "feature_extractor")
+"""Folders of the pipeline components that encode prompts, and of those that encode the images given with them."""
 
 
 def fingerprint(pretrained: str, revision: str | None, folders: Sequence[str]) -> str:
-    """What tells these parts of two pipelines apart: the files of a local one, or the commit in the hub's cache."""
+    """Identify these parts of a pipeline: by the files of a local one, by the commit in the cache of a hub one."""
     where = Path(resolve(pretrained))
     if where.is_dir():
         files = sorted(p for part in folders for p in where.glob(f"{part}/*") if p.is_file())

@@ -1,4 +1,4 @@
-"""LTX-Video, text to video (LTXPipeline)."""
+"""LTX-Video, text-to-video (LTXPipeline)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flowalign.types import Conditioning
 
 
 class LTXVideo(VideoModel):
-    """Time goes in as 1000 sigma; positions are seconds and pixels, so the frame rate is an input.
+    """The network takes 1000 sigma. Positions are in seconds and pixels, so the frame rate is an input.
 
-    Decoders that denoise once more (0.9.1 and later) are told of time 0, as the pipeline's default does: no noise.
+    Timestep-conditioned decoders (0.9.1 and later) get timestep 0, i.e. no noise, the pipeline's default.
     """
 
     pipeline = "LTXPipeline"
@@ -23,7 +23,7 @@ class LTXVideo(VideoModel):
     default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(self, pretrained: str, frame_rate: float = 25.0, **settings: Any) -> None:
-        """frame_rate: pictures a second."""
+        """frame_rate: frames per second."""
         super().__init__(pretrained, **settings)
         self.frame_rate = frame_rate
 
@@ -57,8 +57,8 @@ class LTXVideo(VideoModel):
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         vae = self.pipe.vae
-        time = torch.zeros(len(x), device=x.device, dtype=vae.dtype) if vae.config.timestep_conditioning else None
-        video = vae.decode(self.denormalised(x).to(vae.dtype), time, return_dict=False)[0]
+        timestep = torch.zeros(len(x), device=x.device, dtype=vae.dtype) if vae.config.timestep_conditioning else None
+        video = vae.decode(self.denormalised(x).to(vae.dtype), timestep, return_dict=False)[0]
         return (video.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
 
     def denormalised(self, x: Tensor) -> Tensor:

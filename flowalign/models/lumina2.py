@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0 (Lumina2Pipeline): time runs from noise to data, and so does the prediction."""
+"""Lumina-Image 2.0 (Lumina2Pipeline): time is 1 - sigma, and the network predicts -v."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowalign.types import Conditioning
 
 
 class Lumina2(FlowModel):
-    """Guidance keeps the length of every row of every latent channel, as the pipeline does by default."""
+    """Guidance preserves the norm of each row of each latent channel, as the pipeline does by default."""
 
     pipeline = "Lumina2Pipeline"
     default_max_sequence_length = 256

@@ -1,4 +1,4 @@
-"""Qwen-Image (QwenImagePipeline): prompts of any length, and guidance that keeps the length of every token."""
+"""Qwen-Image (QwenImagePipeline): prompts of varying length, and guidance that preserves the norm of each token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowalign.types import Conditioning
 
 
 class QwenImage(FlowModel):
-    """`guidance` is the pipeline's true_cfg_scale. Its VAE is one for videos, here of a single frame."""
+    """`guidance` is the pipeline's true_cfg_scale. The VAE is a video VAE, used on single frames."""
 
     pipeline = "QwenImagePipeline"
     default_max_sequence_length = 512
@@ -35,26 +35,26 @@ class QwenImage(FlowModel):
         transformer = self.pipe.transformer
         dtype, (height, width) = transformer.dtype, x.shape[2:]
         mask = branch["mask"]
-        parts = [x, *self.given(branch)]
+        parts = [x, *self.reference_latents(branch)]
         v = transformer(
             hidden_states=torch.cat([pack(part) for part in parts], dim=1).to(dtype),
             timestep=t / 1000,
             encoder_hidden_states=branch["tokens"].to(dtype),
-            encoder_hidden_states_mask=None if mask.all() else mask,  # as the pipeline; the attention is a faster one
+            encoder_hidden_states_mask=None if mask.all() else mask,  # as the pipeline does; attention is then faster
             img_shapes=[[(1, part.shape[2] // 2, part.shape[3] // 2) for part in parts]] * len(x),
             return_dict=False,
         )[0]
         return unpack(v[:, : height * width // 4], height, width)
 
-    def given(self, branch: Conditioning) -> list[Tensor]:
-        """Latents (B, C, H, W) of pictures that are looked at beside x."""
+    def reference_latents(self, branch: Conditioning) -> list[Tensor]:
+        """Latents (B, C, H, W) of reference images, appended to x as tokens."""
         del branch
         return []
 
     def guide(self, v_negative: Tensor, v_positive: Tensor, guidance: float) -> Tensor:
         guided = pack(super().guide(v_negative, v_positive, guidance))
-        length = pack(v_positive).norm(dim=-1, keepdim=True)
-        return unpack(guided * (length / guided.norm(dim=-1, keepdim=True)), *v_positive.shape[2:])
+        norm = pack(v_positive).norm(dim=-1, keepdim=True)
+        return unpack(guided * (norm / guided.norm(dim=-1, keepdim=True)), *v_positive.shape[2:])
 
     def denormalised(self, x: Tensor) -> Tensor:
         mean, std = channel_statistics(self.pipe.vae.config, x)

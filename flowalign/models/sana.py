@@ -1,4 +1,4 @@
-"""Sana (SanaPipeline): latents 32 times smaller than the picture, and prompts behind a long instruction."""
+"""Sana (SanaPipeline): a VAE of compression 32, and a long instruction before each prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowalign.types import Conditioning
 
 
 class Sana(FlowModel):
-    """Of the DPM-Solver++ that it ships, only the shift is used. Sizes are not moved to the pipeline's bins."""
+    """Only the shift of its DPM-Solver++ scheduler is used. Sizes are not rounded to the pipeline's resolution bins."""
 
     pipeline = "SanaPipeline"
     evenly = False
@@ -53,5 +53,5 @@ class Sana(FlowModel):
 
     @torch.no_grad()
     def encode_images(self, media: Tensor) -> Tensor:
-        vae = self.pipe.vae  # not a variational one: it encodes to a latent instead of a distribution
+        vae = self.pipe.vae  # a deterministic autoencoder: it returns a latent, not a distribution
         return self.normalised(vae.encode((2 * media - 1).to(vae.dtype), return_dict=False)[0].float())

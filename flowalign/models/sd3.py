@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline); the embedded tiny_sd3 is an instance of the same class."""
+"""Stable Diffusion 3 and 3.5 (StableDiffusion3Pipeline), including the embedded tiny_sd3."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flowalign.types import Conditioning
 
 
 class SD3(FlowModel):
-    """Time goes in as 1000 sigma, latents are not packed, and the prediction is v itself."""
+    """The network takes 1000 sigma and unpacked latents, and predicts v itself."""
 
     pipeline = "StableDiffusion3Pipeline"
     evenly = False
-    default_max_sequence_length = 256  # T5 tokens; without T5 they are zeros, and still as many
+    default_max_sequence_length = 256  # T5 tokens; without T5 they are this many zeros
     default_lora_targets = tuple(
         f"attn.{name}"
         for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -1,4 +1,4 @@
-"""What the video families share: frames as a third side of the latent, (B, C, F', H', W')."""
+"""Base class of the video families, whose latents (B, C, F', H', W') have frames as a third dimension."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from flowalign.models.base import FlowModel
 
 
 class VideoModel(FlowModel):
-    """The VAE is causal in time: its first latent frame is one picture, every further one `compression[0]` of them."""
+    """The VAE is causal in time: the first latent frame encodes one frame, each later one `compression[0]` frames."""
 
     modality = "video"
 
     @property
     def compression(self) -> tuple[int, int]:
-        """How many frames, and how many pixels of a side, become one latent."""
+        """Compression factors of the VAE, in time and in space."""
         return self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
 
     @property
     def patch(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns that become one token."""
+        """Patch size of the transformer: latent frames, rows and columns per token."""
         config = self.pipe.transformer.config
         return config.patch_size_t, config.patch_size, config.patch_size
 
@@ -32,13 +32,13 @@ class VideoModel(FlowModel):
 
     def check_size(self, height: int, width: int, frames: int | None = None) -> None:
         self._check_sides(height, width)
-        step, name = self.compression[0], type(self).__name__
+        factor, name = self.compression[0], type(self).__name__
         if frames is None:
-            raise ValueError(f"{name} makes videos: set resolution.*.frames, to 1 more than a multiple of {step}.")
-        if frames < 1 or (frames - 1) % step:
-            nearest = max(0, round((frames - 1) / step)) * step + 1
+            raise ValueError(f"{name} makes videos: set resolution.*.frames, to 1 more than a multiple of {factor}.")
+        if frames < 1 or (frames - 1) % factor:
+            nearest = max(0, round((frames - 1) / factor)) * factor + 1
             raise ValueError(
-                f"{name} cannot make videos of {frames} frames: it must be 1 more than a multiple of {step}; "
+                f"{name} cannot make videos of {frames} frames: it must be 1 more than a multiple of {factor}; "
                 f"the nearest is {nearest}."
             )
 
@@ -55,5 +55,5 @@ class VideoModel(FlowModel):
 
     @torch.no_grad()
     def encode_images(self, media: Tensor) -> Tensor:
-        """Videos (B, F, 3, H, W) in [0, 1] to latents in float32, normalised as the denoiser knows them."""
+        """Encode videos (B, F, 3, H, W) in [0, 1] to float32 latents on the scale of the denoiser."""
         return super().encode_images(media.transpose(1, 2))

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2, text to video (WanPipeline)."""
+"""Wan 2.1 and 2.2, text-to-video (WanPipeline)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from flowalign.models.video import VideoModel
 from flowalign.types import Conditioning
 
 VISION = f"{SHARED}vision"
-"""Key of what CLIP saw in the first picture, for the variants that take it."""
+"""Key of the CLIP embedding of the first frame, for the variants that use one."""
 
 
 class Wan(VideoModel):
-    """Time goes in as 1000 sigma, the text padded to one length with zeros that are attended to.
+    """The network takes 1000 sigma, and text padded to one length with zeros, which are not masked.
 
-    Checkpoints ship a multistep solver, UniPC, of which only the noise levels are kept: steps are those of
-    rollout.solver, and pictures therefore not those of the pipeline's own call unless its scheduler is the Euler one.
+    Checkpoints ship the multistep solver UniPC, of which only the noise levels are used; rollout.solver does the steps.
+    Samples therefore differ from those of the pipeline's own call unless its scheduler is the Euler one.
     """
 
     pipeline = "WanPipeline"
@@ -49,18 +49,18 @@ class Wan(VideoModel):
         )
 
     def denoiser(self, t: Tensor) -> Any:
-        """The network for rows of time t, all on one side of the boundary if there are two."""
+        """The network for rows of times t; of two experts, all rows must belong to the same one."""
         del t
         return self.pipe.transformer
 
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
         network = self.denoiser(t)
-        seen = branch.get(VISION)
+        vision = branch.get(VISION)
         return network(
             hidden_states=x.to(network.dtype),
             timestep=t,
             encoder_hidden_states=branch["tokens"].to(network.dtype),
-            encoder_hidden_states_image=None if seen is None else seen.to(network.dtype),
+            encoder_hidden_states_image=None if vision is None else vision.to(network.dtype),
             return_dict=False,
         )[0]
 
@@ -74,26 +74,26 @@ class Wan(VideoModel):
 
 
 class WanTwoExperts(Wan):
-    """Wan 2.2: `transformer` knows much noise, from boundary_ratio of the pipeline upwards, `transformer_2` little.
+    """Wan 2.2: `transformer` is the expert for sigma ≥ the pipeline's boundary_ratio, `transformer_2` for the rest.
 
-    Each row goes to the expert of its sigma, so a batch may leave one of them without gradients: DDP then wants
-    trainer.strategy=ddp_find_unused_parameters_true. A sharded expert is asked by all ranks or by none: a rank that
-    has no row for it sends its first one, and leaves the answer out.
+    Each row goes to the expert of its sigma, so a batch may leave one of them without gradients: DDP then needs
+    trainer.strategy=ddp_find_unused_parameters_true. A sharded expert must be called by all ranks or by none: a rank
+    without rows for it sends its first row and discards the output.
     """
 
     denoiser_names = ("transformer", "transformer_2")
 
     def __init__(self, pretrained: str, guidance_2: float | None = None, **settings: Any) -> None:
-        """guidance_2 replaces the guidance of the low-noise expert wherever there is guidance; null = the same."""
+        """guidance_2 is the guidance of the low-noise expert wherever guidance is on; None: the same for both."""
         super().__init__(pretrained, **settings)
         self.guidance_2 = guidance_2
 
-    def is_high(self, t: Tensor) -> Tensor:
-        """(B,) bool: which rows of times t belong to `transformer`."""
+    def is_high_noise(self, t: Tensor) -> Tensor:
+        """(B,) bool: the rows of times t that belong to `transformer`."""
         return t >= self.pipe.config.boundary_ratio * 1000
 
     def denoiser(self, t: Tensor) -> Any:
-        return self.pipe.transformer if self.is_high(t).all() else self.pipe.transformer_2
+        return self.pipe.transformer if self.is_high_noise(t).all() else self.pipe.transformer_2
 
     def velocity(
         self, x: Tensor, sigma: Tensor | float, cond: Conditioning, guidance: float = 1.0, through_both: bool = True
@@ -103,16 +103,16 @@ class WanTwoExperts(Wan):
         if guidance > self.guidance_off and self.guidance_2 is not None:
             low_guidance = self.guidance_2
         v = torch.empty_like(x, dtype=torch.float32)
-        high = self.is_high(1000 * sigma)
-        asked = self.agree(torch.stack([high.any(), (~high).any()])).tolist()
+        high = self.is_high_noise(1000 * sigma)
+        called = self.agree(torch.stack([high.any(), (~high).any()])).tolist()
         experts = ((high, guidance, 1.0), (~high, low_guidance, 0.0))
-        for (mask, scale, extreme), needed in zip(experts, asked, strict=True):
+        for (mask, scale, extreme), needed in zip(experts, called, strict=True):
             rows = mask.nonzero().flatten()
             if len(rows):
                 v = v.index_copy(0, rows, super().velocity(x[rows], sigma[rows], cond.index(rows), scale, through_both))
             elif needed:
                 one = slice(0, 1)
-                there = torch.full_like(sigma[one], extreme)
-                # A sum over nothing: it is 0, and the way back leads through the expert all the same.
-                v = v + super().velocity(x[one], there, cond.index(one), scale, through_both)[:0].sum()
+                level = torch.full_like(sigma[one], extreme)
+                # The sum of an empty slice is 0, but its backward pass still runs through the expert.
+                v = v + super().velocity(x[one], level, cond.index(one), scale, through_both)[:0].sum()
         return v

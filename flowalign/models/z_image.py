@@ -1,4 +1,4 @@
-"""Z-Image (ZImagePipeline): time runs from noise to data, and so does the prediction."""
+"""Z-Image (ZImagePipeline): time is 1 - sigma, and the network predicts -v."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flowalign.types import Conditioning
 
 
 class ZImage(FlowModel):
-    """`guidance` is the pipeline's guidance_scale, which is off at 0: one less than elsewhere for the same effect."""
+    """`guidance` is the pipeline's guidance_scale, which is off at 0: it is 1 less than the usual scale."""
 
     pipeline = "ZImagePipeline"
     guidance_off = 0.0
@@ -25,23 +25,23 @@ class ZImage(FlowModel):
 
     def sigmas(self, num_steps: int, height: int, width: int, frames: int | None = None) -> Tensor:
         scheduler = copy.deepcopy(self.pipe.scheduler)
-        # Even times of torch differ from NumPy's in their last bit, and the network makes that visible.
+        # torch and NumPy differ in the last bit of evenly spaced values, and the network amplifies that.
         even = torch.linspace(1.0, 1 / num_steps, num_steps).tolist()
         scheduler.set_timesteps(sigmas=even, mu=self.mu(num_steps, height, width, frames))
         return schedule.from_one(scheduler.sigmas)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negatives: Sequence[str] | None = None) -> Conditioning:
-        positive, negative = self.pipe.encode_prompt(  # which writes its template into the lists it is given
+        positive, negative = self.pipe.encode_prompt(  # it modifies its arguments: hence new lists
             list(prompts),
             self.device,
             do_classifier_free_guidance=negatives is not None,
             negative_prompt=None if negatives is None else list(negatives),
             max_sequence_length=self.max_sequence_length,
         )
-        cond = _joined(positive)
+        cond = _pad(positive)
         if negatives is not None:
-            cond |= {f"{NEGATIVE}{key}": tensor for key, tensor in _joined(negative).items()}
+            cond |= {f"{NEGATIVE}{key}": tensor for key, tensor in _pad(negative).items()}
         return cond
 
     def forward(self, x: Tensor, t: Tensor, branch: Conditioning) -> Tensor:
@@ -59,6 +59,7 @@ class ZImage(FlowModel):
         return v_positive + guidance * (v_positive - v_negative)
 
 
-def _joined(texts: list[Tensor]) -> Conditioning:
+def _pad(texts: list[Tensor]) -> Conditioning:
+    """Pad the tokens (length, D) of each text with zeros, and add their mask."""
     mask = pad_sequence([torch.ones(len(text), device=text.device, dtype=torch.long) for text in texts], True)
     return Conditioning(tokens=pad_sequence(texts, True), mask=mask)

@@ -1,4 +1,4 @@
-"""The live network and its frozen copies, for adapters and for full fine-tuning."""
+"""The trained network and its frozen copies, with LoRA adapters or full fine-tuning."""
 
 from flowalign.policy.policy import Policy
 from flowalign.policy.tune import Full, Lora, Tune

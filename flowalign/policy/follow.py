@@ -1,4 +1,4 @@
-"""How a frozen copy follows the live weights."""
+"""Update rules of the frozen copies."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from flowalign.algorithms.decay import Decay
 
 @dataclass(frozen=True)
 class Follow:
-    """copy ← d · copy + (1 - d) · live with d = decay(optimiser steps so far), after every step or every rollout.
+    """copy ← d · copy + (1 - d) · live with d = decay(k) for k optimiser steps so far, after each step or rollout.
 
-    every="always": the live weights themselves; decay is then not asked. interval: with every="step", only where it
-    divides k + 1, k the steps so far (Flow-GRPO's average: 8).
+    every="always": the live weights themselves; decay is then unused. interval: with every="step", update only if it
+    divides k + 1 (Flow-GRPO's average: 8).
     """
 
     decay: Callable[[int], float]
@@ -34,14 +34,14 @@ class Follow:
             )
 
     def due(self, when: Literal["step", "rollout"], steps: int) -> bool:
-        """Whether the copy follows now, after so many optimiser steps."""
+        """Whether the copy is updated now, after `steps` optimiser steps."""
         return self.every == when and (steps + 1) % self.interval == 0
 
     def stays_live(self, steps_per_rollout: int) -> bool:
-        """Whether the copy is the live weights at every optimiser step: it takes them over after each, or after the
-        only one between two rollouts."""
-        takes_over = isinstance(self.decay, Decay) and self.decay.cap == 0 and self.interval == 1
-        return self.every == "always" or (takes_over and (self.every == "step" or steps_per_rollout == 1))
+        """Whether the copy equals the live weights before each optimiser step: it is overwritten after each step, or
+        after each rollout of a single step."""
+        overwritten = isinstance(self.decay, Decay) and self.decay.cap == 0 and self.interval == 1
+        return self.every == "always" or (overwritten and (self.every == "step" or steps_per_rollout == 1))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Adapters folded into the weights that they adapt, for as long as nothing is trained: the base's cost a forward."""
+"""Adapters merged into the base weights while nothing is trained: a forward pass then costs what the base's does."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from flowalign.models.quantised import is_quantised
 from flowalign.tensors import is_sharded
 
 
-def adapted(network: nn.Module) -> list[Any]:
-    """The layers that have adapters, peft's."""
+def adapter_layers(network: nn.Module) -> list[Any]:
+    """The peft layers that have adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [layer for layer in network.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def can_merge(network: nn.Module) -> bool:
-    """Whether a merged weight would say what both say: not in 16 bits, not of quantised weights, not of shards."""
-    weights = [layer.get_base_layer().weight for layer in adapted(network)]
+    """Whether merging is accurate and possible: not for 16-bit, quantised or sharded weights."""
+    weights = [layer.get_base_layer().weight for layer in adapter_layers(network)]
     return bool(weights) and all(
         w.dtype == torch.float32 and not is_sharded(w) and not is_quantised(w) for w in weights
     )
@@ -30,18 +30,18 @@ def can_merge(network: nn.Module) -> bool:
 
 @contextmanager
 def merged(network: nn.Module) -> Iterator[None]:
-    """Inside, base weights are those of base and adapter together; afterwards the very tensors from before.
+    """Within this context, adapters are merged into the base weights; the original tensors are restored on exit.
 
-    Costs the memory of the adapted weights once more. Parameters keep their identity, and compiled code its guards.
+    Takes the memory of the adapted weights once more. Parameters stay the same objects, so compiled code stays valid.
     """
-    held = [(layer, layer.get_base_layer().weight) for layer in adapted(network)]
-    base = [weight.data for _, weight in held]
+    layers = [(layer, layer.get_base_layer().weight) for layer in adapter_layers(network)]
+    base = [weight.data for _, weight in layers]
     try:
-        for layer, weight in held:
+        for layer, weight in layers:
             weight.data = weight.data + layer.get_delta_weight("default")
             layer.merged_adapters.append("default")
         yield
     finally:
-        for (layer, weight), data in zip(held, base, strict=True):
+        for (layer, weight), data in zip(layers, base, strict=True):
             weight.data = data
             layer.merged_adapters.clear()

@@ -1,4 +1,4 @@
-"""What is trained of a denoiser: low-rank adapters, or every weight."""
+"""Which weights of a denoiser are trained: low-rank adapters, or all of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
-from flowalign.policy.existing import load_adapters
+from flowalign.policy.adapters import load_adapters
 
 
 class Tune(Protocol):
-    """Prepares a denoiser in place: afterwards exactly the trained parameters have requires_grad."""
+    """Prepares a denoiser in place, such that exactly the trained parameters require gradients."""
 
     kind: str
 
@@ -20,7 +20,7 @@ class Tune(Protocol):
 
 
 class Lora:
-    """Low-rank adapters through peft on `targets` (default: the family's). B starts at 0: the start is the base."""
+    """LoRA through peft on `targets` (None: the family's defaults). B starts at 0: the initial policy is the base."""
 
     kind = "lora"
 
@@ -34,13 +34,13 @@ class Lora:
         seed: int = 0,
         start: str | None = None,
     ) -> None:
-        """start: adapters to go on from, as a file, folder or hub id; the reference is then this start."""
+        """start: trained adapters to start from, as a file, folder or hub id; they are then the reference too."""
         if rank < 1:
             raise ValueError(f"tune.rank must be at least 1 (got {rank}).")
         if alpha <= 0:
             raise ValueError(f"tune.alpha scales what adapters add and must be positive (got {alpha}).")
         if dropout:
-            # Rollout and training would drop different things and be two policies: the ratio would never be 1.
+            # Rollout and training would drop different units and be two policies: the ratio would never be 1.
             raise ValueError(f"tune.dropout must be 0 for reinforcement learning (got {dropout}).")
         self.rank, self.alpha, self.init, self.targets, self.seed = rank, alpha, init, targets, seed
         self.start = start
@@ -56,24 +56,24 @@ class Lora:
             target_modules=list(self.targets or targets),
         )
         with torch.random.fork_rng(devices=[]):  # adapters are made on the CPU
-            torch.manual_seed(self.seed)  # the same start whatever was drawn before, on every rank
+            torch.manual_seed(self.seed)  # the same initialisation on every rank, whatever was drawn before
             denoiser.add_adapter(config)  # type: ignore
         if self.start is not None:
             load_adapters(denoiser, self.start, name, self.rank, self.alpha)
         for parameter in denoiser.parameters():
-            if parameter.requires_grad:  # adapters learn in float32 also over a bfloat16 base
+            if parameter.requires_grad:  # adapters train in float32 even on a bfloat16 base
                 parameter.data = parameter.data.float()
 
 
 class Full:
-    """Every weight of the denoiser, in float32 unless the model says otherwise."""
+    """Full fine-tuning of a denoiser in float32. Raises ValueError for weights of another dtype."""
 
     kind = "full"
 
     def __call__(self, denoiser: nn.Module, targets: Sequence[str], name: str) -> None:
         del targets, name
         if {p.dtype for p in denoiser.parameters()} != {torch.float32}:
-            # An update of 1e-4 of a weight is below the resolution of bfloat16 and would be rounded away.
+            # A relative update of 1e-4 is below the resolution of bfloat16 and would be rounded away.
             raise ValueError(
                 "tune=full trains float32 weights: set model.train_dtype=float32 (and trainer.precision=bf16-mixed for "
                 "speed)."

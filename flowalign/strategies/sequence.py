@@ -22,7 +22,7 @@ def split_sequences(model: FlowModel, context: int, device_type: str) -> None:
     """Split the sequences of a model between `context` neighbouring ranks."""
     world = dist.get_world_size()
     mesh = init_device_mesh(device_type, (world // context, 1, context), mesh_dim_names=("data", "ring", "ulysses"))
-    model.share_sequences(context, mesh)
+    model.enable_context_parallel(context, mesh)
 
 
 def check_plan(denoiser: Any, context: int) -> None:

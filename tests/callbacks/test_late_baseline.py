@@ -79,7 +79,7 @@ def test_it_is_the_baseline_from_before_and_training_goes_as_without(
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert rows(trainer, "train/") == rows(other, "train/")
     assert late.counts == at_once.counts
-    assert not late.live.passing
+    assert not late.live.snapshots
 
 
 def test_it_differs_from_the_trained_policy(trained: Callable[..., Run]):

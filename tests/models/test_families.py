@@ -1,14 +1,14 @@
-"""Every model of conf/model, on a random pipeline of its family: the adapter is the pipeline.
+"""Every model of conf/model, on a random pipeline of its family: the adapter reproduces the pipeline.
 
 A family is a module of tests/models/tiny with PIPELINE, GUIDANCE, build() and arguments(guidance), and if needed
 
-    ADAPTER         name of the adapter's class, where the pipeline's class has several
+    ADAPTER         name of the adapter class, if several use the same pipeline class
     MODEL, CALL     further settings of the adapter and of the pipeline's call
-    NEGATIVE        the negative prompt that its pipeline takes without asking
+    NEGATIVE        the negative prompt that its pipeline uses by default
     FRAMES, SIZE    frames of a video; height and width
-    IMAGES          what each of the two prompts sees, (n, 3, H, W)
+    IMAGES          the reference images of each of the two prompts, (n, 3, H, W)
     patched()       context in which the pipeline's own call runs
-    equip(pipe)     what the pipeline needs and a folder cannot hold
+    equip(pipe)     adds what the pipeline needs and cannot be saved in its folder
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ EVERY = slice(None)
 
 @dataclass
 class Family:
-    """A model of conf/model on random weights."""
+    """A model of conf/model with random weights."""
 
     model: FlowModel
     tiny: ModuleType
@@ -82,7 +82,7 @@ class Family:
         return {"height": height, "width": width, **frames}
 
     def theirs(self, guidance: float, output_type: str) -> Tensor:
-        """The pipeline's own call, which draws its own noise. Those that see pictures are called prompt by prompt."""
+        """The pipeline's own call, which draws its own noise; prompt by prompt if it takes reference images."""
         pipe, size = self.model.pipe, self.size
         if "frames" in size:
             size["num_frames"] = size.pop("frames")
@@ -100,7 +100,7 @@ class Family:
         return torch.cat(results)
 
     def seen(self, prompt: int) -> dict[str, Any]:
-        """The pictures of a prompt as the pipeline's call takes them."""
+        """The reference images of a prompt in the format of the pipeline's call."""
         if not self.model.sees_images:
             return {}
         arrays = (self.tiny.IMAGES[prompt] * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -110,7 +110,7 @@ class Family:
     def encode(
         self, rows: slice = EVERY, prompts: list[str] = PROMPTS, turned: bool = False, negative: bool = True
     ) -> Conditioning:
-        """What the adapter makes of the prompts; `turned`: each with the pictures of the other."""
+        """Encode the prompts; `turned`: each with the reference images of the other."""
         negatives = [self.tiny.NEGATIVE] * 2 if hasattr(self.tiny, "NEGATIVE") else NEGATIVES
         texts = (prompts[rows], negatives[rows] if negative else None)
         if not self.model.sees_images:
@@ -120,7 +120,7 @@ class Family:
         return self.model.encode(*texts, images[rows], (size["height"], size["width"], size.get("frames")))
 
     def ours(self, guidance: float, sign: float = 1.0, bend: float = 1.0, **changes: Any) -> Tensor:
-        """The adapter's Euler walk from the same noise to latents."""
+        """Euler sampling with the adapter, from the same noise, to latents."""
         cond = self.encode(**changes)
         generator, shape = torch.Generator().manual_seed(7), self.model.latent_shape(**self.size)
         draws = (1, 1) if self.model.sees_images else (2,)
@@ -157,23 +157,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def adapter_of(name: str) -> type[FlowModel]:
-    """The adapter that a YAML of conf/model names."""
+    """The adapter class of a YAML in conf/model."""
     node = OmegaConf.load(ROOT / "conf/model" / f"{name}.yaml")
     return locate(node.get("model", node)["_target_"])
 
 
 def key_of(adapter: type[FlowModel]) -> str:
-    """The name under which its random pipeline is found."""
+    """The key of its random pipeline in TINY."""
     return adapter.__name__ if adapter.__name__ in TINY else adapter.pipeline
 
 
 KINDS = {adapter_of(name).__name__: name for name in reversed(MODELS)}
-"""One model of each adapter: the others differ in their weights."""
+"""One model per adapter: the others differ only in their weights."""
 
 
 @pytest.fixture(scope="session")
 def make(folders: Callable[[str], Path]) -> Callable[[str], Family]:
-    """A family on weights of its own, for tests that change them."""
+    """Makes a family with its own weights, for tests that change them."""
 
     def made(kind: str) -> Family:
         adapter = adapter_of(KINDS[kind])
@@ -192,7 +192,7 @@ def settings_of(tiny: ModuleType) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def made(make: Callable[[str], Family]) -> Callable[[str], Family]:
-    """The same family for all tests that only look."""
+    """Shares a family between all tests that do not change it."""
     return lru_cache(maxsize=None)(make)
 
 
@@ -220,7 +220,7 @@ def test_the_walk_ends_where_the_pipeline_does(family: Family):
         theirs = family.theirs(guidance, "pt")
         assert pictures.shape == theirs.shape
         assert distance(pictures, theirs) <= 1e-5, guidance
-        assert pictures.std() > 0.01  # not a constant picture, on which all would agree
+        assert pictures.std() > 0.01  # constant images would always be equal
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,7 +252,7 @@ def test_a_decoding_takes_what_is_planned(family: Family):
     "kind", sorted({*KINDS} - {"Lumina2", "QwenImage", "QwenImageEdit", "WanTwoExperts", "ZImage"})
 )
 def test_a_pass_of_fake_tensors_takes_what_a_real_one_does(make: Callable[[str], Family], kind: str):
-    """The others look at the values of their inputs."""
+    """The other families branch on the values of their inputs, which fake tensors do not have."""
     family = make(kind)
     model, shape, cond = family.model, family.model.latent_shape(**family.size), family.encode(slice(0, 1))
     Running(gradient_checkpointing=model.checkpointing_is_exact).apply(model)
@@ -368,7 +368,7 @@ def test_the_first_blocks_alone_leave_what_they_leave_in_the_whole(family: Famil
     denoiser = list(model.denoisers().values())[-1]
     every = main_blocks(denoiser)
     x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
-    sigma = torch.tensor([0.3, 0.2])  # both for the last of several experts
+    sigma = torch.tensor([0.3, 0.2])  # both rows belong to the low-noise expert
     for kept in range(1, len(every)):
         given: list[Tensor] = []
 
@@ -428,7 +428,7 @@ def test_saved_adapters_are_restored_by_the_pipeline(make: Callable[[str], Famil
         )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    again = make(kind).model  # and by us, to go on from
+    again = make(kind).model  # and loaded by us, to continue training
     for name, denoiser in again.denoisers().items():
         Lora(rank=4, alpha=8, start=str(tmp_path))(denoiser, again.lora_targets, name)
         trained = dict(model.denoisers()[name].named_parameters())
@@ -439,7 +439,7 @@ def test_saved_adapters_are_restored_by_the_pipeline(make: Callable[[str], Famil
 
 
 class Brightness:
-    """The mean of a picture or a video."""
+    """The mean of an image or a video."""
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         return media.flatten(1).mean(1)
@@ -447,7 +447,7 @@ class Brightness:
 
 @pytest.fixture
 def prompts(tmp_path: Path, made: Callable[[str], Family], kind: str) -> Path:
-    """A file of the prompts, with the pictures that they come with and the pictures or videos to learn from."""
+    """A prompt file, with reference images and with images or videos to train on."""
     family = made(kind)
     tiny = family.tiny
     lines = []
@@ -465,7 +465,7 @@ def prompts(tmp_path: Path, made: Callable[[str], Family], kind: str) -> Path:
 
 
 def to_learn_from(family: Family, folder: Path, number: int) -> dict[str, str]:
-    """Writes a random picture of other sides, or a video of some frames more, and says where a prompt names it."""
+    """Write a random image of another size, or a longer video, and return the fields with which a prompt names it."""
     shape = [family.size["frames"] + 2] if "frames" in family.size else []
     media = torch.rand(*shape, 3, 40, 70, generator=torch.Generator().manual_seed(number))
     key, suffix = ("video", "gif") if shape else ("image", "png")
@@ -545,7 +545,7 @@ def test_a_latent_reward_trains_pictures_and_videos(
     module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
     trainer.fit(module)
     assert trainer.callback_metrics["train/loss"].isfinite()
-    assert ("train/matching" in trainer.callback_metrics) == (algo == "prfl")  # beside it, by default
+    assert ("train/matching" in trainer.callback_metrics) == (algo == "prfl")  # prfl adds flow matching by default
     assert any((p != 0).any() for name, p in module.live.trained().items() if "lora_B" in name)
     reward = recipe.scorer.objective["reward"].reward
     assert isinstance(reward, Latent)

@@ -1,4 +1,4 @@
-"""Of the multistep solvers that some families ship, a rollout uses the shift alone."""
+"""A rollout uses only the shift of the multistep schedulers that some families ship."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits under adapters: nearly the same network, a fraction of the bytes, and training as ever."""
+"""A base in 8 or 4 bits under adapters: nearly the same network, a fraction of the memory, and unchanged training."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from flowalign.checks import ConfigError
 from flowalign.compatibility import check_groups
 from flowalign.memory import kept_for_backward, weights
-from flowalign.models.quantised import SUPERBLOCK, Kind, QuantisedLinear, is_quantised, packing, quantise
+from flowalign.models.quantised import SUPERBLOCK, Kind, QuantisedLinear, is_quantised, quantise, weight_quantiser
 from flowalign.models.sd3 import SD3
 from flowalign.policy import Lora, Policy
-from flowalign.policy.base import identity
+from flowalign.policy.fingerprint import weights_fingerprint
 from flowalign.running import Running
 from tests.conftest import ROOT
 from tests.test_commands import picture, plain_pipeline
@@ -40,7 +40,7 @@ def _needs_torchao(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def asked() -> Callable[[SD3], Tensor]:
-    """The velocity of four states at four noise levels, with a gradient where one can be."""
+    """The velocity of four states at four noise levels, with gradients for trained parameters."""
 
     def ask(model: SD3) -> Tensor:
         cond = model.encode(["two red circles", "a blue square"]).repeat_interleave(2)
@@ -51,7 +51,7 @@ def asked() -> Callable[[SD3], Tensor]:
 
 
 def with_adapters(model: SD3) -> SD3:
-    """Adapters that matter, unlike at their start."""
+    """Add adapters with nonzero weights, so that they change the output."""
     Lora(rank=4, alpha=8)(model.pipe.transformer, model.lora_targets, "transformer")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_the_velocity_is_near_that_of_the_whole_base(
 
 
 def nf4_bytes(values: int, rows: int) -> int:
-    """Codes; a scale of 64 values, one of 256 scales (of which a lone one keeps the room of 256); levels and a mean."""
+    """Codes, a scale per 64 values, a scale per 256 of those scales (padded to 256), the levels and a mean."""
     del rows
     upper = 4 * values // SUPERBLOCK if values > SUPERBLOCK else 4 * 256
     return values // 2 + values // 64 + upper + 4 * (16 + 1)
@@ -104,7 +104,7 @@ def test_the_bytes_are_codes_and_scales(kind: str):
 
 
 def by_diffusers(folder: str | Path) -> Any:
-    """The transformer whose blocks diffusers itself holds in int8."""
+    """The transformer with blocks quantised to int8 by diffusers itself."""
     from diffusers import SD3Transformer2DModel, TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -124,7 +124,7 @@ def test_int8_is_what_diffusers_itself_makes_of_the_blocks(asked: Callable[..., 
 
 def test_a_weight_that_nf4_cannot_divide_stays_whole():
     block = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 130))
-    quantise([block], "nf4", packing("nf4"))
+    quantise([block], "nf4", weight_quantiser("nf4"))
     assert [is_quantised(layer.weight) for layer in block] == [True, False]
 
 
@@ -132,7 +132,7 @@ def test_a_weight_that_nf4_cannot_divide_stays_whole():
 def test_the_gradient_is_that_of_the_remade_weights(kind: str):
     torch.manual_seed(0)
     layer, x = nn.Linear(128, 256), torch.randn(3, 128, requires_grad=True)
-    held = QuantisedLinear(layer, packing(kind))  # type: ignore[arg-type]
+    held = QuantisedLinear(layer, weight_quantiser(kind))  # type: ignore[arg-type]
     remade = held(torch.eye(128)).T - layer.bias[:, None]
     (gradient,) = torch.autograd.grad(held(x).square().sum(), x)
     (expected,) = torch.autograd.grad((x @ remade.T + layer.bias).square().sum(), x)
@@ -140,7 +140,7 @@ def test_the_gradient_is_that_of_the_remade_weights(kind: str):
 
 
 def gradients(model: SD3, v: Tensor) -> dict[str, Tensor]:
-    """Of every adapter that matters; the last block drops the text's queries."""
+    """The gradient of every adapter that has one; the last block does not use the text queries."""
     model.pipe.transformer.zero_grad()
     v.square().mean().backward()
     found = {name: p.grad for name, p in model.pipe.transformer.named_parameters() if p.grad is not None}
@@ -185,9 +185,9 @@ def test_a_base_in_16_bits_is_quantised_as_well(asked: Callable[..., Tensor], ki
 
 
 def test_every_kind_is_a_base_of_its_own():
-    bases = [identity(tiny_sd3(kind).denoisers()) for kind in (None, *KINDS)]
+    bases = [weights_fingerprint(tiny_sd3(kind).denoisers()) for kind in (None, *KINDS)]
     assert len(set(bases)) == 3
-    assert identity(tiny_sd3("int8").denoisers()) == bases[1]
+    assert weights_fingerprint(tiny_sd3("int8").denoisers()) == bases[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -206,7 +206,7 @@ def test_a_run_trains_adapters_only_from_a_ratio_of_one(tiny: Callable[..., Dict
 
     cfg = tiny("algo=grpo", f"model.quantised={kind}", "optimizer.lr=0.01", "trainer.check_val_every_n_epoch=9")
     recipe = build_recipe(cfg)
-    base, module = identity(recipe.model.denoisers()), AlignModule(recipe)
+    base, module = weights_fingerprint(recipe.model.denoisers()), AlignModule(recipe)
     trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
     trainer.fit(module)
     assert trainer.callback_metrics["train/on_policy_gap"] < 1e-5
@@ -235,7 +235,7 @@ def test_the_exported_adapters_load_on_the_whole_base_and_on_the_quantised_one(
     whole = plain_pipeline()
     before = picture(whole)
     whole.load_lora_weights(tmp_path / "lora")
-    # The adapters move the picture; the kind of base moves it less, at least in 8 bits.
+    # The adapters change the image; quantising the base changes it less, at least in 8 bits.
     moved, left = ((picture(whole) - other).abs().mean() for other in (before, aligned))
     assert moved > 1e-3
     if kind == "int8":

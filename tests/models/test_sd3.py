@@ -1,4 +1,4 @@
-"""The SD3 adapter is the pipeline: same noise, same schedule, same network, same pictures."""
+"""The SD3 adapter reproduces the pipeline: same noise, schedule, network and images."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Given(Noise):
 
 
 def ours(sd3: SD3, guidance: float, prompts: list[str] = PROMPTS) -> Tensor:
-    """The adapter's Euler walk from the same noise to latents."""
+    """Euler sampling with the adapter, from the same noise, to latents."""
     cond = sd3.encode(prompts, NEGATIVES)
     noise = torch.randn(2, *sd3.latent_shape(HEIGHT, WIDTH), generator=torch.Generator().manual_seed(7))
     sigmas = sd3.sigmas(STEPS, HEIGHT, WIDTH)

@@ -1,4 +1,4 @@
-"""What only the video families do; that they are their pipelines is in test_families.py."""
+"""Behaviour of the video families alone; test_families.py checks that they reproduce their pipelines."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_videos_become_latents_and_back_as_the_vae_alone_does_it(
         back = (vae.decode(alone, *time).sample / 2 + 0.5).clamp(0, 1).transpose(1, 2)
     torch.testing.assert_close(model.denormalised(z), alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.decode(z), back, atol=1e-5, rtol=1e-5)
-    assert (z - alone).abs().max() > 0.01  # the network knows them on another scale
+    assert (z - alone).abs().max() > 0.01  # the network uses another scale
     assert back.std() > 0.001
 
 
@@ -95,7 +95,7 @@ def test_each_row_asks_the_expert_of_its_noise_level_with_its_own_guidance(exper
     model = WanTwoExperts(str(experts_folder), max_sequence_length=16, guidance_2=3.0)
     cond = model.encode(["a", "b", "c"], ["", "d", ""])
     x = torch.randn(3, *model.latent_shape(32, 48, 5), generator=torch.Generator().manual_seed(0))
-    sigma = torch.tensor([0.875, 0.8749, 0.99])  # the boundary itself belongs to the first
+    sigma = torch.tensor([0.875, 0.8749, 0.99])  # the boundary itself belongs to the high-noise expert
 
     def alone(i: int, network: torch.nn.Module, guidance: float) -> torch.Tensor:
         t = torch.full((1,), 1000.0) * sigma[i]

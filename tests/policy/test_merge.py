@@ -1,4 +1,4 @@
-"""Adapters folded into the weights: the same network but for rounding, and afterwards the very same weights."""
+"""Merged adapters: the same network up to rounding, and the original weights afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flowalign.policy import Lora, Policy
-from flowalign.policy.merge import adapted
+from flowalign.policy.merge import adapter_layers
 from tests.policy.test_policy import TARGETS, move, outputs, same, weights
 
 
@@ -25,7 +25,7 @@ def test_a_merged_network_differs_by_rounding_and_is_restored_to_the_bit(transfo
     storages = [p.data_ptr() for p in merging.parameters()]
     identities = [id(p) for p in merging.parameters()]
     with merging.use(None):
-        assert all(layer.merged for layer in adapted(transformer))
+        assert all(layer.merged for layer in adapter_layers(transformer))
         together = outputs(transformer)
         assert [id(p) for p in merging.parameters()] == identities
     assert not torch.equal(together, apart)
@@ -55,16 +55,16 @@ def test_an_exception_inside_leaves_nothing_merged(transformer: Any):
     with pytest.raises(KeyError), merging.use(None):
         raise KeyError
     assert same(weights(merging), held)
-    assert not any(layer.merged for layer in adapted(transformer))
+    assert not any(layer.merged for layer in adapter_layers(transformer))
 
 
 def test_weights_of_16_bits_are_not_merged(transformer: Any):
     """The sum would be rounded to 16 bits, and small adapters to nothing."""
     half = policy(transformer.bfloat16())
-    assert adapted(transformer)
+    assert adapter_layers(transformer)
     assert not half.merge
     with half.use(None):
-        assert not any(layer.merged for layer in adapted(transformer))
+        assert not any(layer.merged for layer in adapter_layers(transformer))
 
 
 def test_without_adapters_there_is_nothing_to_merge(transformer: Any):

@@ -1,4 +1,4 @@
-"""The live network and its frozen copies: exchanged and restored to the bit."""
+"""The live network and its frozen copies: swapped and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowalign.algorithms import Decay
 from flowalign.policy import Full, Lora, Policy
 from flowalign.policy.follow import Average, Follow
-from flowalign.policy.policy import Copy
+from flowalign.policy.policy import FrozenCopy
 
 TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 
@@ -35,7 +35,7 @@ def tuned(transformer: nn.Module, kind: str, *copies: str) -> Policy:
 
 
 def move(policy: Policy, by: float = 0.1) -> None:
-    """As an optimiser would: every trained parameter, differently."""
+    """Change every trained parameter, each differently, as an optimiser would."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in policy.trained().values():
@@ -73,17 +73,17 @@ def test_adapters_start_equal_whatever_was_drawn_before(transformer: Any):
 def test_adapters_train_a_few_parameters_and_full_tuning_all(transformer: Any):
     before = sum(p.numel() for p in transformer.parameters())
     policy = tuned(transformer, "lora")
-    assert 0 < policy.numbers()["trained"] < before
+    assert 0 < policy.parameter_counts()["trained"] < before
     assert all("lora" in name for name in policy.trained())
     everything = tuned(transformer, "full")
-    assert everything.numbers()["trained"] == everything.numbers()["parameters"] > before
+    assert everything.parameter_counts()["trained"] == everything.parameter_counts()["parameters"] > before
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_copy_holds_the_trained_parameters_only(transformer: Any, kind: str):
     policy = tuned(transformer, kind, "old", "reference")
     for copy in policy.copies.values():
-        assert sum(p.numel() for p in copy.parameters()) == policy.numbers()["trained"]
+        assert sum(p.numel() for p in copy.parameters()) == policy.parameter_counts()["trained"]
         assert not any(p.requires_grad for p in copy.parameters())
 
 
@@ -154,23 +154,23 @@ def test_copy_into_live_makes_the_copy_the_network(transformer: Any):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_kept_keys_are_what_is_trained_and_the_copies(transformer: Any, kind: str):
+def test_checkpoint_keys_are_the_trained_parameters_and_the_copies(transformer: Any, kind: str):
     policy = tuned(transformer, kind, "old")
-    kept = policy.kept_keys()
+    kept = policy.checkpoint_keys()
     assert kept <= policy.state_dict().keys()
     assert len(kept) == 2 * len(policy.trained())
     if kind == "lora":
         assert all("lora" in key for key in kept)
 
 
-def test_the_kept_keys_alone_restore_a_policy(transformer: Any):
+def test_the_checkpoint_keys_alone_restore_a_policy(transformer: Any):
     from copy import deepcopy
 
     fresh = tuned(deepcopy(transformer), "lora", "old")
     policy = tuned(transformer, "lora", "old")
     move(policy)
     policy.follow("old", 0.5)
-    held = {key: policy.state_dict()[key] for key in policy.kept_keys()}
+    held = {key: policy.state_dict()[key] for key in policy.checkpoint_keys()}
     fresh.load_state_dict(held, strict=False)
     assert same(weights(fresh), weights(policy))
 
@@ -213,15 +213,15 @@ def test_an_unknown_place_for_copies_is_refused(transformer: Any):
         Policy({"transformer": transformer}, Full(), TARGETS, [], "gpu")  # type: ignore[arg-type]
 
 
-def test_a_page_locked_copy_has_the_same_values_in_the_same_parameters(monkeypatch: pytest.MonkeyPatch):
-    """Where there is no CUDA, memory can be said to be locked only."""
+def test_a_pinned_copy_has_the_same_values_in_the_same_parameters(monkeypatch: pytest.MonkeyPatch):
+    """Without CUDA pinning is only simulated."""
     locked: list[Tensor] = []
     monkeypatch.setattr(Tensor, "is_pinned", lambda t: any(t.data_ptr() == other.data_ptr() for other in locked))
     monkeypatch.setattr(Tensor, "pin_memory", lambda t: locked.append(t.clone()) or locked[-1])
-    copy = Copy({"a.b": nn.Parameter(torch.arange(3.0)), "c": nn.Parameter(torch.ones(2, 2))}, "cpu")
+    copy = FrozenCopy({"a.b": nn.Parameter(torch.arange(3.0)), "c": nn.Parameter(torch.ones(2, 2))}, "cpu")
     before = list(copy.values())
     for _ in range(2):
-        copy.page_lock()
+        copy.pin()
     assert len(locked) == 2
     assert all(now is then and now.is_pinned() for now, then in zip(copy.values(), before, strict=True))
     assert copy["a/b"].tolist() == [0, 1, 2]
@@ -229,10 +229,10 @@ def test_a_page_locked_copy_has_the_same_values_in_the_same_parameters(monkeypat
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_passing_copy_is_used_like_any_other_and_is_in_no_state(transformer: Any, kind: str):
+def test_a_snapshot_is_used_like_any_copy_and_is_in_no_state(transformer: Any, kind: str):
     policy = tuned(transformer, kind, "reference")
     start, keys = outputs(transformer), policy.state_dict().keys()
-    policy.keep("start")
+    policy.take_snapshot("start")
     move(policy)
     moved, before = outputs(transformer), weights(policy)
     with policy.use("start"):
@@ -240,8 +240,8 @@ def test_a_passing_copy_is_used_like_any_other_and_is_in_no_state(transformer: A
     assert torch.equal(outputs(transformer), moved)
     assert same(weights(policy), before)
     assert policy.state_dict().keys() == keys
-    policy.let_go("start")
-    policy.let_go("reference")
+    policy.drop_snapshot("start")
+    policy.drop_snapshot("reference")
     with pytest.raises(KeyError), policy.use("start"):
         pass
     with policy.use("reference"):
@@ -249,7 +249,7 @@ def test_a_passing_copy_is_used_like_any_other_and_is_in_no_state(transformer: A
 
 
 def test_an_average_at_an_interval_is_the_reference_one(golden: Callable[..., Any], agrees: Callable[..., bool]):
-    """Flow-GRPO's, which looks after every step and follows after every eighth."""
+    """Flow-GRPO's average, which is called after every step and updates after every eighth."""
     d = golden("decay_schedules")
     follow, ema = Follow(Average(), every="step", interval=8), torch.zeros(3, dtype=torch.float64)
     for k, live, theirs in zip(

@@ -1,4 +1,4 @@
-"""AuraFlow at random, with prompts that end before the padding does."""
+"""AuraFlow with random weights, with prompts that end before the padding does."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": guidance}

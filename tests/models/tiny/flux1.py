@@ -1,4 +1,4 @@
-"""FLUX.1 at random, with a shift that depends on the resolution."""
+"""FLUX.1 with random weights, with a shift that depends on the resolution."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": 3.5, "true_cfg_scale": guidance}

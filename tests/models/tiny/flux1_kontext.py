@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext at random."""
+"""FLUX.1 Kontext with random weights."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance, and to make what is asked for from what is given."""
+    """Arguments of the pipeline's own call for this guidance and output size."""
     return flux1.arguments(guidance) | {"max_area": 32 * 48, "_auto_resize": False}

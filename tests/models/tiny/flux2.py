@@ -1,4 +1,4 @@
-"""FLUX.2 [dev] at random: a Mistral that reads, and guidance as an input."""
+"""FLUX.2 [dev] with random weights: a Mistral text encoder, and guidance as an input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.models.tiny import flux2_klein
 from tests.models.tiny.parts import flux2_vae, mistral3, qwen_tokenizer, seeded
 
 PIPELINE = "Flux2Pipeline"
-GUIDANCE = (1.0,)  # its call knows the embedded one only
+GUIDANCE = (1.0,)  # its call supports only the embedded one
 NEGATIVE = ""
 MODEL = CALL = {"max_sequence_length": 64}
 TRANSFORMER = flux2_klein.TRANSFORMER | {"guidance_embeds": True}
@@ -31,6 +31,6 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     del guidance
     return {"guidance_scale": 4.0}

@@ -1,4 +1,4 @@
-"""FLUX.2 [klein] at random, not distilled; it reads three layers in the depth of its text encoder."""
+"""FLUX.2 [klein] with random weights, not distilled; it uses the outputs of three layers of its text encoder."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": guidance}

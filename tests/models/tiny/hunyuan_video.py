@@ -1,4 +1,4 @@
-"""HunyuanVideo at random."""
+"""HunyuanVideo with random weights."""
 
 from __future__ import annotations
 
@@ -63,5 +63,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": 6.0, "true_cfg_scale": guidance}

@@ -1,4 +1,4 @@
-"""LTX-Video at random, with a shift that depends on the resolution and a decoder that is told a time."""
+"""LTX-Video with random weights, with a shift that depends on the resolution and a timestep-conditioned decoder."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": guidance}

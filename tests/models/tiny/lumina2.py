@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0 at random."""
+"""Lumina-Image 2.0 with random weights."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": guidance}

@@ -1,4 +1,4 @@
-"""Tokenizers, text encoders and VAEs of random pipelines: from configs, nothing is downloaded."""
+"""Random tokenizers, text encoders and VAEs for tiny pipelines, built from configs without downloads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def shaken(module: torch.nn.Module, seed: int = 0) -> Any:
-    """The module with noise on every parameter, so that parts initialised at zero or one matter as well."""
+    """Add noise to every parameter, so that those initialised to zero or one matter too."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -17,7 +17,7 @@ def shaken(module: torch.nn.Module, seed: int = 0) -> Any:
 
 
 def seeded(make: Any, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
-    """A module of random weights that are the same every time, shaken."""
+    """A module with reproducible random weights, with noise on every parameter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = make(*args, **kwargs)
@@ -28,7 +28,7 @@ def seeded(make: Any, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's 256 printable stand-ins for bytes."""
+    """GPT-2's 256 printable characters that represent bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + n) for n in range(len(others))]
@@ -101,7 +101,7 @@ def qwen_tokenizer() -> Any:
 
 
 def qwen_vl() -> Any:
-    """Qwen 2.5 VL with two layers, and eyes as small."""
+    """Qwen 2.5 VL with two layers and an equally small vision tower."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     attention: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -140,7 +140,7 @@ def qwen3(kind: Any, layers: int) -> Any:
 
 
 def mistral3(layers: int) -> Any:
-    """Mistral 3 of width 16, and eyes as small."""
+    """Mistral 3 of width 16 with an equally small vision tower."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "num_attention_heads": 2}
@@ -173,7 +173,7 @@ KL: dict[str, Any] = {
 
 
 def pictures(n: int, height: int, width: int, seed: int) -> torch.Tensor:
-    """(n, 3, height, width) of 8 bits in [0, 1]."""
+    """Random 8-bit images (n, 3, height, width) in [0, 1]."""
     levels = torch.randint(0, 256, (n, 3, height, width), generator=torch.Generator().manual_seed(seed))
     return levels / 255
 
@@ -186,7 +186,7 @@ def vae(**changes: Any) -> Any:
 
 
 def flux2_vae() -> Any:
-    """An AutoencoderKLFlux2 of the same size with a mean and a deviation of each of the 16 numbers in a patch."""
+    """An AutoencoderKLFlux2 of the same size with a mean and standard deviation of each of the 16 values of a patch."""
     from diffusers import AutoencoderKLFlux2
 
     module = seeded(AutoencoderKLFlux2, **KL)
@@ -196,7 +196,7 @@ def flux2_vae() -> Any:
 
 
 def wan_vae() -> Any:
-    """A causal video VAE of factor 8 in space and 4 in time, with a mean and a deviation for each of 16 channels."""
+    """A causal video VAE of factor 8 in space and 4 in time, with a mean and standard deviation of its 16 channels."""
     from diffusers import AutoencoderKLWan
 
     return seeded(
@@ -212,7 +212,7 @@ def wan_vae() -> Any:
 
 
 def qwen_vae() -> Any:
-    """An AutoencoderKLQwenImage of factor 4 and 4 channels with a mean and a deviation of each."""
+    """An AutoencoderKLQwenImage of factor 4 and 4 channels with a mean and standard deviation of each."""
     from diffusers import AutoencoderKLQwenImage
 
     sizes: dict[str, Any] = {"base_dim": 12, "z_dim": 4, "dim_mult": [1, 1, 1], "num_res_blocks": 1}

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit-Plus at random, which sees two pictures."""
+"""Qwen-Image-Edit-Plus with random weights and two reference images."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def build() -> Any:
 
 
 def equip(pipe: Any) -> None:
-    """The published processor needs torchvision for videos; this one does the pictures."""
+    """Add a processor for images; the published one needs torchvision, for videos."""
     pipe.register_modules(processor=Processor(pipe.tokenizer))
 
 
 class Processor:
-    """As many pads as the eyes have patches in place of each pad in the text."""
+    """Expands each image placeholder in the text to the number of vision patches."""
 
     def __init__(self, tokenizer: Any) -> None:
         from transformers import Qwen2VLImageProcessorPil
@@ -51,5 +51,5 @@ class Processor:
 
 
 def patched() -> AbstractContextManager[Any]:
-    """The pipeline brings the given pictures to this many pixels."""
+    """The pipeline resizes reference images to this many pixels."""
     return patch("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE", SIZE[0] * SIZE[1])

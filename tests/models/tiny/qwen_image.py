@@ -1,4 +1,4 @@
-"""Qwen-Image at random, with the VAE of a video and a schedule that stops short of zero before its last step."""
+"""Qwen-Image with random weights, a video VAE and a schedule that stops short of zero before its last step."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"true_cfg_scale": guidance}

@@ -1,4 +1,4 @@
-"""Sana at random, with the scheduler that stands in for its multistep one."""
+"""Sana with random weights, with the scheduler that stands in for its multistep one."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": guidance}

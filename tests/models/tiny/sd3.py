@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 with two CLIPs and a T5, at random."""
+"""Stable Diffusion 3 with two CLIPs and a T5, with random weights."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": guidance}

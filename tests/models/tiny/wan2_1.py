@@ -1,4 +1,4 @@
-"""Wan 2.1 text to video at random."""
+"""Wan 2.1 text-to-video with random weights."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": guidance}

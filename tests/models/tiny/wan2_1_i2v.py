@@ -1,4 +1,4 @@
-"""Wan 2.1 from a first picture, at random."""
+"""Wan 2.1 image-to-video, with random weights."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def build() -> Any:
 
 
 def patched() -> AbstractContextManager[Any]:
-    """The pipeline calls ftfy whether it is there or not."""
+    """The pipeline calls ftfy even if it is not installed."""
     stub = SimpleNamespace(fix_text=lambda text: text)
     return patch("diffusers.pipelines.wan.pipeline_wan_i2v.ftfy", stub, create=True)

@@ -1,4 +1,4 @@
-"""Wan 2.2 text to video at random: two experts, of which the second has a guidance of its own."""
+"""Wan 2.2 text-to-video with random weights: two experts, the second of which has its own guidance."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def build() -> Any:
 
 
 def arguments(guidance: float) -> dict[str, Any]:
-    """How the pipeline's own call is told about guidance."""
+    """Arguments of the pipeline's own call for this guidance."""
     return {"guidance_scale": guidance, "guidance_scale_2": MODEL["guidance_2"]}

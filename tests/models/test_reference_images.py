@@ -1,4 +1,4 @@
-"""Pictures beside a prompt: how many, of which size, and what becomes of them."""
+"""Reference images: their number, their size and their encoding."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 from flowalign.models.base import FlowModel
 from flowalign.models.flux1 import Flux1
 from flowalign.models.flux1_kontext import Flux1Kontext
-from flowalign.models.pictures import given_pictures
 from flowalign.models.qwen_edit import QwenImageEdit
+from flowalign.models.reference_images import pil_images
 from flowalign.models.wan_i2v import WanImageToVideo
 from flowalign.types import Conditioning
 from tests.models.tiny import flux1_kontext, qwen_edit, wan2_1_i2v
@@ -52,7 +52,7 @@ def model(request: pytest.FixtureRequest) -> FlowModel:
 
 @pytest.mark.parametrize("images", [None, [], SEEN * 2, [pictures(2, 32, 48, seed=0)], [torch.zeros(0, 3, 32, 48)]])
 def test_a_wrong_number_of_pictures_is_refused(model: FlowModel, images: list[torch.Tensor] | None):
-    with pytest.raises(ValueError, match="sees one picture beside each prompt: 1 prompt"):
+    with pytest.raises(ValueError, match="needs one image with each prompt: 1 prompt"):
         model.encode(["a"], None, images, (32, 48, 9))
 
 
@@ -73,14 +73,14 @@ def test_another_vae_is_another_encoding(tmp_path: Path):
 
 
 def test_pictures_reach_the_pipeline_to_the_bit(kontext: Flux1Kontext):
-    ((picture,),) = given_pictures(kontext, ["a"], SEEN, most=1)
+    ((picture,),) = pil_images(kontext, ["a"], SEEN, at_most=1)
     assert picture.tobytes() == (SEEN[0][0] * 255).round().byte().permute(1, 2, 0).contiguous().numpy().tobytes()
 
 
 def test_a_picture_is_brought_to_the_size_that_is_made(kontext: Flux1Kontext):
     seen = kontext.encode(["a"], None, SEEN, (32, 48, None))["cond.picture"]
     assert seen.shape == (1, *kontext.latent_shape(32, 48))
-    ((picture,),) = given_pictures(kontext, ["a"], SEEN, most=1)
+    ((picture,),) = pil_images(kontext, ["a"], SEEN, at_most=1)
     resized = torch.frombuffer(
         bytearray(picture.resize((48, 32), Image.Resampling.LANCZOS).tobytes()), dtype=torch.uint8
     )
@@ -104,7 +104,7 @@ def test_prompts_with_other_numbers_of_pictures_are_not_joined(edit: QwenImageEd
     one, two = (edit.encode(["a"], None, [pictures(n, 32, 64, seed=n)], (32, 64, None)) for n in (1, 2))
     with pytest.raises(ValueError, match="cond.picture1.* differ"):
         Conditioning.cat([one, two])
-    with pytest.raises(ValueError, match="sees 1 to 3 pictures"):
+    with pytest.raises(ValueError, match="needs 1 to 3 images"):
         edit.encode(["a"], None, [pictures(4, 32, 64, seed=0)], (32, 64, None))
 
 

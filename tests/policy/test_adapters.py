@@ -1,4 +1,4 @@
-"""Adapters to go on from that do not fit are refused with what to set."""
+"""Trained adapters that do not match the settings are refused, naming what to set."""
 
 from __future__ import annotations
 

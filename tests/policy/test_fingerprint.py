@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from flowalign.policy.base import identity
+from flowalign.policy.fingerprint import weights_fingerprint
 
 
 def network(seed: int = 0) -> dict[str, nn.Module]:
@@ -10,8 +10,8 @@ def network(seed: int = 0) -> dict[str, nn.Module]:
 
 
 def test_the_same_weights_are_the_same_base_in_any_type():
-    assert identity(network()) == identity(network())
-    assert identity({"transformer": network()["transformer"].bfloat16()}) == identity(network())
+    assert weights_fingerprint(network()) == weights_fingerprint(network())
+    assert weights_fingerprint({"transformer": network()["transformer"].bfloat16()}) == weights_fingerprint(network())
 
 
 def test_other_weights_names_or_networks_are_another_base():
@@ -20,8 +20,8 @@ def test_other_weights_names_or_networks_are_another_base():
         for p in nudged["transformer"].parameters():
             p.mul_(1.01)
     others = [network(1), nudged, {"unet": network()["transformer"]}]
-    assert len({identity(network()), *map(identity, others)}) == 4
+    assert len({weights_fingerprint(network()), *map(weights_fingerprint, others)}) == 4
 
 
 def test_empty_networks_have_no_identity():
-    assert identity({"transformer": network()["transformer"].to("meta")}) == ""
+    assert weights_fingerprint({"transformer": network()["transformer"].to("meta")}) == ""
