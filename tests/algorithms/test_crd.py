@@ -45,9 +45,7 @@ def test_equal_advantages_give_no_gradient_at_the_old_policy(noised, gradient, t
 
 @pytest.mark.parametrize("temperature", [None, 0.0, 0.5])
 @pytest.mark.parametrize("distance", ["mse", "bce"])
-def test_as_many_points_as_it_asks_for_teach_something_and_fewer_teach_nothing(
-    noised, gradient, temperature, distance
-):
+def test_as_many_points_as_it_asks_for_teach_something_and_fewer_teach_nothing(noised, gradient, temperature, distance):
     algorithm = CRD(kl_beta=0.0, temperature=temperature, distance=distance)
     for number, moves in ((algorithm.least_micro - 1, False), (algorithm.least_micro, True)):
         p, v = noised([5.0, -5.0][:number])
