@@ -40,8 +40,12 @@ class Follow:
     def stays_live(self, steps_per_rollout: int) -> bool:
         """Whether the copy is the live weights at every optimiser step: it takes them over after each, or after the
         only one between two rollouts."""
-        takes_over = isinstance(self.decay, Decay) and self.decay.cap == 0 and self.interval == 1
-        return self.every == "always" or (takes_over and (self.every == "step" or steps_per_rollout == 1))
+        return self.every == "always" or (self.takes_over and (self.every == "step" or steps_per_rollout == 1))
+
+    @property
+    def takes_over(self) -> bool:
+        """Whether nothing of the copy survives that follows, so that it is the live weights when a rollout begins."""
+        return self.every == "always" or (isinstance(self.decay, Decay) and self.decay.cap == 0 and self.interval == 1)
 
 
 @dataclass(frozen=True)
