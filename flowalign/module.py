@@ -79,7 +79,8 @@ class AlignModule(Forward):
         if self.policy is not None:  # Lightning calls this for every fit, validate and test
             return
         r = self.recipe
-        asked = (r.consulted - r.same_as_live) | (set() if r.evaluation.copy is None else {r.evaluation.copy})
+        judged = [] if r.evaluation.copy is None else [r.evaluation.copy]
+        asked = (r.consulted - r.same_as_live).union(judged)
         kept = [name for name in r.frozen if name in asked]
         missing = sorted(asked - set(kept) - {"reference"})
         if missing:

@@ -49,9 +49,16 @@ def check_plan(cfg: DictConfig) -> None:
     from flowalign.recipe import batch_plan
 
     check_signatures({group: cfg[group] for group in (*PLAN_GROUPS.values(), *CHECKED_GROUPS, "frozen")})
-    for node in (*(cfg[group] for group in CHECKED_GROUPS), *cfg.frozen.values()):
-        instantiate(node)
+    for group in CHECKED_GROUPS:
+        instantiate(cfg[group])
+    frozen = {name: instantiate(node) for name, node in cfg.frozen.items() if node is not None}
     parts = {field: instantiate(cfg[group]) for field, group in PLAN_GROUPS.items()}
+    for name in parts["algorithm"].made_rollout:
+        if name in frozen and not frozen[name].takes_over:
+            raise ConfigError(
+                f"algo takes frozen.{name} for the weights that made the rollout, and it lags behind them, so that the "
+                f"importance ratio could never be 1: use frozen.{name}.decay.kind=0 (and no interval)."
+            )
     scorer = SimpleNamespace(groupwise=any(map(_is_groupwise, objective(cfg.reward))))
     with as_config_errors():
         geometry = batch_plan(SimpleNamespace(**parts, scorer=scorer), replicas(cfg))  # type: ignore[arg-type]

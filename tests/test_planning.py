@@ -21,6 +21,8 @@ from flowalign.run import build_recipe
         (("reward=shapes_win_rate", "batch.prompts=11", "trainer.devices=2"), r"2 ranks in whole groups"),
         (("algo=tempflow", "batch.group_size=10"), r"trunks of 12 branches: use batch.group_size=12"),
         (("algo=crd", "batch.micro=1"), r"batch.micro=1 leaves .* nothing can be learnt: use batch.micro=2\.$"),
+        (("algo=awm", "algo.off_policy=true", "frozen.old.decay.kind=2"), r"frozen.old for the weights .*decay.kind=0"),
+        (("algo=awm", "algo.off_policy=true", "frozen.old.every=step", "+frozen.old.interval=2"), "and no interval"),
         (("dynamics=cps", "dynamics.eta=1.3"), r"^dynamics: CPS needs eta in \[0, 1\] \(got 1.3\)"),
         (("credit=energies", "credit.clip=0"), "^credit: temperature and clips must be positive"),
         (("times=stratified", "times.share=0.05"), r"times.share=0.05 of 10 steps leaves no noise level: use a larger"),
@@ -34,6 +36,11 @@ def test_a_plan_is_refused_from_the_config_alone(compose: Callable[..., Any], wo
 
 def test_a_share_of_levels_that_nobody_draws_is_no_obstacle(compose: Callable[..., Any]):
     check_plan(compose("algo=grpo", "times=stratified", "times.share=0.05"))
+
+
+@pytest.mark.parametrize("words", [("algo.off_policy=true",), ("frozen.old.decay.kind=2",)])
+def test_a_copy_that_lags_is_no_obstacle_where_it_did_not_make_the_rollout(compose: Callable[..., Any], words: Any):
+    check_plan(compose("algo=awm", *words))
 
 
 def test_prompts_that_are_not_there_are_refused_before_the_model_is_loaded(compose: Callable[..., Any], tmp_path: Path):

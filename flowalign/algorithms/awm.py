@@ -62,8 +62,12 @@ class AWM(Algorithm):
     @property
     def frozen(self) -> tuple[str, ...]:
         """As in the base class, with "old" off policy and "anchor" for its penalty."""
-        old = ("old",) if self.off_policy else ()
-        return (*old, *(("anchor",) if self.ema_beta > 0 else ()), *super().frozen)
+        return (*self.made_rollout, *(("anchor",) if self.ema_beta > 0 else ()), *super().frozen)
+
+    @property
+    def made_rollout(self) -> tuple[str, ...]:
+        """See the base class; the old log p is theirs."""
+        return ("old",) if self.off_policy else ()
 
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """See the base class; p is a noised point."""

@@ -56,6 +56,11 @@ class Algorithm(ABC):
         return tuple(dict.fromkeys(self.consults + penalised))
 
     @property
+    def made_rollout(self) -> tuple[str, ...]:
+        """Names of the frozen copies that its formula takes for the weights which made the rollout."""
+        return ()
+
+    @property
     def silent_at_zero(self) -> bool:
         """Whether a point with an advantage of 0 has neither loss nor gradient, nor a part in the loss of others."""
         return False

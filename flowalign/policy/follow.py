@@ -40,8 +40,12 @@ class Follow:
     def stays_live(self, steps_per_rollout: int) -> bool:
         """Whether the copy equals the live weights before each optimiser step: it is overwritten after each step, or
         after each rollout of a single step."""
-        overwritten = isinstance(self.decay, Decay) and self.decay.cap == 0 and self.interval == 1
-        return self.every == "always" or (overwritten and (self.every == "step" or steps_per_rollout == 1))
+        return self.every == "always" or (self.takes_over and (self.every == "step" or steps_per_rollout == 1))
+
+    @property
+    def takes_over(self) -> bool:
+        """Whether an update overwrites the copy completely, so that it equals the live weights at each rollout."""
+        return self.every == "always" or (isinstance(self.decay, Decay) and self.decay.cap == 0 and self.interval == 1)
 
 
 @dataclass(frozen=True)
