@@ -11,7 +11,7 @@ from flowalign.flow import at_least_float32
 
 
 @cache
-def in_float32_on_cpus() -> torch.library.Library:
+def use_float32_on_cpu() -> torch.library.Library:
     """From now on attention under autocast on a CPU is that of float32, whatever the type of its inputs.
 
     PyTorch would take 16 bits there, whose backward pass takes five times as long as that of float32 and more than all

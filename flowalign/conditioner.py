@@ -46,7 +46,7 @@ class Encoding:
             )
 
     @property
-    def bound(self) -> float:
+    def max_bytes(self) -> float:
         """Bytes."""
         return math.inf if self.release and self.cache is None else self.keep_gib * 2**30
 
@@ -58,7 +58,7 @@ class Conditioner:
         self.model, self.guided, self.encoding = model, guided, encoding or Encoding()
         self._rows: OrderedDict[Key, Conditioning] = OrderedDict()
         """The last used last."""
-        self._held = 0
+        self._num_bytes = 0
         folder = self.encoding.cache
         self._disk = None if folder is None else Embeddings(folder, f"{model.text_fingerprint()} {VERSION}")
 
@@ -70,11 +70,11 @@ class Conditioner:
     def prepare(self, prompts: Sequence[Prompt], size: Area) -> None:
         """Encodes what is not known yet; all of it stays in memory until other prompts are asked for."""
         asked = {self._key(p, size): p for p in prompts}
-        missing = [key for key in asked if not self._found(key)]
+        missing = [key for key in asked if not self._load(key)]
         for start in range(0, len(missing), self.encoding.batch_size):
             part = missing[start : start + self.encoding.batch_size]
             self._encode(part, [asked[key] for key in part], size)
-        self._forget(asked)
+        self._evict(asked)
 
     def prepare_all(
         self, prompts: Sequence[Prompt], size: Area, report: Callable[[int], None] = lambda done: None
@@ -86,29 +86,29 @@ class Conditioner:
             self.prepare(part, size)
             report(start + len(part))
 
-    def absent(self, prompts: Sequence[Prompt], size: Area) -> list[Prompt]:
+    def missing(self, prompts: Sequence[Prompt], size: Area) -> list[Prompt]:
         """Those of which there is neither a row in memory nor a file, which is not read for it."""
-        return [p for p in prompts if not self._is_there(self._key(p, size))]
+        return [p for p in prompts if not self._is_cached(self._key(p, size))]
 
-    def _is_there(self, key: Key) -> bool:
-        return key in self._rows or (self._disk is not None and self._disk.holds(key))
+    def _is_cached(self, key: Key) -> bool:
+        return key in self._rows or (self._disk is not None and self._disk.contains(key))
 
-    def _found(self, key: Key) -> bool:
+    def _load(self, key: Key) -> bool:
         """Whether the row is in memory, as the last used one, or could be read into it."""
         if key in self._rows:
             self._rows.move_to_end(key)
         elif self._disk is not None and (row := self._disk.read(key)) is not None:
-            self._keep(key, row)
+            self._store(key, row)
         return key in self._rows
 
-    def _keep(self, key: Key, row: Conditioning) -> None:
+    def _store(self, key: Key, row: Conditioning) -> None:
         self._rows[key] = row
-        self._held += _bytes(row)
+        self._num_bytes += _bytes(row)
 
-    def _forget(self, asked: Container[Key]) -> None:
+    def _evict(self, asked: Container[Key]) -> None:
         """The longest unused rows leave memory; those that are asked for are behind all others."""
-        while self._held > self.encoding.bound and next(iter(self._rows)) not in asked:
-            self._held -= _bytes(self._rows.popitem(last=False)[1])
+        while self._num_bytes > self.encoding.max_bytes and next(iter(self._rows)) not in asked:
+            self._num_bytes -= _bytes(self._rows.popitem(last=False)[1])
 
     def _key(self, prompt: Prompt, size: Area) -> Key:
         """All that the row depends on beside the encoder."""
@@ -132,7 +132,7 @@ class Conditioner:
         for i, key in enumerate(keys):
             # A copy: a view of one row would keep the whole batch in memory.
             row = Conditioning({name: t[i : i + 1].cpu().clone() for name, t in cond.items()})
-            self._keep(key, row)
+            self._store(key, row)
             if self._disk is not None:
                 self._disk.write(key, row)
 

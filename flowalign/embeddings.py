@@ -40,14 +40,14 @@ class Embeddings:
             with safe_open(file, framework="pt") as held:
                 said, tensors = held.metadata() or {}, {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            return self._distrust(file, str(error))
+            return self._reject(file, str(error))
         if said.get("prompt") != json.dumps(key) or said.get("encoder") != self.encoder:
-            return self._distrust(file, "it holds another prompt or another encoder's")
-        if said.get("digest") != _content(tensors):
-            return self._distrust(file, "its content has changed")
+            return self._reject(file, "it holds another prompt or another encoder's")
+        if said.get("digest") != _content_digest(tensors):
+            return self._reject(file, "its content has changed")
         return Conditioning(tensors)
 
-    def holds(self, key: tuple[str, ...]) -> bool:
+    def contains(self, key: tuple[str, ...]) -> bool:
         """Whether there is a file, be it damaged."""
         return self._file(key).is_file()
 
@@ -59,7 +59,7 @@ class Embeddings:
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in row.items()}
         partial = file.with_name(f".{file.name}.{uuid4().hex}")  # in containers, ranks share process numbers
-        said = {"prompt": json.dumps(key), "encoder": self.encoder, "digest": _content(tensors)}
+        said = {"prompt": json.dumps(key), "encoder": self.encoder, "digest": _content_digest(tensors)}
         try:
             save_file(tensors, partial, said)
             os.replace(partial, file)
@@ -71,7 +71,7 @@ class Embeddings:
         return self.folder / name[:2] / f"{name[2:40]}.safetensors"
 
     @staticmethod
-    def _distrust(file: Path, why: str) -> None:
+    def _reject(file: Path, why: str) -> None:
         log.warning("the encoded prompt %s is made again: %s", file, why.splitlines()[0])
 
 
@@ -79,7 +79,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _content(tensors: Mapping[str, Tensor]) -> str:
+def _content_digest(tensors: Mapping[str, Tensor]) -> str:
     """Digest of names, types, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

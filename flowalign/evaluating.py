@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from flowalign.conditioner import Conditioner
-from flowalign.evaluation import Positions, Shown, gathered, stills
+from flowalign.evaluation import Positions, Shown, gather_shown, stills
 from flowalign.exhausted import memory_of
 from flowalign.generate import generate
 from flowalign.policy import Policy
@@ -136,11 +136,11 @@ class Evaluating(LightningModule):
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.replicas
         if inside := sum(i < len(everyone) for i in ids):  # only the last ones can be padding
             seen = RewardInput(prompts, made.media, Latents(made.x0, cond)).index(slice(inside))
-            self._begin_to_score(stage, ids[:inside], seen, made.rms[:inside])
+            self._start_scoring(stage, ids[:inside], seen, made.rms[:inside])
 
-    def _begin_to_score(self, stage: str, ids: list[int], seen: RewardInput, rms: Tensor) -> None:
+    def _start_scoring(self, stage: str, ids: list[int], seen: RewardInput, rms: Tensor) -> None:
         self._meter(f"{stage}/velocity_rms").update(rms)
-        wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))
+        wanted = set(self.recipe.evaluation.shown_indices(len(self.eval_prompts[stage])))
         rows = [row for row, i in enumerate(ids) if i in wanted]
         shown = stills(required(seen.media, "media")[rows]).cpu()
         scoring = self.recipe.scorer.start(seen, evaluation=True)
@@ -158,7 +158,7 @@ class Evaluating(LightningModule):
         if rows:
             chosen = {name: values[rows].cpu() for name, values in scores.items()}
             new = Shown(images, [prompts[row].text for row in rows], chosen, [ids[row] for row in rows])
-            self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
+            self.shown[stage] = self.shown[stage].concat(new) if stage in self.shown else new
         done = ids[-1] // self.replicas + 1
         self.report.advance("evaluate", done, reward=float(scores["reward"].nanmean()))
 
@@ -184,7 +184,7 @@ class Evaluating(LightningModule):
         """Send the images of all ranks to the first one, which writes the grids."""
         if self.trainer.world_size > 1:
             mine = self.shown.pop(stage, None) if self.global_rank % self.context == 0 else None
-            if (everyones := gathered(mine, self.trainer.is_global_zero)) is not None:
+            if (everyones := gather_shown(mine, self.trainer.is_global_zero)) is not None:
                 self.shown[stage] = everyones
 
     def judge_test(self, copy: str) -> dict[str, float]:

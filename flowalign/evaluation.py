@@ -37,7 +37,7 @@ class Evaluation:
     def copy(self) -> str | None:
         return None if self.weights == "live" else self.weights
 
-    def shows(self, number: int) -> list[int]:
+    def shown_indices(self, number: int) -> list[int]:
         """Which of `number` pictures go into the grids: one of each stretch of the list, drawn, always the same.
 
         Prompt files repeat themselves at a period (kinds in turn, wordings of one scene), so a fixed stride would too.
@@ -82,7 +82,7 @@ class Shown:
     places: list[int] = field(default_factory=list)
     """Where in the evaluation set they are; empty of any other pictures."""
 
-    def followed_by(self, more: Shown) -> Shown:
+    def concat(self, more: Shown) -> Shown:
         """These and then those of a later batch, or of another rank."""
         scores = {name: torch.cat([self.scores[name], values]) for name, values in more.scores.items()}
         images, places = torch.cat([self.images, more.images]), self.places + more.places
@@ -95,7 +95,7 @@ class Shown:
         return Shown(self.images[order], [self.prompts[i] for i in order], scores, sorted(self.places))
 
 
-def gathered(mine: Shown | None, first: bool) -> Shown | None:
+def gather_shown(mine: Shown | None, first: bool) -> Shown | None:
     """Those of all ranks, in order, on the first one; None on the others, and of nothing. All ranks call it together.
 
     Pictures are sent in 8 bits a value, in which they are shown.
@@ -105,5 +105,5 @@ def gathered(mine: Shown | None, first: bool) -> Shown | None:
     there: list[Shown] = [part for part in parts or [] if part is not None]
     if not there:
         return None
-    whole = reduce(Shown.followed_by, there)
+    whole = reduce(Shown.concat, there)
     return replace(whole, images=whole.images / 255).in_order()

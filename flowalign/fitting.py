@@ -21,13 +21,13 @@ MARGIN = 0.05
 
 def search(sizes: Sequence[int], fits: Callable[[int], bool], agree: Callable[[bool], bool]) -> int:
     """The largest of ascending sizes that fits on every rank, which `agree` says; NoMemoryError if none does."""
-    found = largest(sizes, lambda size: agree(fits(size)))
+    found = largest_fitting(sizes, lambda size: agree(fits(size)))
     if found is None:
         raise nothing_fits(sizes[0])
     return found
 
 
-def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     """The largest of ascending sizes that fits, None if none does: sizes are doubled until one does not, then halved
     in between."""
     good, bad = -1, len(sizes)
@@ -44,12 +44,12 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
     return sizes[good] if good >= 0 else None
 
 
-def counted(taken: Callable[[int], int], besides: int, room: float) -> Callable[[int], bool]:
+def fits_by_estimate(taken: Callable[[int], int], besides: int, room: float) -> Callable[[int], bool]:
     """Whether what so many rows take, and `besides` what else there will be, is within their share of the room."""
     return lambda rows: taken(rows) + besides <= SHARE * room
 
 
-def tried(
+def fits_by_trial(
     step: Callable[[int], None], trained: Sequence[nn.Parameter], besides: int, device: torch.device
 ) -> Callable[[int], bool]:
     """Whether `step` runs on so many rows while all gradients and `besides` bytes are there; it leaves nothing."""
@@ -62,7 +62,7 @@ def tried(
 
     def _runs(rows: int) -> bool:
         try:
-            with _in_place(trained, besides + _margin(device), device):
+            with _reserved(trained, besides + _margin(device), device):
                 step(rows)
         except (MemoryError, RuntimeError) as error:
             if not is_exhaustion(error):
@@ -74,7 +74,7 @@ def tried(
 
 
 @contextmanager
-def _in_place(trained: Sequence[nn.Parameter], size: int, device: torch.device) -> Iterator[None]:
+def _reserved(trained: Sequence[nn.Parameter], size: int, device: torch.device) -> Iterator[None]:
     """Inside there are gradients, and a block of so many bytes; afterwards neither."""
     block = torch.empty(size, dtype=torch.uint8, device=device)
     try:
@@ -91,15 +91,15 @@ def _margin(device: torch.device) -> int:
     return int(MARGIN * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
 
 
-def room(device: torch.device, processes: int) -> float:
+def available_bytes(device: torch.device, processes: int) -> float:
     """Bytes of the device's memory that this process may still take; so many share the machine's."""
     if device.type != "cuda":
-        return min(_free_of_machine(), _free_of_container()) / processes
+        return min(_machine_available(), _cgroup_available()) / processes
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
-def _free_of_machine() -> float:
+def _machine_available() -> float:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -107,7 +107,7 @@ def _free_of_machine() -> float:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _free_of_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
+def _cgroup_available(folder: Path = Path("/sys/fs/cgroup")) -> float:
     """What its limit leaves, infinite without one. Cached files count as free, as they do for the machine."""
     try:
         limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flowalign.evaluating import Evaluating
-from flowalign.fitting import counted, room, search, tried
+from flowalign.fitting import available_bytes, fits_by_estimate, fits_by_trial, search
 from flowalign.geometry import Geometry
-from flowalign.memory import Share, of_pass, of_points, of_trained, plan
+from flowalign.memory import PlanLine, pass_bytes, plan, point_bytes, trained_bytes
 from flowalign.recipe import Recipe, batch_plan
 from flowalign.strategies.sharded import Sharded
 from flowalign.types import Conditioning, Point
@@ -32,7 +32,7 @@ class Forward(Evaluating):
         """The batch plan, with the micro-batch that was found, if any."""
         return batch_plan(self.recipe, self.replicas).with_micro(self.micro)
 
-    def memory_plan(self) -> list[Share]:
+    def memory_plan(self) -> list[PlanLine]:
         """The memory that the run will need on this rank's device."""
         return plan(self.recipe, self.live, self.geometry, self._longest(), self._precision)
 
@@ -71,15 +71,15 @@ class Forward(Evaluating):
 
     def _fits(self) -> Callable[[int], bool]:
         """A test whether a micro-batch of n points fits, given what else an optimisation phase keeps in memory."""
-        r, gradients = self.recipe, of_trained(self.live)
+        r, gradients = self.recipe, trained_bytes(self.live)
         r.model.to(self.device)
-        cond, besides = self._longest(), of_points(r, self.geometry)
+        cond, besides = self._longest(), point_bytes(r, self.geometry)
         if not any(optimizer.state for optimizer in self.trainer.optimizers):
             besides += 2 * gradients
         if self._can_try():
-            return tried(partial(self._try, cond), list(self.live.trained().values()), besides, self.device)
-        taken = partial(of_pass, r, cond, self._precision)
-        return counted(taken, besides + gradients, room(self.device, self.trainer.num_devices))
+            return fits_by_trial(partial(self._try, cond), list(self.live.trained().values()), besides, self.device)
+        taken = partial(pass_bytes, r, cond, self._precision)
+        return fits_by_estimate(taken, besides + gradients, available_bytes(self.device, self.trainer.num_devices))
 
     def _can_try(self) -> bool:
         """Whether trial passes are safe. On a CPU they could exhaust the machine; with sharded weights a rank that runs

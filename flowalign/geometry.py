@@ -91,12 +91,12 @@ class Geometry:
     trunk: int = 1
 
     def __post_init__(self) -> None:
-        for unfit in (self._unfit_group, self._unfit_ranks, self._unfit_updates, self._unfit_micro):
+        for unfit in (self._check_group, self._check_ranks, self._check_updates, self._check_micro):
             if (found := unfit()) is not None:
                 why, name, value = found
-                raise PlanError(why, {name: value} | self._further(name, value))
+                raise PlanError(why, {name: value} | self._further_changes(name, value))
 
-    def _further(self, name: str, value: int) -> dict[str, int]:
+    def _further_changes(self, name: str, value: int) -> dict[str, int]:
         """What else has to change once this value has. Later checks see earlier ones repaired, so this ends."""
         try:
             replace(self, batch=replace(self.batch, **{name: value}))
@@ -104,7 +104,7 @@ class Geometry:
             return error.changes
         return {}
 
-    def _unfit_group(self) -> Misfit | None:
+    def _check_group(self) -> Misfit | None:
         size, least = self.batch.group_size, max(self.members or 2, 2)
         if size >= least and size % self.trunk == 0:
             return None
@@ -115,7 +115,7 @@ class Geometry:
             why = f"batch.group_size={size} is not a whole number of trunks of {self.trunk} branches"
         return why, "group_size", nearest_of(fitting, size)
 
-    def _unfit_ranks(self) -> Misfit | None:
+    def _check_ranks(self) -> Misfit | None:
         b = self.batch
         if self.samples // self.block % self.world_size == 0:
             return None
@@ -124,7 +124,7 @@ class Geometry:
         dealt = f"cannot be dealt to {self.world_size} ranks{' in whole groups' if self.block > 1 else ''}"
         return f"{self._product} {dealt}", "prompts", nearest_of(fitting, b.prompts)
 
-    def _unfit_updates(self) -> Misfit | None:
+    def _check_updates(self) -> Misfit | None:
         updates, units = self.batch.updates, self.units_local
         if units % updates == 0:
             return None
@@ -132,7 +132,7 @@ class Geometry:
         why = f"{units} {kind} on a rank cannot be cut into batch.updates={updates} equal parts"
         return why, "updates", nearest_divisor(units, updates)
 
-    def _unfit_micro(self) -> Misfit | None:
+    def _check_micro(self) -> Misfit | None:
         if self.micro in (fitting := self.micros()):
             return None
         rows = f" of whole {self.together}s of {self.coupled} points" if self.coupled > 1 else ""

@@ -19,7 +19,7 @@ class NotFiniteError(RunError):
     """A loss or a gradient overflowed more often than the run was to bear."""
 
 
-class Finite:
+class FiniteGuard:
     """Which optimiser steps are left out since something in them is not finite, and how many may be in a run."""
 
     def __init__(self, limit: int) -> None:
@@ -28,7 +28,7 @@ class Finite:
         """In the whole run; the module keeps it in checkpoints."""
         self._reason = ""
 
-    def judge(self, losses: Tensor, sigma: Tensor, epoch: int, step: int) -> bool:
+    def check(self, losses: Tensor, sigma: Tensor, epoch: int, step: int) -> bool:
         """Whether losses (b,) of a micro-batch at noise levels sigma (b,) are finite; else this step is spoilt."""
         finite = losses.isfinite()
         if finite.all():
@@ -41,11 +41,11 @@ class Finite:
         return False
 
     @property
-    def spoilt(self) -> bool:
+    def failed(self) -> bool:
         """Whether a micro-batch of this step was, on this rank."""
         return bool(self._reason)
 
-    def leave_out(self) -> None:
+    def skip_step(self) -> None:
         """Counts a step that is not made, on every rank alike; NotFiniteError past the limit."""
         reason, self._reason = self._reason or "the gradient, or a loss of another rank, is not finite", ""
         self.skipped += 1
@@ -57,7 +57,7 @@ class Finite:
         log.warning("%s: the step is left out (%d of at most %d)", reason, self.skipped, self.limit)
 
 
-def losses_of(
+def checked_loss(
     algorithm: Algorithm, point: Point, v: Tensor, copies: Collection[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss (B,) and metrics (B,) of an algorithm; ConfigError for what an algorithm of one's own may get wrong.

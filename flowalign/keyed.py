@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowalign.transfer import room, sent
+from flowalign.transfer import empty_for, to_device
 
 INITIAL = 0
 """Stream of the noise a walk starts from."""
@@ -45,7 +45,7 @@ def keyed_generator(seed: int, epoch: int, sample: int, stream: int) -> torch.Ge
     return torch.Generator().manual_seed(keyed_integer(seed, epoch, sample, stream))
 
 
-def ids(sample_ids: Sequence[int] | Tensor) -> list[int]:
+def id_list(sample_ids: Sequence[int] | Tensor) -> list[int]:
     """Global sample numbers as Python integers."""
     return sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)
 
@@ -59,8 +59,8 @@ def keyed_randn(
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Standard normal noise (B, *shape) in float32, drawn on the CPU so that every device sees the same numbers."""
-    samples = ids(sample_ids)
-    noise = room((len(samples), *shape), device)
+    samples = id_list(sample_ids)
+    noise = empty_for((len(samples), *shape), device)
     for row, sample in zip(noise, samples, strict=True):
         row.normal_(generator=keyed_generator(seed, epoch, sample, stream))
-    return sent(noise, device)
+    return to_device(noise, device)

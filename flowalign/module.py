@@ -23,11 +23,11 @@ from flowalign.collect import Collector
 from flowalign.diversity import diversity
 from flowalign.exhausted import memory_of
 from flowalign.forward import Forward
-from flowalign.guards import Finite, check_ratio, losses_of
+from flowalign.guards import FiniteGuard, check_ratio, checked_loss
 from flowalign.loggers import runs_of
 from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
-from flowalign.points import drawn
+from flowalign.points import subsample_weights
 from flowalign.policy import Policy
 from flowalign.policy.base import identity
 from flowalign.recipe import Recipe
@@ -35,7 +35,7 @@ from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
-from flowalign.tensors import whole
+from flowalign.tensors import full_tensor
 from flowalign.types import Point, required
 
 log = logging.getLogger("flowalign")
@@ -49,7 +49,7 @@ class AlignModule(Forward):
         self.buffer = Buffer()
         self.rollout_shown: Tensor | None = None
         self.stats: dict[str, float] = {}
-        self.finite = Finite(recipe.optimisation.max_skipped)
+        self.finite = FiniteGuard(recipe.optimisation.max_skipped)
         self.base = ""
         self.gap: float | None = None
         """Largest |ρ − 1| on this rank before the first update of the epoch; None without a ratio."""
@@ -143,7 +143,7 @@ class AlignModule(Forward):
             self.report.begin("encode", len(mine))
             self.conditioner.prepare_all(mine, size.area, partial(self.report.advance, "encode"))
             strategy.barrier("prompts")
-            self.conditioner.prepare_all(self.conditioner.absent(prompts, size.area), size.area)
+            self.conditioner.prepare_all(self.conditioner.missing(prompts, size.area), size.area)
             self.report.end("encode")
         r.model.release_text_encoders()
 
@@ -245,7 +245,7 @@ class AlignModule(Forward):
         r = self.recipe
         if "reference" in r.algorithm.consults or r.optimisation.kl_share == 1:
             return None
-        return drawn(r.seed, self.current_epoch, required(points.sample, "sample"), r.optimisation.kl_share)
+        return subsample_weights(r.seed, self.current_epoch, required(points.sample, "sample"), r.optimisation.kl_share)
 
     # ------------------------------------------------------------ optimisation phase
 
@@ -257,7 +257,7 @@ class AlignModule(Forward):
         point.frozen |= dict.fromkeys(self.recipe.same_as_live, v.detach())
         if self.recipe.algorithm.follows_reward:
             point.reward = self._judged(point, v, cond)
-        losses, metrics = losses_of(self.recipe.algorithm, point, v, self.recipe.frozen)
+        losses, metrics = checked_loss(self.recipe.algorithm, point, v, self.recipe.frozen)
         finite = self._guard(losses, metrics, point, batch_idx)
         self.counts["train"] += len(idx) * self.replicas
         # Samples without a score have weight 0, in the loss and in its diagnostics.
@@ -286,7 +286,7 @@ class AlignModule(Forward):
 
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], point: Point, batch_idx: int) -> bool:
         """Whether the losses are finite. If not, the optimiser step is skipped on all ranks."""
-        finite = self.finite.judge(losses, point.sigma, self.current_epoch, self.global_step)
+        finite = self.finite.check(losses, point.sigma, self.current_epoch, self.global_step)
         if batch_idx < self.geometry.accumulate and "ratio" in metrics:
             self.gap = max(self.gap or 0.0, self._gap_of(metrics["ratio"][point.counts]) if finite else 0.0)
         return finite
@@ -302,13 +302,13 @@ class AlignModule(Forward):
             self.gap = None
         # Here gradients are unscaled and not clipped yet.
         gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm(gradients))
+        norm = full_tensor(nn.utils.get_total_norm(gradients))
         # float16's scaler finds its factor by letting gradients overflow, and skips those steps itself.
         overflow = not norm.isfinite() and str(self.trainer.precision) != "16-mixed"
-        spoilt = self.trainer.strategy.reduce_boolean_decision(self.finite.spoilt or bool(overflow), all=False)
+        spoilt = self.trainer.strategy.reduce_boolean_decision(self.finite.failed or bool(overflow), all=False)
         self.log("train/skipped_steps", float(spoilt), on_step=False, on_epoch=True, reduce_fx="sum")
         if spoilt:
-            self.finite.leave_out()
+            self.finite.skip_step()
             optimizer.zero_grad()  # a step without gradients changes nothing, not even the moments
         else:
             self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
@@ -377,13 +377,13 @@ class AlignModule(Forward):
                 f"model.quantised={now.quantised or 'null'} is: on model.pretrained={then['pretrained']} with "
                 f"model.quantised={then.get('quantised') or 'null'}, as it was then."
             )
-        self._tell_differences(kept.get("config", {}))
+        self._warn_of_differences(kept.get("config", {}))
         self.micro = kept.get("micro")
         self.finite.skipped = kept.get("skipped", 0)
         self.baseline = dict(kept.get("baseline", {}))
         self.counts = dict(kept.get("counts", self.counts))
 
-    def _tell_differences(self, then: Mapping[str, Any]) -> None:
+    def _warn_of_differences(self, then: Mapping[str, Any]) -> None:
         """Warn about changed settings. Those of the optimiser would otherwise be overridden silently by its state."""
         now = self.recipe.config
         if then and now and self.trainer.is_global_zero and (found := differences(then, now)):

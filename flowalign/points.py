@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.flow import at_least_float32, interpolate
-from flowalign.keyed import PENALTY, ids, keyed_generator
+from flowalign.keyed import PENALTY, id_list, keyed_generator
 from flowalign.types import Point, Rollout, required
 
 
@@ -68,13 +68,13 @@ def noised(
     )
 
 
-def below(sigmas: Tensor, sigma: Tensor) -> Tensor:
+def next_level(sigmas: Tensor, sigma: Tensor) -> Tensor:
     """The next lower level of a schedule (T+1,), which falls to 0, for each sigma (B,); 0 for 0."""
     rising = sigmas.flip(0).to(sigma)
     return rising[(torch.searchsorted(rising, sigma.contiguous()) - 1).clamp(min=0)]
 
 
-def beside(own: Point, real: Point, samples: int) -> Point:
+def interleave(own: Point, real: Point, samples: int) -> Point:
     """Points of the policy's samples and of as many given ones: each sample's own, then the given ones in its place."""
 
     def in_turn(a: Tensor, b: Tensor) -> Tensor:
@@ -85,13 +85,13 @@ def beside(own: Point, real: Point, samples: int) -> Point:
     return replace(own, **fields, real=in_turn(*of_real))
 
 
-def drawn(seed: int, epoch: int, sample: Tensor, share: float) -> Tensor:
+def subsample_weights(seed: int, epoch: int, sample: Tensor, share: float) -> Tensor:
     """Weights (B,), 1 in the mean, of a sum over a share of the points: its expectation is that over all.
 
     sample (B,) is the number of each row's sample. Of the S points of a sample max(1, round(share · S)) weigh S over
     that number, the others 0: equally many in every sample, hence on every rank.
     """
-    distinct = ids(sample.unique_consecutive())
+    distinct = id_list(sample.unique_consecutive())
     points = len(sample) // len(distinct)
     count = max(1, round(share * points))
     weight = torch.zeros(len(distinct), points)

@@ -40,7 +40,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: prompts are read from .txt or .jsonl files")
-    parse, prompts = _plain if path.suffix == ".txt" else _record, []
+    parse, prompts = _parse_text if path.suffix == ".txt" else _parse_json, []
     # Not splitlines(): that would also cut at rarer separators, which prompts scraped from the web contain.
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
         source = f"{path}:{number}"
@@ -55,11 +55,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def _plain(line: str, source: str) -> Prompt:
+def _parse_text(line: str, source: str) -> Prompt:
     return Prompt(line, source=source)
 
 
-def _record(line: str, source: str) -> Prompt:
+def _parse_json(line: str, source: str) -> Prompt:
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
@@ -71,7 +71,7 @@ def _record(line: str, source: str) -> Prompt:
     return Prompt(text, negative, record, source)
 
 
-def _found(path: str) -> Path | None:
+def _resolve(path: str) -> Path | None:
     """The file itself, one of this name and a suffix, or Flow-GRPO's `train_metadata.jsonl` for `train`."""
     # A file of another kind is refused when it is read.
     suffixes = ["", *([] if Path(path).suffix in SUFFIXES else (*SUFFIXES, "_metadata.jsonl"))]
@@ -119,7 +119,7 @@ class PromptSet:
         A path that does not exist here may name one inside this package; without a suffix it stands for .jsonl or .txt.
         """
         named = [path, *([] if otherwise is None else [otherwise])]
-        found = next((file for name in named if (file := _found(name)) is not None), None)
+        found = next((file for name in named if (file := _resolve(name)) is not None), None)
         if found is None:
             known = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
             beside = sorted(p.name for p in Path(path).expanduser().parent.glob("*") if p.suffix in SUFFIXES)
@@ -156,7 +156,7 @@ class PromptSet:
         """
         asked = [(self.prompts[i], number) for i, number in zip(indices, numbers, strict=True)]
         if frames is None:
-            return torch.stack([self._picture(*one, height, width) for one in asked])
+            return torch.stack([self._image(*one, height, width) for one in asked])
         return torch.stack([video_of(*one, partial(read, frames=frames, size=(height, width))) for one in asked])
 
     def variant(self, index: int, number: int, video: bool = False) -> int:
@@ -166,7 +166,7 @@ class PromptSet:
             return number % len(given_videos(prompt))
         return 0 if self._painter is None or "image" in prompt.metadata else number
 
-    def _picture(self, prompt: Prompt, number: int, height: int, width: int) -> Tensor:
+    def _image(self, prompt: Prompt, number: int, height: int, width: int) -> Tensor:
         if self._painter is None or "image" in prompt.metadata:
             return pictures_of(prompt, (height, width))[0]
         return torch.from_numpy(self._painter(prompt.metadata, number, height, width)).permute(2, 0, 1)
@@ -180,10 +180,10 @@ class PromptSet:
         chosen: list[int] = []
         share = -(-number // len(self._classes))
         for index, members in enumerate(self._classes):
-            start, stop = self._taken(index, epoch * number), self._taken(index, (epoch + 1) * number)
+            start, stop = self._num_drawn(index, epoch * number), self._num_drawn(index, (epoch + 1) * number)
             size = len(members)
             for i in range(start, stop):
-                chosen.append(members[_pass(size, share, (seed, index), i // size)[i % size]])
+                chosen.append(members[_pass_order(size, share, (seed, index), i // size)[i % size]])
         order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(len(chosen))
         return [chosen[i] for i in order]
 
@@ -192,19 +192,19 @@ class PromptSet:
         kinds = len(self._classes)
         return [self._classes[i % kinds][i // kinds % len(self._classes[i % kinds])] for i in range(number)]
 
-    def _taken(self, index: int, total: int) -> int:
+    def _num_drawn(self, index: int, total: int) -> int:
         """How many of the first `total` prompts ever drawn belong to one class: every class in turn."""
         return (total - index + len(self._classes) - 1) // len(self._classes)
 
 
 @lru_cache(maxsize=64)
-def _pass(size: int, window: int, key: tuple[int, int], number: int) -> list[int]:
+def _pass_order(size: int, window: int, key: tuple[int, int], number: int) -> list[int]:
     """Pass `number` through range(size): shuffled, and such that no `window` successive draws hold an index twice."""
     if window > size:  # repeats are unavoidable
         return _shuffled(size, key, number).tolist()
     order = _shuffled(size, key, 0).tolist()
     for i in range(1, number + 1):
-        order = _next_pass(order, window, _shuffled(size, key, i))
+        order = _next_pass_order(order, window, _shuffled(size, key, i))
     return order
 
 
@@ -212,7 +212,7 @@ def _shuffled(size: int, key: tuple[int, int], number: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence([*key, number])).permutation(size)
 
 
-def _next_pass(last: list[int], window: int, rank: np.ndarray) -> list[int]:
+def _next_pass_order(last: list[int], window: int, rank: np.ndarray) -> list[int]:
     """Indices by rank, each waiting until its last use lies `window` draws back."""
     ready: list[tuple[int, int]] = []
     order: list[int] = []

@@ -44,7 +44,7 @@ class Sampling:
             raise ValueError(f"guidance must be 0 or more (got {self.guidance}).")
 
     @property
-    def kept_in(self) -> torch.dtype | None:
+    def state_dtype(self) -> torch.dtype | None:
         """As `walk` takes it: None leaves states as they are, which is float32."""
         return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.keep_in]
 
@@ -63,14 +63,14 @@ class Noise:
 
     def __call__(self, stream: int) -> Tensor:
         """(B, *shape)"""
-        samples = self.starts() if stream == INITIAL else self.samples
+        samples = self.initial_ids() if stream == INITIAL else self.samples
         return keyed_randn(self.seed, self.epoch, samples, stream, self.shape, self.device)
 
-    def starts(self) -> list[int]:
+    def initial_ids(self) -> list[int]:
         """The sample whose noise each one starts from."""
         return [s // self.sharing * self.sharing for s in self.samples]
 
-    def of(self, rows: list[int]) -> Noise:
+    def index(self, rows: list[int]) -> Noise:
         """The noise of some of the samples, by position."""
         return replace(self, samples=[self.samples[row] for row in rows])
 
@@ -79,14 +79,14 @@ Rows = Tensor | slice
 """Positions (b,) in the batch of a walk, or slice(None) for all of it."""
 
 
-class Distinct:
+class Deduplicator:
     """Which samples of a walk are still the same, and hence which ones the network has to see."""
 
-    def __init__(self, starts: Sequence[int]) -> None:
+    def __init__(self, initial_ids: Sequence[int]) -> None:
         # A sample is known by where it started until it has had noise of its own, and by its place (below 0) then.
-        self.names = list(starts)
+        self.names = list(initial_ids)
 
-    def leave(self, rows: Sequence[int]) -> None:
+    def diverge(self, rows: Sequence[int]) -> None:
         """These samples have had noise of their own."""
         for row in rows:
             self.names[row] = -1 - row
@@ -126,12 +126,12 @@ def walk(
     are stored, so that the ratio is 1 on policy. keep_in: the type they are stored in, if another; the walk then goes
     on from the rounded states.
     """
-    x, distinct, record = noise(INITIAL), Distinct(noise.starts()), Record(keep_mean, keep_in)
+    x, distinct, record = noise(INITIAL), Deduplicator(noise.initial_ids()), Recorder(keep_mean, keep_in)
     state, tail = solver.start(), plan.tail_solver.start()
     last, last_noisy = len(sigmas) - 2, plan.last_noisy
     for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         if i in plan.trained:
-            x = rounded(x, keep_in)
+            x = round_to(x, keep_in)
         v = distinct(velocity, x, sigma)
         rows = plan.rows(i, noise.samples) if i <= last_noisy else []
         x_before, every = x, len(rows) == len(x)
@@ -145,24 +145,24 @@ def walk(
             state = tail
         if not rows:
             continue
-        distinct.leave(rows)
+        distinct.diverge(rows)
         some: Rows = slice(None) if every else torch.tensor(rows, device=x.device)
-        z = (noise if every else noise.of(rows))(STEP + i)
+        z = (noise if every else noise.index(rows))(STEP + i)
         step = dynamics.step(x_before[some], v[some], sigma, sigma_next, sigmas[1], z)
         if i in plan.trained:
-            step = step._replace(x_next=rounded(step.x_next, keep_in))
+            step = step._replace(x_next=round_to(step.x_next, keep_in))
         x = step.x_next if every else x.index_copy(0, some, step.x_next)  # type: ignore[arg-type]
         if i in plan.trained:
             record(i, rows, x_before[some], step, dynamics.log_prob(step.x_next, step.mean, step.std))
     return record.rollout(x, sigmas)
 
 
-def rounded(x: Tensor, keep_in: torch.dtype | None) -> Tensor:
+def round_to(x: Tensor, keep_in: torch.dtype | None) -> Tensor:
     """What is left of x when it is kept in another type, in its own type; None: x itself."""
     return x if keep_in is None else x.to(keep_in).to(x.dtype)
 
 
-class Record:
+class Recorder:
     """The trained steps of a walk as they come, each for some of the samples, and at the end by sample.
 
     States are stored in `keep_in` (None: as they come), which loses nothing of rounded ones.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-OWN = (
+RUN_SPECIFIC = (
     "ckpt_path", "paths.", "task_name", "trainer.max_", "trainer.default_root_dir", "logger.", "callbacks.", "test",
     "requeue", "hydra", "debug",
 )  # fmt: skip
@@ -23,7 +23,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """ "name=now instead of then" for each setting that a continued run and the one before do not share."""
     old, new = flatten(then), flatten(now)
-    names = [name for name in sorted(old.keys() | new.keys()) if not name.startswith(OWN)]
+    names = [name for name in sorted(old.keys() | new.keys()) if not name.startswith(RUN_SPECIFIC)]
     return [
         f"{name}={new.get(name, 'absent')} instead of {old.get(name, 'absent')}"
         for name in names

@@ -20,7 +20,7 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t  # type: ignore[return-value]
 
 
-def whole(t: Tensor) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     """The full value. For a sharded tensor every rank has to ask."""
     if not isinstance(t, DTensor):
         return t
@@ -40,11 +40,11 @@ def like(t: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(t.contiguous(), mesh, target.placements).to(target.device)
 
 
-Place = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """The keys that lead to a value."""
 
 
-def taken_apart(nest: Any, path: Place = ()) -> tuple[Any, dict[Place, Tensor]]:
+def split_tensors(nest: Any, path: KeyPath = ()) -> tuple[Any, dict[KeyPath, Tensor]]:
     """A nest of dicts and lists with meta tensors in place of its tensors, and these tensors by their place.
 
     Single numbers stay: an optimiser counts its steps in them.
@@ -54,29 +54,29 @@ def taken_apart(nest: Any, path: Place = ()) -> tuple[Any, dict[Place, Tensor]]:
     if not isinstance(nest, (Mapping, list, tuple)):
         return nest, {}
     items = nest.items() if isinstance(nest, Mapping) else enumerate(nest)
-    parts = {key: taken_apart(value, (*path, key)) for key, value in items}
+    parts = {key: split_tensors(value, (*path, key)) for key, value in items}
     tensors = {place: t for _, inside in parts.values() for place, t in inside.items()}
     frame = {key: inner for key, (inner, _) in parts.items()}
     return (frame if isinstance(nest, Mapping) else type(nest)(frame.values())), tensors
 
 
-def put_together(frame: Any, tensors: Mapping[Place, Tensor], path: Place = ()) -> Any:
+def join_tensors(frame: Any, tensors: Mapping[KeyPath, Tensor], path: KeyPath = ()) -> Any:
     """The inverse: `frame` with the tensors in their places; a place without one keeps its meta tensor."""
     if isinstance(frame, Tensor):
         return tensors.get(path, frame)
     if isinstance(frame, Mapping):
-        return {key: put_together(value, tensors, (*path, key)) for key, value in frame.items()}
+        return {key: join_tensors(value, tensors, (*path, key)) for key, value in frame.items()}
     if isinstance(frame, (list, tuple)):
-        return type(frame)(put_together(value, tensors, (*path, i)) for i, value in enumerate(frame))
+        return type(frame)(join_tensors(value, tensors, (*path, i)) for i, value in enumerate(frame))
     return frame
 
 
-def gathered(nest: Any, keep: bool) -> Any:
+def gather_to_cpu(nest: Any, keep: bool) -> Any:
     """The nest with whole tensors on the CPU, one after another; a rank that does not keep them gets None for it."""
-    frame, tensors = taken_apart(nest)
-    made: dict[Place, Tensor] = {}
+    frame, tensors = split_tensors(nest)
+    made: dict[KeyPath, Tensor] = {}
     for place, t in tensors.items():
-        full = whole(t)
+        full = full_tensor(t)
         if keep:
             made[place] = full.detach().cpu()
-    return put_together(frame, made) if keep else None
+    return join_tensors(frame, made) if keep else None

@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from flowalign.flow import shifted
-from flowalign.keyed import ORDER, ids, keyed_generator
+from flowalign.keyed import ORDER, id_list, keyed_generator
 
 
 class Times(ABC):
@@ -33,7 +33,7 @@ class Times(ABC):
     def __call__(self, seed: int, epoch: int, keys: Sequence[int] | Tensor, sigmas: Tensor) -> Tensor:
         """(B, num) noise levels; sigmas (T+1,) is the schedule of the rollout."""
         drawn: dict[int, Tensor] = {}
-        rows = [0 if self.shared else key for key in ids(keys)]
+        rows = [0 if self.shared else key for key in id_list(keys)]
         for key in rows:
             if key not in drawn:
                 drawn[key] = self.draw(keyed_generator(seed, epoch, key, ORDER), sigmas)

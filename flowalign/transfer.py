@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 
-def room(shape: Sequence[int], device: torch.device | str) -> Tensor:
+def empty_for(shape: Sequence[int], device: torch.device | str) -> Tensor:
     """An empty float32 tensor on the CPU for numbers that go to `device`, page-locked if that is a CUDA device."""
     return torch.empty(*shape, pin_memory=torch.device(device).type == "cuda")
 
 
-def sent(t: Tensor, device: torch.device | str) -> Tensor:
+def to_device(t: Tensor, device: torch.device | str) -> Tensor:
     """t on `device`: itself if it is there. Nobody waits for page-locked memory, so t must not be written to again."""
     return t.to(device, non_blocking=t.is_pinned())
 
 
-def exchange(these: Sequence[Tensor], those: Sequence[Tensor]) -> None:
+def swap(these: Sequence[Tensor], those: Sequence[Tensor]) -> None:
     """Swaps values in place, pair by pair, wherever they are; done when it returns, as far as the CPU can see."""
     for this, that in zip(these, those, strict=True):
         held = this.clone()

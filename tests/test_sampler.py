@@ -103,7 +103,7 @@ def test_rounding_to_the_type_that_states_have_changes_nothing():
     one, other = (walk(field, SIGMAS, plan, FlowSDE(0.7), Euler(), noise, keep_in=k) for k in (None, torch.float32))
     for name in ("x0", "x", "x_next", "log_prob"):
         assert torch.equal(getattr(one, name), getattr(other, name))
-    assert Sampling(4, Euler()).kept_in is None
+    assert Sampling(4, Euler()).state_dtype is None
 
 
 def test_rounded_pictures_do_not_depend_on_their_batch():

@@ -81,7 +81,7 @@ def evaluate(
     sampling, area, scorer = saved.sampling(steps, guidance, batch), saved.size(size), saved.judged_by
     about = _about(saved, wanted, suite, seed, sampling, area, node)
     record = Record.opened(Path(to), about, scorer.measures, again)
-    shown = [wanted[i] for i in instantiate(evaluation).shows(len(wanted))]
+    shown = [wanted[i] for i in instantiate(evaluation).shown_indices(len(wanted))]
     missing = record.missing(wanted)
     if missing:
         made = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, saved.weights)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flowalign.policy.merge import can_merge, merged
 from flowalign.policy.tune import Tune
 from flowalign.tensors import is_sharded, local
-from flowalign.transfer import exchange
+from flowalign.transfer import swap
 
 Place = Literal["same", "cpu"]
 
@@ -129,7 +129,7 @@ class Policy(nn.Module):
         lasting = name in self.copies  # to lock the pages of another would take longer than it saves
         if lasting and self.device_of_frozen == "cpu" and any(p.is_cuda for p in self.trained().values()):
             self.copies[name].page_lock()  # type: ignore[operator]
-        exchange(*self._pairs(name))
+        swap(*self._pairs(name))
 
     @torch.no_grad()
     def follow(self, name: str, decay: float) -> None:
