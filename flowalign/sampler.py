@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flowalign.dtypes import torch_dtype
 from flowalign.dynamics import Dynamics
 from flowalign.dynamics.base import Step
 from flowalign.keyed import INITIAL, STEP, keyed_randn
@@ -45,8 +46,8 @@ class Sampling:
 
     @property
     def state_dtype(self) -> torch.dtype | None:
-        """As `walk` takes it: None leaves states as they are, which is float32."""
-        return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.keep_in]
+        """`keep_in` as a dtype; None for float32, the dtype that states have anyway."""
+        return None if self.keep_in == "float32" else torch_dtype(self.keep_in)
 
 
 @dataclass(frozen=True)

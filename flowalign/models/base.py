@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flowalign.dtypes import torch_dtype
 from flowalign.models import schedule
 from flowalign.models.loading import READERS, VIEWERS, fingerprint, load_pipeline
 from flowalign.models.quantised import Kind, packing, quantise
@@ -24,14 +25,6 @@ NEGATIVE = "neg."
 """Key prefix of the unconditional branch in a Conditioning."""
 SHARED = "cond."
 """Key prefix of what both branches see, such as the latents of a given picture."""
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch type called `name`."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name not in known:
-        raise ValueError(f"a dtype is one of {', '.join(known)} (got {name!r}).")
-    return known[name]
 
 
 def _released(prompts: Sequence[str], *others: Any, **also: Any) -> Conditioning:
