@@ -75,9 +75,9 @@ class AlignModule(Forward):
         if self.policy is not None:  # Lightning calls this for every fit, validate and test
             return
         r = self.recipe
-        apart = r.consulted - r.same_as_live
-        kept = [name for name in r.frozen if name in apart or name == r.evaluation.copy]
-        missing = apart - set(kept) - {"reference"}
+        separate = r.consulted - r.same_as_live
+        kept = [name for name in r.frozen if name in separate or name == r.evaluation.copy]
+        missing = separate - set(kept) - {"reference"}
         if missing:
             raise ConfigError(
                 f"the algorithm consults {sorted(missing)}, but `frozen` does not say how they follow the live weights."
@@ -154,8 +154,8 @@ class AlignModule(Forward):
         # A fused step would unscale float16 gradients itself, after they have been checked and clipped.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         epochs, steps = self.trainer.max_epochs or 1, self.trainer.max_steps
-        ends = [self.geometry.steps_per_epoch * epochs] * (epochs > 0) + [steps] * (steps > 0)
-        total = min(ends, default=0)  # without an end only a constant schedule is accepted
+        limits = [self.geometry.steps_per_epoch * epochs] * (epochs > 0) + [steps] * (steps > 0)
+        total = min(limits, default=0)  # without a limit only a constant schedule is accepted
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(r.schedule, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -183,8 +183,8 @@ class AlignModule(Forward):
         self.report.begin("rollout", g.samples_local)
         with self._precision(), ScoreQueue(self.recipe.scorer.ahead) as queue:
             sampler = self.recipe.algorithm.samples_with
-            asked = None if sampler in self.recipe.same_as_live else sampler
-            with memory_of("rollout"), self.live.use(asked):
+            copy = None if sampler in self.recipe.same_as_live else sampler
+            with memory_of("rollout"), self.live.use(copy):
                 collected = self.collect(
                     self.current_epoch, self.replica, self.device, queue, self._gather, self._on_rollout_progress
                 )
@@ -197,7 +197,7 @@ class AlignModule(Forward):
             spread = diversity(collected.x0, g.batch.group_size, self._gather)
             self.report.end("rollout")
         self.counts["samples"] += g.samples
-        self.counts["rollout"] += int(self._of_all_replicas(torch.tensor(collected.calls, device=self.device)).sum())
+        self.counts["rollout"] += int(self._all_replicas(torch.tensor(collected.calls, device=self.device)).sum())
         self.rollout_shown = collected.images
         seconds = time.perf_counter() - started
         self.stats = collected.stats | {"diversity": spread, "seconds": seconds, "images_per_s": g.samples / seconds}
@@ -212,9 +212,9 @@ class AlignModule(Forward):
 
     def _gather(self, local: Tensor) -> Tensor:
         """Local values (n, …) of all ranks as (n · replicas, …), in global sample order."""
-        return self.geometry.in_order(self._of_all_replicas(local))
+        return self.geometry.in_order(self._all_replicas(local))
 
-    def _of_all_replicas(self, local: Tensor) -> Tensor:
+    def _all_replicas(self, local: Tensor) -> Tensor:
         """Local values (…) of all replicas as (replicas, …)."""
         return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.context]  # type: ignore
 
@@ -226,8 +226,8 @@ class AlignModule(Forward):
         for name in r.algorithm.frozen:
             if name in r.same_as_live:
                 continue
-            all_of_them = torch.arange(len(points.x))
-            rows = all_of_them if weight is None or name != "reference" else weight.nonzero().flatten()
+            every_row = torch.arange(len(points.x))
+            rows = every_row if weight is None or name != "reference" else weight.nonzero().flatten()
             velocity = torch.zeros_like(points.x, dtype=torch.float32)  # stays 0 where it is not needed
             self.report.begin("frozen", len(rows))
             with self.live.use(name):
@@ -256,7 +256,7 @@ class AlignModule(Forward):
         v = self._velocity(point.x, point.sigma, cond)
         point.frozen |= dict.fromkeys(self.recipe.same_as_live, v.detach())
         if self.recipe.algorithm.follows_reward:
-            point.reward = self._judged(point, v, cond)
+            point.reward = self._predicted_rewards(point, v, cond)
         losses, metrics = checked_loss(self.recipe.algorithm, point, v, self.recipe.frozen)
         finite = self._guard(losses, metrics, point, batch_idx)
         self.counts["train"] += len(idx) * self.replicas
@@ -305,9 +305,9 @@ class AlignModule(Forward):
         norm = full_tensor(nn.utils.get_total_norm(gradients))
         # float16's scaler finds its factor by letting gradients overflow, and skips those steps itself.
         overflow = not norm.isfinite() and str(self.trainer.precision) != "16-mixed"
-        spoilt = self.trainer.strategy.reduce_boolean_decision(self.finite.failed or bool(overflow), all=False)
-        self.log("train/skipped_steps", float(spoilt), on_step=False, on_epoch=True, reduce_fx="sum")
-        if spoilt:
+        skip = self.trainer.strategy.reduce_boolean_decision(self.finite.failed or bool(overflow), all=False)
+        self.log("train/skipped_steps", float(skip), on_step=False, on_epoch=True, reduce_fx="sum")
+        if skip:
             self.finite.skip_step()
             optimizer.zero_grad()  # a step without gradients changes nothing, not even the moments
         else:
@@ -369,19 +369,19 @@ class AlignModule(Forward):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint.get("flowalign", {})
-        if kept.get("base", self.base) != self.base:
-            then, now = kept["config"]["model"], self.recipe.model
+        saved = checkpoint.get("flowalign", {})
+        if saved.get("base", self.base) != self.base:
+            then, now = saved["config"]["model"], self.recipe.model
             raise ConfigError(
                 f"the checkpoint was trained on another base than model.pretrained={now.pretrained} with "
                 f"model.quantised={now.quantised or 'null'} is: on model.pretrained={then['pretrained']} with "
                 f"model.quantised={then.get('quantised') or 'null'}, as it was then."
             )
-        self._warn_of_differences(kept.get("config", {}))
-        self.micro = kept.get("micro")
-        self.finite.skipped = kept.get("skipped", 0)
-        self.baseline = dict(kept.get("baseline", {}))
-        self.counts = dict(kept.get("counts", self.counts))
+        self._warn_of_differences(saved.get("config", {}))
+        self.micro = saved.get("micro")
+        self.finite.skipped = saved.get("skipped", 0)
+        self.baseline = dict(saved.get("baseline", {}))
+        self.counts = dict(saved.get("counts", self.counts))
 
     def _warn_of_differences(self, then: Mapping[str, Any]) -> None:
         """Warn about changed settings. Those of the optimiser would otherwise be overridden silently by its state."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from flowalign.attention import use_float32_on_cpu
+from flowalign.attention import use_float32_attention_on_cpu
 from flowalign.heap import keep_freed
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Running:
                 f"{type(model).__name__} predicts something else under gradient checkpointing, since diffusers then "
                 "drops its attention mask: use running.gradient_checkpointing=false."
             )
-        use_float32_on_cpu()
+        use_float32_attention_on_cpu()
         for denoiser in model.denoisers().values():
             if self.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The settings of a run as flat names and values, and in what those of two runs differ."""
+"""The settings of a run as flat names and values, and the differences between two runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ RUN_SPECIFIC = (
     "ckpt_path", "paths.", "task_name", "trainer.max_", "trainer.default_root_dir", "logger.", "callbacks.", "test",
     "requeue", "hydra", "debug",
 )  # fmt: skip
-"""What a continued run has of its own, by how the names begin."""
+"""Name prefixes of settings that may differ in a resumed run."""
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Plain values by their names, with dots; what is neither a number nor a text is one."""
+    """Values by dotted name. Values other than numbers and strings are converted to strings."""
     if isinstance(node, Mapping):
         return {k: v for key, child in node.items() for k, v in flatten(child, f"{prefix}{key}.").items()}
     key = prefix.rstrip(".")
@@ -21,7 +21,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """ "name=now instead of then" for each setting that a continued run and the one before do not share."""
+    """ "name=now instead of then" for each setting that a resumed run has changed, run-specific ones excepted."""
     old, new = flatten(then), flatten(now)
     names = [name for name in sorted(old.keys() | new.keys()) if not name.startswith(RUN_SPECIFIC)]
     return [

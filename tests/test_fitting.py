@@ -73,7 +73,7 @@ def test_where_nothing_fits_one_sentence_names_settings():
 
 
 def test_what_is_counted_takes_its_share_of_the_room():
-    fits = fits_by_estimate(lambda rows: 10 * rows, besides=100, room=400 / SHARE)
+    fits = fits_by_estimate(lambda rows: 10 * rows, other=100, available=400 / SHARE)
     assert fits(30)
     assert not fits(31)
 
@@ -294,7 +294,7 @@ def test_with_a_reward_of_noisy_latents_a_trial_asks_for_its_gradient(
 ):
     judged: list[int] = []
     monkeypatch.setattr(
-        AlignModule, "_judged", lambda self, p, v, cond: (judged.append(len(v)), v.flatten(1).mean(1))[1]
+        AlignModule, "_predicted_rewards", lambda self, p, v, cond: (judged.append(len(v)), v.flatten(1).mean(1))[1]
     )
     small(3)
     monkeypatch.setattr("flowalign.algorithms.nft.NFT.follows_reward", True)

@@ -40,7 +40,7 @@ class LateBaseline(Callback):
 
     def _evaluate(self, trainer: Trainer, module: AlignModule) -> None:
         began = time.perf_counter()
-        found = module.judge_test(self.copy)
+        found = module.evaluate_test(self.copy)
         module.live.let_go(self.copy)
         self.waiting = False
         for logger in trainer.loggers:
