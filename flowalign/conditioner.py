@@ -36,13 +36,13 @@ class Encoding:
     resumed run, which batches prompts differently, equals the uninterrupted one only up to rounding."""
     keep_gib: float = 4.0
     """Size of each rank's cache in CPU memory. Beyond it the least recently used rows are evicted, and read or encoded
-    again when needed. Rows of the latest request are never evicted, and none at all if they could not be restored:
-    with `release` and no `cache`."""
+    again when needed. Rows of the latest request are never evicted, and none is if it could not be restored: with
+    `release` and no `cache`."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.keep_gib < 0:
             raise ValueError(
-                f"prompts are encoded 1 or more at a time and kept in 0 GiB or more (got batch_size={self.batch_size}, "
+                f"batch_size must be at least 1 and keep_gib at least 0 (got batch_size={self.batch_size}, "
                 f"keep_gib={self.keep_gib})."
             )
 

@@ -32,9 +32,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name in ("num_val", "num_test", "shown"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} counts pictures, from 1 on (got {getattr(self, name)}).")
+                raise ValueError(f"{name} is a number of images and must be at least 1 (got {getattr(self, name)}).")
         if self.seed < 0:
-            raise ValueError(f"seed is a number from 0 on (got {self.seed}).")
+            raise ValueError(f"seed must be at least 0 (got {self.seed}).")
 
     @property
     def copy(self) -> str | None:

@@ -37,7 +37,7 @@ class Forward(Evaluating):
         return plan(self.recipe, self.live, self.geometry, self._longest(), self._precision)
 
     def _longest(self) -> Conditioning:
-        """The conditioning of the longest prompt, one row: in some families the sequence length depends on the prompt."""
+        """The conditioning of the longest prompt, one row: in some families it sets the sequence length."""
         longest = max(self.recipe.data["train"].prompts, key=lambda prompt: len(prompt.text))
         return self.conditioner([longest], self.device, self.recipe.train_size.area)
 

@@ -32,7 +32,7 @@ class Batch:
             )
         if self.extremes is not None and self.extremes < 2:
             raise ValueError(
-                f"batch.extremes={self.extremes} leaves no pair of a best and a worst picture: use at least 2, or null "
+                f"batch.extremes={self.extremes} leaves no pair of a best and a worst image: use at least 2, or null "
                 "for all."
             )
         for name in ("prompts", "micro", "updates", "passes"):

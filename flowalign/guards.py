@@ -51,10 +51,10 @@ class FiniteGuard:
         self.skipped += 1
         if self.skipped > self.limit:
             raise NotFiniteError(
-                f"{reason}, and optimisation.max_skipped={self.limit} steps may be left out; a lower learning rate or "
-                "fp32 helps, and algo.adv_clip bounds the credit."
+                f"{reason}, and optimisation.max_skipped={self.limit} allows no further skipped step; a lower learning "
+                "rate or fp32 helps, and algo.adv_clip bounds the credit."
             )
-        log.warning("%s: the step is left out (%d of at most %d)", reason, self.skipped, self.limit)
+        log.warning("%s: the step is skipped (%d of at most %d)", reason, self.skipped, self.limit)
 
 
 def checked_loss(

@@ -231,7 +231,7 @@ def plan(
         media = media_bytes(recipe, geometry, device) - trained - training_pass
     lines = [
         PlanLine("denoisers", sum(map(weight_bytes, model.denoisers().values())), _weight_remedy(recipe)),
-        PlanLine("two blocks in one piece", gathered_block_bytes(model)),
+        PlanLine("two gathered blocks", gathered_block_bytes(model)),
         PlanLine("adapted weights, merged", adapted if policy.merge else 0, "running.merge_adapters=false"),
         PlanLine("text encoders", 0 if recipe.encoding.release else text, "encoding.release=true"),
         PlanLine("VAE", weight_bytes(model.pipe.vae)),
@@ -243,7 +243,7 @@ def plan(
             f"{'kept for the backward pass' if simulated is None else 'forward and backward'} of {micro} points",
             training_pass, "running.gradient_checkpointing=true, or a smaller batch.micro",
         ),
-        PlanLine(f"{points} training points", point_bytes(recipe, geometry), "fewer pictures or points an epoch"),
+        PlanLine(f"{points} training points", point_bytes(recipe, geometry), "fewer images or points per epoch"),
         PlanLine(
             f"latents of a rollout batch, {recipe.rollout.batch_size}",
             4 * recipe.rollout.batch_size * latent_bytes(recipe), "a smaller rollout.batch_size",

@@ -373,9 +373,9 @@ class AlignModule(Forward):
         if saved.get("base", self.base) != self.base:
             then, now = saved["config"]["model"], self.recipe.model
             raise ConfigError(
-                f"the checkpoint was trained on another base than model.pretrained={now.pretrained} with "
-                f"model.quantised={now.quantised or 'null'} is: on model.pretrained={then['pretrained']} with "
-                f"model.quantised={then.get('quantised') or 'null'}, as it was then."
+                f"the checkpoint was trained on another base model: model.pretrained={then['pretrained']} with "
+                f"model.quantised={then.get('quantised') or 'null'}, as it was then, and not model.pretrained="
+                f"{now.pretrained} with model.quantised={now.quantised or 'null'}, as it is now."
             )
         self._warn_of_differences(saved.get("config", {}))
         self.micro = saved.get("micro")
@@ -388,7 +388,7 @@ class AlignModule(Forward):
         now = self.recipe.config
         if then and now and self.trainer.is_global_zero and (found := differences(then, now)):
             log.warning(
-                "the run of the checkpoint had other settings: %s. Those of `optimizer` stay as they were, which the "
-                "checkpoint holds; the others are as given now.",
+                "the run of the checkpoint had other settings: %s. Those of `optimizer` are restored from the "
+                "checkpoint; the others take effect as given now.",
                 "; ".join(found),
             )

@@ -22,7 +22,7 @@ class Times(ABC):
 
     def __init__(self, num: int | None = None, shared: bool = False) -> None:
         if num is not None and num < 1:
-            raise ValueError(f"times.num={num}: a picture has at least one re-noised point (null = 99 % of the steps).")
+            raise ValueError(f"times.num={num}: an image has at least one re-noised point (null = 99 % of the steps).")
         self.num = num
         self.shared = shared
 
@@ -51,8 +51,8 @@ class Permuted(Times):
         """See the base class."""
         if self.num is not None and self.num > num_steps:
             raise ValueError(
-                f"times.num={self.num}: a picture has at most one re-noised point a noise level of its walk, so 1 to "
-                f"{num_steps}."
+                f"times.num={self.num}: an image has at most one re-noised point per noise level of its schedule, so "
+                f"1 to {num_steps}."
             )
         return super().count(num_steps)
 
