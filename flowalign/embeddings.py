@@ -73,7 +73,7 @@ class Embeddings:
 
     @staticmethod
     def _reject(file: Path, why: str) -> None:
-        log.warning("the encoded prompt %s is made again: %s", file, why.splitlines()[0])
+        log.warning("the cached prompt %s is encoded again: %s", file, why.splitlines()[0])
 
 
 def _digest(text: str) -> str:

@@ -143,7 +143,7 @@ class PromptSet:
                 check_videos(prompt)
             elif "image" not in prompt.metadata:
                 raise ValueError(
-                    f"{prompt.source}: no picture to learn from: give every line an `image` (a path beside the prompt "
+                    f"{prompt.source}: no image to learn from: give every line an `image` (a path beside the prompt "
                     f"file{instead(prompt, 'video')}), set data.train.images, or use data=shapes"
                 )
 

@@ -84,7 +84,7 @@ class Deduplicator:
     """Evaluates the velocity once for all samples that are still identical."""
 
     def __init__(self, initial_ids: Sequence[int]) -> None:
-        # Samples with equal ids are identical: the initial id at first, a negative one of its own after own noise.
+        # Samples with equal ids are identical: the initial id at first, a unique negative one after noise of its own.
         self.ids = list(initial_ids)
 
     def diverge(self, rows: Sequence[int]) -> None:

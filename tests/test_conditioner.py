@@ -191,7 +191,7 @@ def test_what_is_damaged_is_noticed_and_made_again(tmp_path: Path, damage: Any, 
     again, encoder = conditioner(cache=str(tmp_path))
     assert words(again(prompts, CPU, SIZE)) == ["red", "blue"]
     assert len(encoder.asked) == 1
-    assert "is made again" in caplog.text
+    assert "is encoded again" in caplog.text
     healed, nobody = conditioner(cache=str(tmp_path))
     healed.prepare(prompts, SIZE)
     assert nobody.asked == []
