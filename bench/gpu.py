@@ -102,6 +102,7 @@ def prepared(row: Row, tiny: bool, folder: Path) -> tuple[Any, Any]:
     import torch
 
     import flowalign.models.base as base
+    from flowalign.dtypes import torch_dtype
 
     cuda = torch.cuda.is_available()
     dtype, weights = ("float32", "float32") if tiny else ("bfloat16", WEIGHTS[row.tune])
@@ -122,7 +123,7 @@ def prepared(row: Row, tiny: bool, folder: Path) -> tuple[Any, Any]:
         cfg.data[stage] = {"_target_": "flowalign.prompts.PromptSet.read", "path": str(folder / "prompts.txt")}
     device = torch.device("cuda" if cuda else "cpu")
     row.weights = cfg.model.train_dtype
-    base.load_pipeline = lambda *_: pipeline(row.model, tiny, device, getattr(torch, dtype))  # nothing to download
+    base.load_pipeline = lambda *_: pipeline(row.model, tiny, device, torch_dtype(dtype))  # nothing to download
     return built(cfg)
 
 

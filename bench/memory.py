@@ -195,12 +195,12 @@ def held_points(module: Any) -> dict[str, Any]:
     """
     import torch
 
-    from flowalign.memory import held
+    from flowalign.memory import storage_bytes
 
     points, plan = module.buffer.points, module.collect.plan(module.buffer.epoch)
     tensors = [t for t in [*vars(points).values(), *points.frozen.values()] if isinstance(t, torch.Tensor)]
     expected = module.geometry.trained_local * len(plan.trained)
-    stored, values = held(tensors), sum(t.nbytes for t in tensors)
+    stored, values = storage_bytes(tensors), sum(t.nbytes for t in tensors)
     return {
         "steps": module.recipe.rollout.num_steps,
         "trained_steps": len(plan.trained),

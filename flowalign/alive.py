@@ -1,4 +1,4 @@
-"""The most memory that tensors take while something runs; on fake ones, which have sizes and no memory, for nothing."""
+"""Peak memory of the tensors that some code allocates; with fake tensors, measured without allocating any."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Alive(TorchDispatchMode):
-    """Inside, bytes of the storages that operations make are counted until they are gone.
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of storages that operations allocate inside the context, until they are freed.
 
-    Storages of `known` tensors do not count, nor what an operation makes and drops itself.
+    Storages of `known` tensors are not counted, nor temporary buffers inside an operation.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -28,37 +28,37 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        made = func(*args, **(kwargs or {}))
-        for t in tree_leaves(made):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
             if isinstance(t, Tensor):
-                self._count(t.untyped_storage())
-        return made
+                self._add(t.untyped_storage())
+        return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._seen:
             self._seen.add(key)
             self.now += size
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key, size).atexit = False
+            weakref.finalize(storage, self._remove, key, size).atexit = False
 
-    def _gone(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
 
 
 @contextmanager
-def faked(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, tensors are fake, and so are the weights of these modules, which it tells; blocks are not compiled."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # some families keep tensors that are no buffers
+def fake_tensors(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Make tensors fake inside, the weights of these modules included, which are yielded. Blocks are not compiled."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # some families keep tensors that are not registered as buffers
     weights: list[Tensor] = []
-    with ExitStack() as inside:
-        inside.enter_context(torch.compiler.set_stance("force_eager"))
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modules:
             fakes: dict[str, Tensor] = {
                 n: mode.from_tensor(t) for n, t in [*module.named_parameters(), *module.named_buffers()]
             }
-            inside.enter_context(_reparametrize_module(module, fakes))
+            stack.enter_context(_reparametrize_module(module, fakes))
             weights += fakes.values()
-        inside.enter_context(mode)
+        stack.enter_context(mode)
         yield weights

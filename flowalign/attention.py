@@ -1,4 +1,4 @@
-"""Attention under autocast on a CPU."""
+"""Attention under CPU autocast."""
 
 import warnings
 from functools import cache
@@ -11,20 +11,20 @@ from flowalign.flow import at_least_float32
 
 
 @cache
-def in_float32_on_cpus() -> torch.library.Library:
-    """From now on attention under autocast on a CPU is that of float32, whatever the type of its inputs.
+def use_float32_attention_on_cpu() -> torch.library.Library:
+    """From now on, compute attention under CPU autocast in float32, whatever the dtype of its inputs.
 
-    PyTorch would take 16 bits there, whose backward pass takes five times as long as that of float32 and more than all
-    the rest of a block. Other devices keep their own rule. The library that is returned holds the rule; once a process.
+    PyTorch's default there is 16 bits, whose backward pass takes five times as long as in float32, and longer than the
+    rest of a block. Other devices are not affected. The returned library holds the override; one per process.
     """
-    rules = torch.library.Library("aten", "IMPL")
+    library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-        rules.impl("scaled_dot_product_attention", _in_float32, "AutocastCPU")
-    return rules
+        library.impl("scaled_dot_product_attention", _float32_attention, "AutocastCPU")
+    return library
 
 
-def _in_float32(
+def _float32_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

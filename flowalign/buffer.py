@@ -1,4 +1,4 @@
-"""Training points of the current epoch, and the loader that yields indices into them."""
+"""The training points of the current epoch, and the loader of indices into them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from flowalign.types import Conditioning, Point
 
 
 class Buffer:
-    """Points of one epoch on the training device; the conditioning is stored once a prompt, and points refer to it."""
+    """The points of one epoch on the training device. Conditioning is stored once per prompt; points refer to it."""
 
     def __init__(self) -> None:
         self.epoch = -1
 
     def fill(self, epoch: int, points: Point, cond: Conditioning, prompt_of_point: Tensor) -> None:
-        """cond has a row a prompt; prompt_of_point (points,) is the row of each point."""
+        """Store an epoch's points. cond has one row per prompt; prompt_of_point (points,) is the row of each point."""
         if len(prompt_of_point) != len(points.x):
             raise ValueError(f"{len(points.x)} points need as many prompt rows (got {len(prompt_of_point)}).")
         self.epoch, self.points, self.cond, self.prompt_of_point = epoch, points, cond, prompt_of_point
 
     def clear(self) -> None:
-        """Lets go of the points, before room is needed for those of the next epoch."""
+        """Free the points, before memory is needed for those of the next epoch."""
         if self.epoch >= 0:
             del self.points, self.cond, self.prompt_of_point
         self.epoch = -1
 
     def gather(self, idx: Tensor) -> tuple[Point, Conditioning]:
-        """Points, their states in float32 whatever they are kept in, and their conditioning; idx (b,) on any device."""
+        """Points idx (b,), on any device, with their conditioning. States stored in 16 bits are returned in float32."""
         idx = idx.to(self.points.x.device)
         p = self.points.index(idx)
         x_next = None if p.x_next is None else at_least_float32(p.x_next)
@@ -41,11 +41,11 @@ class Buffer:
 
 
 class IndexLoader:
-    """Sized and re-iterable: yields (micro,) index tensors; the order is a function of (seed, epoch, rank).
+    """Loader of (micro,) index tensors, in an order that depends on (seed, epoch, rank) only.
 
-    Samples, or groups where the loss couples them, are shuffled and cut into updates; all points of a sample serve the
-    same optimiser step, as in the methods' own code. It is not a torch DataLoader, which would draw from the global
-    generator and spoil exact resumption.
+    Samples, or groups where the loss couples them, are shuffled and split into updates; all points of a sample belong
+    to the same optimiser step, as in the methods' own code. This is not a torch DataLoader, which draws from the global
+    generator and would break exact resumption.
     """
 
     def __init__(self, geometry: Geometry, seed: int, rank: int) -> None:
@@ -66,6 +66,6 @@ class IndexLoader:
             for part in torch.randperm(g.units_local, generator=generator).chunk(g.batch.updates):
                 samples = (part[:, None] * g.unit + members).flatten()
                 points = samples[:, None] * g.points_per_sample + steps
-                # Step-major, so that a micro-batch spans samples rather than the neighbouring states of one, unless
-                # the loss wants to see all states of a sample.
+                # Step-major, so that a micro-batch spans samples rather than neighbouring states of one sample, unless
+                # the loss needs all states of a sample together.
                 yield from (points if g.together == "sample" else points.T).flatten().split(g.micro)

@@ -17,7 +17,7 @@ from flowalign.extremes import best_and_worst
 from flowalign.geometry import Geometry
 from flowalign.keyed import POINT, REAL, keyed_randn
 from flowalign.models.base import FlowModel
-from flowalign.points import below, beside, noised, transitions
+from flowalign.points import interleave, next_level, noised, transitions
 from flowalign.prompts import Prompt, PromptSet
 from flowalign.rollouts import LocalSamples, Progress, Rollouts
 from flowalign.sampler import Sampling
@@ -154,7 +154,7 @@ class Collector:
         points = self._points(epoch, rollout, mine)
         if self.algorithm.source == "both":
             given = self.rollouts.given(local, lambda done, reward: None).rollout.index(kept)
-            points = beside(points, self._points(epoch, given, mine, REAL), len(kept))
+            points = interleave(points, self._points(epoch, given, mine, REAL), len(kept))
         of_point = rows[kept].repeat_interleave(self.geometry.points_per_sample)
         return Collected(
             points, cond, of_point, samples.rollout.x0, samples.images, prompts, samples.calls, trained, mine, credit
@@ -228,5 +228,5 @@ class Collector:
         sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
         draws = [keyed_randn(self.seed, epoch, keys, stream + j, shape, device) for j in range(sigma.shape[1])]
         points = noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample, weight)
-        points.sigma_next = below(rollout.sigmas, points.sigma)
+        points.sigma_next = next_level(rollout.sigmas, points.sigma)
         return points

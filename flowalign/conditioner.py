@@ -1,4 +1,4 @@
-"""Text conditioning, encoded a prompt at a time and kept on the CPU within bounds, and on disk if a folder is given."""
+"""Prompt encoding, cached on the CPU up to a limit, and on disk if a folder is given."""
 
 from __future__ import annotations
 
@@ -20,98 +20,99 @@ Key = tuple[str, ...]
 Area = tuple[int, int, int | None]
 """Height, width and frames."""
 VERSION = "2, without autocast"
-"""Of the way from prompt to row: files of another one are not used."""
+"""Version of the encoding procedure. Cached files of other versions are not used."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How prompts become conditioning."""
+    """Settings of prompt encoding."""
 
     cache: str | None = None
-    """Folder where encoded prompts are kept and found again; None: nowhere."""
+    """Folder of the disk cache; None: no disk cache."""
     release: bool = False
-    """Encode every prompt of the run before training, and let the text encoders leave memory."""
+    """Encode every prompt of the run before training, then free the text encoders."""
     batch_size: int = 1
-    """Prompts in one forward pass. With several, rounding and padding depend on the neighbours: a resumed run, which
-    meets prompts in other company, then equals the uninterrupted one only to rounding."""
+    """Prompts per forward pass. With more than one, rounding and padding depend on the other prompts of the batch, so a
+    resumed run, which batches prompts differently, equals the uninterrupted one only up to rounding."""
     keep_gib: float = 4.0
-    """Rows in the memory of each rank. Beyond it the longest unused leave, to be read or encoded again when asked for;
-    never those that were asked for last, and none where nothing could bring them back: released without a folder."""
+    """Size of each rank's cache in CPU memory. Beyond it the least recently used rows are evicted, and read or encoded
+    again when needed. Rows of the latest request are never evicted, and none is if it could not be restored: with
+    `release` and no `cache`."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.keep_gib < 0:
             raise ValueError(
-                f"prompts are encoded 1 or more at a time and kept in 0 GiB or more (got batch_size={self.batch_size}, "
+                f"batch_size must be at least 1 and keep_gib at least 0 (got batch_size={self.batch_size}, "
                 f"keep_gib={self.keep_gib})."
             )
 
     @property
-    def bound(self) -> float:
-        """Bytes."""
+    def max_bytes(self) -> float:
+        """Largest size of the cache in CPU memory."""
         return math.inf if self.release and self.cache is None else self.keep_gib * 2**30
 
 
 class Conditioner:
-    """Prompts to Conditioning rows. The unconditional branch is encoded only if somebody will guide with it."""
+    """Encodes prompts into Conditioning rows. The unconditional branch is encoded only if guidance is used."""
 
     def __init__(self, model: FlowModel, guided: bool, encoding: Encoding | None = None) -> None:
         self.model, self.guided, self.encoding = model, guided, encoding or Encoding()
         self._rows: OrderedDict[Key, Conditioning] = OrderedDict()
-        """The last used last."""
-        self._held = 0
+        """Most recently used last."""
+        self._num_bytes = 0
         folder = self.encoding.cache
         self._disk = None if folder is None else Embeddings(folder, f"{model.text_fingerprint()} {VERSION}")
 
     def __call__(self, prompts: Sequence[Prompt], device: torch.device, size: Area) -> Conditioning:
-        """One row a prompt, in order. The size of what will be made matters only to families that see pictures."""
+        """One row per prompt, in order. The output size matters only to families that are conditioned on images."""
         self.prepare(prompts, size)
         return Conditioning.cat([self._rows[self._key(p, size)] for p in prompts]).to(device)
 
     def prepare(self, prompts: Sequence[Prompt], size: Area) -> None:
-        """Encodes what is not known yet; all of it stays in memory until other prompts are asked for."""
-        asked = {self._key(p, size): p for p in prompts}
-        missing = [key for key in asked if not self._found(key)]
+        """Encode the prompts that are not cached. All of them stay in memory until the next request."""
+        requested = {self._key(p, size): p for p in prompts}
+        missing = [key for key in requested if not self._load(key)]
         for start in range(0, len(missing), self.encoding.batch_size):
             part = missing[start : start + self.encoding.batch_size]
-            self._encode(part, [asked[key] for key in part], size)
-        self._forget(asked)
+            self._encode(part, [requested[key] for key in part], size)
+        self._evict(requested)
 
     def prepare_all(
         self, prompts: Sequence[Prompt], size: Area, report: Callable[[int], None] = lambda done: None
     ) -> None:
-        """The same of more than memory may hold; `report` is told how many of the distinct prompts are done."""
+        """`prepare` for more prompts than fit in memory. `report` receives the number of distinct prompts done."""
         distinct = [*{self._key(p, size): p for p in prompts}.values()]
         for start in range(0, len(distinct), self.encoding.batch_size):
             part = distinct[start : start + self.encoding.batch_size]
             self.prepare(part, size)
             report(start + len(part))
 
-    def absent(self, prompts: Sequence[Prompt], size: Area) -> list[Prompt]:
-        """Those of which there is neither a row in memory nor a file, which is not read for it."""
-        return [p for p in prompts if not self._is_there(self._key(p, size))]
+    def missing(self, prompts: Sequence[Prompt], size: Area) -> list[Prompt]:
+        """The prompts with neither a row in memory nor a file. Files are not read for this."""
+        return [p for p in prompts if not self._is_cached(self._key(p, size))]
 
-    def _is_there(self, key: Key) -> bool:
-        return key in self._rows or (self._disk is not None and self._disk.holds(key))
+    def _is_cached(self, key: Key) -> bool:
+        return key in self._rows or (self._disk is not None and self._disk.contains(key))
 
-    def _found(self, key: Key) -> bool:
-        """Whether the row is in memory, as the last used one, or could be read into it."""
+    def _load(self, key: Key) -> bool:
+        """Mark the row as used, reading it from disk if necessary. Whether it is now in memory."""
         if key in self._rows:
             self._rows.move_to_end(key)
         elif self._disk is not None and (row := self._disk.read(key)) is not None:
-            self._keep(key, row)
+            self._store(key, row)
         return key in self._rows
 
-    def _keep(self, key: Key, row: Conditioning) -> None:
+    def _store(self, key: Key, row: Conditioning) -> None:
         self._rows[key] = row
-        self._held += _bytes(row)
+        self._num_bytes += _bytes(row)
 
-    def _forget(self, asked: Container[Key]) -> None:
-        """The longest unused rows leave memory; those that are asked for are behind all others."""
-        while self._held > self.encoding.bound and next(iter(self._rows)) not in asked:
-            self._held -= _bytes(self._rows.popitem(last=False)[1])
+    def _evict(self, requested: Container[Key]) -> None:
+        """Evict the least recently used rows. The requested ones, which are the last, stay."""
+        while self._num_bytes > self.encoding.max_bytes and next(iter(self._rows)) not in requested:
+            self._num_bytes -= _bytes(self._rows.popitem(last=False)[1])
 
     def _key(self, prompt: Prompt, size: Area) -> Key:
-        """All that the row depends on beside the encoder."""
+        """Everything that the row depends on, except the encoder."""
         text = (prompt.text, prompt.negative or "") if self.guided else (prompt.text,)
         if not self.model.sees_images:
             return text
@@ -122,7 +123,7 @@ class Conditioner:
     def _encode(self, keys: list[Key], prompts: list[Prompt], size: Area) -> None:
         negatives = [p.negative or "" for p in prompts] if self.guided else None
         texts = [p.text for p in prompts]
-        # Rollouts and evaluations run under autocast, the plan of memory does not: a row must not tell who asked first.
+        # Rollouts and evaluations run under autocast, the memory plan does not: a row must not depend on the caller.
         with torch.autocast(self.model.device.type, enabled=False):
             if self.model.sees_images:
                 images = [torch.stack(load_images(p, size[:2])).to(self.model.device) for p in prompts]
@@ -130,9 +131,9 @@ class Conditioner:
             else:
                 cond = self.model.encode(texts, negatives)
         for i, key in enumerate(keys):
-            # A copy: a view of one row would keep the whole batch in memory.
+            # Cloned, since a view of one row would keep the whole batch in memory.
             row = Conditioning({name: t[i : i + 1].cpu().clone() for name, t in cond.items()})
-            self._keep(key, row)
+            self._store(key, row)
             if self._disk is not None:
                 self._disk.write(key, row)
 

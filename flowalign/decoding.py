@@ -1,4 +1,4 @@
-"""What decoding takes of the device's memory at its peak."""
+"""Peak memory of decoding."""
 
 from __future__ import annotations
 
@@ -7,39 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowalign.alive import Alive, faked
+from flowalign.alive import PeakMemory, fake_tensors
 from flowalign.models.base import FlowModel
 from flowalign.models.quantised import is_quantised
 
 
-class Decoding(Alive):
-    """Counts copies inside of convolutions, too: cuDNN computes in 16 bits with channels last, and copies what comes
-    and goes otherwise."""
+class DecodingMemory(PeakMemory):
+    """Also counts the copies inside convolutions: in 16 bits cuDNN computes in channels-last format, and copies inputs
+    and outputs that have another."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = super().__torch_dispatch__(func, types, args, kwargs)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         if func is torch.ops.aten.convolution.default:
-            self.peak = max(self.peak, self.now + sum(t.nbytes for t in (args[0], made) if _is_copied(t)))
-        return made
+            self.peak = max(self.peak, self.now + sum(t.nbytes for t in (args[0], out) if _is_copied(t)))
+        return out
 
 
 def _is_copied(t: Tensor) -> bool:
-    last = torch.channels_last if t.ndim == 4 else torch.channels_last_3d
-    return t.device.type == "cuda" and t.itemsize == 2 and t.ndim > 3 and not t.is_contiguous(memory_format=last)
+    channels_last = torch.channels_last if t.ndim == 4 else torch.channels_last_3d
+    return (
+        t.device.type == "cuda" and t.itemsize == 2 and t.ndim > 3 and not t.is_contiguous(memory_format=channels_last)
+    )
 
 
-def of_decoding(model: FlowModel, shape: tuple[int, ...], rows: int, device: torch.device) -> int | None:
-    """Bytes beside the VAE and latents of this shape, a row each; None where it cannot be told without decoding.
+def decoding_bytes(model: FlowModel, shape: tuple[int, ...], rows: int, device: torch.device) -> int | None:
+    """Peak bytes of decoding `rows` latents of this shape, without the VAE and the latents; None if fake tensors fail.
 
-    Tiling and slicing are the VAE's own, and so have their effect.
+    Tiling and slicing count as they are set on the VAE.
     """
     if any(map(is_quantised, model.pipe.vae.parameters())):
         return None
     try:
-        with faked([model.pipe.vae]) as weights:
+        with fake_tensors([model.pipe.vae]) as weights:
             x = torch.empty(rows, *shape, device=device)
-            with Decoding([*weights, x]) as alive:
+            with DecodingMemory([*weights, x]) as memory:
                 model.decode(x)
-    except Exception:  # control flow that depends on values, or an operation that fake tensors do not know
+    except Exception:  # value-dependent control flow, or an operation without a fake implementation
         return None
-    return alive.peak
+    return memory.peak

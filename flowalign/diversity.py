@@ -1,4 +1,4 @@
-"""How far the pictures of a prompt are from each other."""
+"""Diversity of the images of a prompt."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 AT_ONCE = 8192
-"""Dims that are gathered at a time: the latents of all ranks together may be many gigabytes."""
+"""Dims gathered at a time, since the latents of all ranks together may take many gigabytes."""
 
 
 def diversity(x0: Tensor, group_size: int, gather: Callable[[Tensor], Tensor]) -> float:
-    """Root mean square deviation, over dims and samples, from the mean of a group; unbiased, 0 for copies.
+    """Root mean square deviation from the group mean, over dims and samples; unbiased, 0 for identical samples.
 
-    x0 (n, …) of this rank; gather: (n, k) to the (N, k) of all ranks in sample order, where groups are neighbours. All
-    ranks together; the same to the last bit for any number of them.
+    x0: (n, …) of this rank. gather: maps (n, k) to the (N, k) of all ranks in sample order, where groups are adjacent.
+    Collective; bitwise identical for any number of ranks.
     """
     flat, total = x0.flatten(1), 0.0
     for part in flat.split(AT_ONCE, dim=1):

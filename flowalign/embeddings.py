@@ -1,4 +1,4 @@
-"""Encoded prompts on disk: one safetensors file a prompt, trusted only if it is what its name says."""
+"""Disk cache of encoded prompts: one safetensors file per prompt, verified when it is read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger("flowalign")
 
 
 class Embeddings:
-    """A folder of encoded prompts, shared by runs and by the processes of a run: a file appears whole or not at all.
+    """A folder of encoded prompts, shared by runs and by the processes of a run. Files are written atomically.
 
-    `encoder` says what made them (model, revision, weights, dtype, length): another one has other files. A file that is
-    damaged, or holds something else than its name says, is reported and made again.
+    `encoder` identifies the encoder (model, revision, weights, dtype, length); each has its own files. A file that is
+    damaged or does not match its name is reported and written again.
     """
 
     def __init__(self, folder: str | Path, encoder: str) -> None:
@@ -30,38 +30,39 @@ class Embeddings:
         self.encoder = encoder
 
     def read(self, key: tuple[str, ...]) -> Conditioning | None:
-        """The row of a prompt, or None if it is not there or cannot be trusted."""
+        """The row of a prompt; None if there is no file or it is invalid."""
         from safetensors import SafetensorError, safe_open
 
         file = self._file(key)
         if not file.is_file():
             return None
         try:
-            with safe_open(file, framework="pt") as held:
-                said, tensors = held.metadata() or {}, {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            return self._distrust(file, str(error))
-        if said.get("prompt") != json.dumps(key) or said.get("encoder") != self.encoder:
-            return self._distrust(file, "it holds another prompt or another encoder's")
-        if said.get("digest") != _content(tensors):
-            return self._distrust(file, "its content has changed")
+            return self._reject(file, str(error))
+        if metadata.get("prompt") != json.dumps(key) or metadata.get("encoder") != self.encoder:
+            return self._reject(file, "it holds another prompt or another encoder's")
+        if metadata.get("digest") != _content_digest(tensors):
+            return self._reject(file, "its content has changed")
         return Conditioning(tensors)
 
-    def holds(self, key: tuple[str, ...]) -> bool:
-        """Whether there is a file, be it damaged."""
+    def contains(self, key: tuple[str, ...]) -> bool:
+        """Whether there is a file, valid or not."""
         return self._file(key).is_file()
 
     def write(self, key: tuple[str, ...], row: Conditioning) -> None:
-        """Keeps one row, (1, …) each."""
+        """Store one row, tensors (1, …)."""
         from safetensors.torch import save_file
 
         file = self._file(key)
         file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in row.items()}
-        partial = file.with_name(f".{file.name}.{uuid4().hex}")  # in containers, ranks share process numbers
-        said = {"prompt": json.dumps(key), "encoder": self.encoder, "digest": _content(tensors)}
+        partial = file.with_name(f".{file.name}.{uuid4().hex}")  # process ids are not unique across containers
+        metadata = {"prompt": json.dumps(key), "encoder": self.encoder, "digest": _content_digest(tensors)}
         try:
-            save_file(tensors, partial, said)
+            save_file(tensors, partial, metadata)
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
@@ -71,16 +72,16 @@ class Embeddings:
         return self.folder / name[:2] / f"{name[2:40]}.safetensors"
 
     @staticmethod
-    def _distrust(file: Path, why: str) -> None:
-        log.warning("the encoded prompt %s is made again: %s", file, why.splitlines()[0])
+    def _reject(file: Path, why: str) -> None:
+        log.warning("the cached prompt %s is encoded again: %s", file, why.splitlines()[0])
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _content(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, types, shapes and bytes."""
+def _content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from flowalign.conditioner import Conditioner
-from flowalign.evaluation import Positions, Shown, gathered, stills
+from flowalign.evaluation import Positions, Shown, gather_shown, stills
 from flowalign.exhausted import explain_oom
 from flowalign.generate import generate
 from flowalign.policy import Policy
@@ -67,15 +67,16 @@ class Evaluating(LightningModule):
 
     @property
     def replica(self) -> int:
-        """Index of this rank's group of samples, out of `replicas`."""
+        """Index of this rank's share of the samples, out of `replicas`."""
         return self.global_rank // self.context
 
     @property
     def replicas(self) -> int:
+        """Number of groups of ranks that work on different samples."""
         return self.trainer.world_size // self.context
 
     def _precision(self) -> Any:
-        # Lightning enters the precision context only for steps. Without it log-probabilities would differ from theirs.
+        # Lightning enters the precision context only for steps. Outside it, log-probabilities would differ from theirs.
         return self.trainer.precision_plugin.forward_context()
 
     def val_dataloader(self) -> Positions:
@@ -128,23 +129,23 @@ class Evaluating(LightningModule):
     @torch.no_grad()
     def _evaluate(self, stage: str, positions: Tensor, copy: str | None) -> None:
         r, sampling = self.recipe, self.recipe.evaluation.sampling
-        ids, everyone = positions.tolist(), self.eval_prompts[stage]
-        prompts = [everyone[i % len(everyone)] for i in ids]
+        ids, all_prompts = positions.tolist(), self.eval_prompts[stage]
+        prompts = [all_prompts[i % len(all_prompts)] for i in ids]
         with self.live.use(copy), self._precision():
             cond = self.conditioner(prompts, self.device, r.eval_size.area)
-            made = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
+            out = generate(r.model, cond, ids, r.evaluation.seed, sampling, r.eval_size, self.device)
         self.counts["evaluation"] += len(ids) * sampling.num_steps * self.replicas
-        if inside := sum(i < len(everyone) for i in ids):  # only the last ones can be padding
-            seen = RewardInput(prompts, made.media, Latents(made.x0, cond)).index(slice(inside))
-            self._begin_to_score(stage, ids[:inside], seen, made.rms[:inside])
+        if number := sum(i < len(all_prompts) for i in ids):  # the rest is padding, which only the last rows can be
+            inputs = RewardInput(prompts, out.media, Latents(out.x0, cond)).index(slice(number))
+            self._start_scoring(stage, ids[:number], inputs, out.rms[:number])
 
-    def _begin_to_score(self, stage: str, ids: list[int], seen: RewardInput, rms: Tensor) -> None:
+    def _start_scoring(self, stage: str, ids: list[int], inputs: RewardInput, rms: Tensor) -> None:
         self._meter(f"{stage}/velocity_rms").update(rms)
-        wanted = set(self.recipe.evaluation.shows(len(self.eval_prompts[stage])))
-        rows = [row for row, i in enumerate(ids) if i in wanted]
-        shown = stills(required(seen.media, "media")[rows]).cpu()
-        scoring = self.recipe.scorer.start(seen, evaluation=True)
-        self.queue.add(scoring, partial(self._scored, stage, ids, rows, shown))
+        shown = set(self.recipe.evaluation.shown_indices(len(self.eval_prompts[stage])))
+        rows = [row for row, i in enumerate(ids) if i in shown]
+        images = stills(required(inputs.media, "media")[rows]).cpu()
+        pending = self.recipe.scorer.start(inputs, evaluation=True)
+        self.queue.add(pending, partial(self._scored, stage, ids, rows, images))
 
     def _scored(self, stage: str, ids: list[int], rows: list[int], images: Tensor, scores: Scores) -> None:
         """Accumulate the scores of the samples `ids`, of which `rows` are shown."""
@@ -156,15 +157,15 @@ class Evaluating(LightningModule):
                 mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
         if rows:
-            chosen = {name: values[rows].cpu() for name, values in scores.items()}
-            new = Shown(images, [prompts[row].text for row in rows], chosen, [ids[row] for row in rows])
-            self.shown[stage] = self.shown[stage].followed_by(new) if stage in self.shown else new
+            shown_scores = {name: values[rows].cpu() for name, values in scores.items()}
+            new = Shown(images, [prompts[row].text for row in rows], shown_scores, [ids[row] for row in rows])
+            self.shown[stage] = self.shown[stage].concat(new) if stage in self.shown else new
         done = ids[-1] // self.replicas + 1
         self.report.advance("evaluate", done, reward=float(scores["reward"].nanmean()))
 
     def _end_evaluation(self, stage: str) -> None:
         self.evaluated_at = self.current_epoch
-        for key, meter in self._measured(stage).items():
+        for key, meter in self._finished_meters(stage).items():
             self.log(key, meter, on_step=False, on_epoch=True, metric_attribute=f"meters.{key}")
         if before := self.baseline.get(f"{stage}/velocity_rms"):
             self.log(f"{stage}/velocity_growth", self._meter(f"{stage}/velocity_rms").compute() / before)
@@ -172,7 +173,7 @@ class Evaluating(LightningModule):
             reward = self._meter("val/reward")
             self.log("hp/val_reward", reward, on_step=False, on_epoch=True, metric_attribute="meters.val/reward")
 
-    def _measured(self, stage: str) -> dict[str, MeanMetric]:
+    def _finished_meters(self, stage: str) -> dict[str, MeanMetric]:
         """Wait for the last scores and return the metrics; shares of unscored samples only if there are any."""
         self.queue.finish()
         self._gather_shown(stage)
@@ -184,11 +185,11 @@ class Evaluating(LightningModule):
         """Send the images of all ranks to the first one, which writes the grids."""
         if self.trainer.world_size > 1:
             mine = self.shown.pop(stage, None) if self.global_rank % self.context == 0 else None
-            if (everyones := gathered(mine, self.trainer.is_global_zero)) is not None:
-                self.shown[stage] = everyones
+            if (shown := gather_shown(mine, self.trainer.is_global_zero)) is not None:
+                self.shown[stage] = shown
 
-    def judge_test(self, copy: str) -> dict[str, float]:
-        """The metrics that `trainer.test` would find with the weights of this copy, computed during a training.
+    def evaluate_test(self, copy: str) -> dict[str, float]:
+        """The metrics that `trainer.test` would compute with the weights of this copy, during training.
 
         Logs nothing and does not affect the training.
         """
@@ -199,7 +200,7 @@ class Evaluating(LightningModule):
             for done, positions in enumerate(islice(loader, batches), start=1):
                 self._evaluate("test", positions, copy)
                 self.between_batches((time.monotonic() - began) / done * (batches - done))
-            return {key: float(meter.compute()) for key, meter in self._measured("test").items()}
+            return {key: float(meter.compute()) for key, meter in self._finished_meters("test").items()}
 
 
 @contextmanager

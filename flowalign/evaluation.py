@@ -1,4 +1,4 @@
-"""How a policy is judged: fixed prompts, fixed noise, the ODE."""
+"""Evaluation settings, the loader of an evaluation set, and the images that are shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from flowalign.sampler import Sampling
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`weights` says whether the live network or its moving average is judged; `shown` pictures go into the grids."""
+    """Evaluation on fixed prompts with fixed noise and the ODE.
+
+    weights: evaluate the live network or its moving average. shown: number of images in the grids.
+    """
 
     sampling: Sampling
     num_val: int = 128
@@ -29,18 +32,19 @@ class Evaluation:
     def __post_init__(self) -> None:
         for name in ("num_val", "num_test", "shown"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} counts pictures, from 1 on (got {getattr(self, name)}).")
+                raise ValueError(f"{name} is a number of images and must be at least 1 (got {getattr(self, name)}).")
         if self.seed < 0:
-            raise ValueError(f"seed is a number from 0 on (got {self.seed}).")
+            raise ValueError(f"seed must be at least 0 (got {self.seed}).")
 
     @property
     def copy(self) -> str | None:
+        """Name of the frozen copy that is evaluated; None: the live weights."""
         return None if self.weights == "live" else self.weights
 
-    def shows(self, number: int) -> list[int]:
-        """Which of `number` pictures go into the grids: one of each stretch of the list, drawn, always the same.
+    def shown_indices(self, number: int) -> list[int]:
+        """Indices of the images in the grids, out of `number`: a random one of each stretch of the list, but fixed.
 
-        Prompt files repeat themselves at a period (kinds in turn, wordings of one scene), so a fixed stride would too.
+        A fixed stride would be biased, since prompt files are often periodic (kinds in turn, wordings of one scene).
         """
         stretch = max(number // self.shown, 1)
         offsets = np.random.default_rng(self.seed).integers(stretch, size=self.shown)
@@ -50,8 +54,8 @@ class Evaluation:
 class Positions:
     """Loader of (b,) positions in the evaluation set, dealt to ranks round-robin.
 
-    Every rank has equally many, since ranks that share a network have to ask it together. Where `number` does not
-    divide, the last ones lie beyond the set: such a picture is made and counted nowhere.
+    Every rank has equally many, since ranks that share a network must evaluate it together. If `number` is not
+    divisible, the last positions lie beyond the set: padding, which is generated but not counted.
     """
 
     def __init__(self, number: int, batch_size: int, rank: int, world_size: int) -> None:
@@ -66,13 +70,13 @@ class Positions:
 
 
 def stills(media: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) as they are; of videos (B, F, 3, H, W) the middle frame."""
+    """Images (B, 3, H, W) unchanged; the middle frame of videos (B, F, 3, H, W)."""
     return media if media.ndim == 4 else media[:, media.shape[1] // 2]
 
 
 @dataclass
 class Shown:
-    """Some pictures of an evaluation, with what they were asked to be and how they scored."""
+    """The shown images of an evaluation, with their prompts and scores."""
 
     images: Tensor
     """(n, 3, H, W) on the CPU, in [0, 1]."""
@@ -80,30 +84,30 @@ class Shown:
     scores: dict[str, Tensor]
     """(n,) each."""
     places: list[int] = field(default_factory=list)
-    """Where in the evaluation set they are; empty of any other pictures."""
+    """Positions in the evaluation set; empty for images from elsewhere."""
 
-    def followed_by(self, more: Shown) -> Shown:
-        """These and then those of a later batch, or of another rank."""
+    def concat(self, more: Shown) -> Shown:
+        """Append those of a later batch or another rank."""
         scores = {name: torch.cat([self.scores[name], values]) for name, values in more.scores.items()}
         images, places = torch.cat([self.images, more.images]), self.places + more.places
         return Shown(images, self.prompts + more.prompts, scores, places)
 
     def in_order(self) -> Shown:
-        """By their places."""
+        """Sorted by position."""
         order = sorted(range(len(self.places)), key=self.places.__getitem__)
         scores = {name: values[order] for name, values in self.scores.items()}
         return Shown(self.images[order], [self.prompts[i] for i in order], scores, sorted(self.places))
 
 
-def gathered(mine: Shown | None, first: bool) -> Shown | None:
-    """Those of all ranks, in order, on the first one; None on the others, and of nothing. All ranks call it together.
+def gather_shown(mine: Shown | None, first: bool) -> Shown | None:
+    """Gather those of all ranks on the first one, sorted; None on the others, or if there are none. Collective.
 
-    Pictures are sent in 8 bits a value, in which they are shown.
+    Images are sent in 8 bits, which is what is shown.
     """
     parts: list[Any] | None = [None] * dist.get_world_size() if first else None
     dist.gather_object(mine and replace(mine, images=(mine.images * 255).round().byte()), parts)
-    there: list[Shown] = [part for part in parts or [] if part is not None]
-    if not there:
+    present: list[Shown] = [part for part in parts or [] if part is not None]
+    if not present:
         return None
-    whole = reduce(Shown.followed_by, there)
-    return replace(whole, images=whole.images / 255).in_order()
+    joined = reduce(Shown.concat, present)
+    return replace(joined, images=joined.images / 255).in_order()

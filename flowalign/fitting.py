@@ -1,4 +1,4 @@
-"""batch.micro=auto: the largest micro-batch that fits, by trying it on an accelerator, and by counting elsewhere."""
+"""batch.micro=auto: the largest micro-batch that fits, by trial on an accelerator, by estimate elsewhere."""
 
 from __future__ import annotations
 
@@ -14,55 +14,54 @@ from torch import nn
 from flowalign.exhausted import is_out_of_memory, nothing_fits
 
 SHARE = 0.5
-"""Of the free memory, that what is counted may take: the insides of operations and other programs are not counted."""
+"""Share of the available memory that an estimate may use, since it omits operators' workspaces and other programs."""
 MARGIN = 0.05
-"""Of an accelerator's memory, that a trial leaves free: training cuts it into pieces which a trial does not know."""
+"""Share of an accelerator's memory that a trial leaves free, since training fragments memory more than a trial does."""
 
 
 def search(sizes: Sequence[int], fits: Callable[[int], bool], agree: Callable[[bool], bool]) -> int:
-    """The largest of ascending sizes that fits on every rank, which `agree` says; NoMemoryError if none does."""
-    found = largest(sizes, lambda size: agree(fits(size)))
+    """The largest of ascending sizes that fits on every rank, by consensus (`agree`). NoMemoryError if none does."""
+    found = largest_fitting(sizes, lambda size: agree(fits(size)))
     if found is None:
         raise nothing_fits(sizes[0])
     return found
 
 
-def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of ascending sizes that fits, None if none does: sizes are doubled until one does not, then halved
-    in between."""
+def largest_fitting(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest of ascending sizes that fits, found by doubling and then bisection; None if none does."""
     good, bad = -1, len(sizes)
     while bad - good > 1:
         if bad == len(sizes):
             doubled = 2 * sizes[good] if good >= 0 else 0
-            at = next((i for i, size in enumerate(sizes) if size >= doubled), bad - 1)
+            i = next((i for i, size in enumerate(sizes) if size >= doubled), bad - 1)
         else:
-            at = (good + bad) // 2
-        if fits(sizes[at]):
-            good = at
+            i = (good + bad) // 2
+        if fits(sizes[i]):
+            good = i
         else:
-            bad = at
+            bad = i
     return sizes[good] if good >= 0 else None
 
 
-def counted(taken: Callable[[int], int], besides: int, room: float) -> Callable[[int], bool]:
-    """Whether what so many rows take, and `besides` what else there will be, is within their share of the room."""
-    return lambda rows: taken(rows) + besides <= SHARE * room
+def fits_by_estimate(needed: Callable[[int], int], other: int, available: float) -> Callable[[int], bool]:
+    """A test whether the bytes that n rows need, plus `other` bytes, are within SHARE of those available."""
+    return lambda rows: needed(rows) + other <= SHARE * available
 
 
-def tried(
-    step: Callable[[int], None], trained: Sequence[nn.Parameter], besides: int, device: torch.device
+def fits_by_trial(
+    step: Callable[[int], None], trained: Sequence[nn.Parameter], other: int, device: torch.device
 ) -> Callable[[int], bool]:
-    """Whether `step` runs on so many rows while all gradients and `besides` bytes are there; it leaves nothing."""
+    """A test whether `step` runs on n rows while all gradients and `other` bytes are allocated; it frees all of it."""
 
     def fits(rows: int) -> bool:
-        runs = _runs(rows)
+        success = runs(rows)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return runs
+        return success
 
-    def _runs(rows: int) -> bool:
+    def runs(rows: int) -> bool:
         try:
-            with _in_place(trained, besides + _margin(device), device):
+            with _reserved(trained, other + _margin(device), device):
                 step(rows)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -74,8 +73,8 @@ def tried(
 
 
 @contextmanager
-def _in_place(trained: Sequence[nn.Parameter], size: int, device: torch.device) -> Iterator[None]:
-    """Inside there are gradients, and a block of so many bytes; afterwards neither."""
+def _reserved(trained: Sequence[nn.Parameter], size: int, device: torch.device) -> Iterator[None]:
+    """Allocate gradients and a block of `size` bytes; free both on exit."""
     block = torch.empty(size, dtype=torch.uint8, device=device)
     try:
         for p in trained:
@@ -91,27 +90,27 @@ def _margin(device: torch.device) -> int:
     return int(MARGIN * torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else 0
 
 
-def room(device: torch.device, processes: int) -> float:
-    """Bytes of the device's memory that this process may still take; so many share the machine's."""
+def available_bytes(device: torch.device, processes: int) -> float:
+    """Bytes of the device's memory that this process can still allocate. `processes` of them share the CPU's memory."""
     if device.type != "cuda":
-        return min(_free_of_machine(), _free_of_container()) / processes
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+        return min(_machine_available(), _cgroup_available()) / processes
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def _free_of_machine() -> float:
+def _machine_available() -> float:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: all of it, of which a share will be taken
+    except (OSError, StopIteration):  # not Linux: the total memory, of which SHARE is used
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _free_of_container(folder: Path = Path("/sys/fs/cgroup")) -> float:
-    """What its limit leaves, infinite without one. Cached files count as free, as they do for the machine."""
+def _cgroup_available(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes left below the container's limit, infinite without one. Cached files count as free, as in MemAvailable."""
     try:
         limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-        told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return limit - used + int(told["inactive_file"])
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - used + int(stat["inactive_file"])
     except (OSError, ValueError, KeyError):
         return math.inf

@@ -1,4 +1,4 @@
-"""Media of prompts by the ODE, as evaluations and commands make them."""
+"""Generation with the deterministic ODE, for evaluations and commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flowalign.types import Conditioning
 
 
 class Generated(NamedTuple):
-    """Media in [0, 1], pictures (B, 3, H, W) or videos (B, F, 3, H, W), and what they came from."""
+    """Media in [0, 1], images (B, 3, H, W) or videos (B, F, 3, H, W), and their latents."""
 
     media: Tensor
     rms: Tensor
@@ -35,18 +35,18 @@ def generate(
     size: Size,
     device: torch.device,
 ) -> Generated:
-    """Media of the prompts behind `cond`.
+    """Generate one image or video per row of `cond`.
 
-    Noise is keyed by the sample `ids`, so that a prompt's picture depends neither on its batch nor on its neighbours.
+    Noise is keyed by the sample `ids`, so the result for a prompt does not depend on the batch it is in.
     """
     noise = Noise(seed, 0, ids, model.latent_shape(*size.area), device)
-    sizes: list[Tensor] = []
+    rms: list[Tensor] = []
 
     def velocity(x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
         v = model.velocity(x, sigma, cond.index(rows), sampling.guidance)
-        sizes.append(v.float().square().flatten(1).mean(dim=1).sqrt())
+        rms.append(v.float().square().flatten(1).mean(dim=1).sqrt())
         return v
 
     plan, sigmas = deterministic(sampling.num_steps), model.sigmas(sampling.num_steps, *size.area)
     rollout = walk(velocity, sigmas, plan, ODE(), sampling.solver, noise)
-    return Generated(model.decode(rollout.x0), torch.stack(sizes).mean(dim=0), rollout.x0)
+    return Generated(model.decode(rollout.x0), torch.stack(rms).mean(dim=0), rollout.x0)

@@ -1,4 +1,4 @@
-"""The batch plan: what the user says (prompts, group size, micro-batch, updates) and what follows from it."""
+"""The batch plan: the user's settings (prompts, group size, micro-batch, updates) and what follows from them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What an epoch is made of. `micro` counts training points (sample × step) in one forward and backward pass.
+    """The size of an epoch. `micro` is the number of training points (sample × step) per forward and backward pass.
 
-    micro="auto" leaves it open until the device is known: Geometry.with_micro.
+    micro="auto" leaves it open until the device is known; see Geometry.with_micro.
     """
 
     prompts: int
@@ -22,7 +22,7 @@ class Batch:
     updates: int = 1
     passes: int = 1
     extremes: int | None = None
-    """Train on so many pictures of each group at most, the best half and the worst; None for all."""
+    """Largest number of images of each group to train on, half of them the best and half the worst; None: all."""
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -32,7 +32,7 @@ class Batch:
             )
         if self.extremes is not None and self.extremes < 2:
             raise ValueError(
-                f"batch.extremes={self.extremes} leaves no pair of a best and a worst picture: use at least 2, or null "
+                f"batch.extremes={self.extremes} leaves no pair of a best and a worst image: use at least 2, or null "
                 "for all."
             )
         for name in ("prompts", "micro", "updates", "passes"):
@@ -41,45 +41,46 @@ class Batch:
 
     @property
     def members(self) -> int | None:
-        """Pictures of a group that are trained on; None for all."""
+        """Images of a group that are trained on; None: all."""
         return None if self.extremes is None or self.extremes >= self.group_size else self.extremes
 
 
 class PlanError(ValueError):
-    """A plan that does not fit; `changes` are the values of `batch` that make the nearest one, all together."""
+    """A batch plan that is not possible. `changes` are the values of `batch` that, together, give the nearest one."""
 
     def __init__(self, why: str, changes: dict[str, int]) -> None:
-        words = [f"batch.{name}={value}" for name, value in changes.items()]
-        super().__init__(f"{why}: use {' and '.join(words)}{' together' if len(words) > 1 else ''}.")
+        settings = [f"batch.{name}={value}" for name, value in changes.items()]
+        super().__init__(f"{why}: use {' and '.join(settings)}{' together' if len(settings) > 1 else ''}.")
         self.changes = changes
 
 
 Misfit = tuple[str, str, int]
-"""Why a plan does not fit, the value of `batch` that is at fault, and the nearest one that is not."""
+"""The reason why a plan is not possible, the field of `batch` at fault, and its nearest possible value."""
 
 
 def divisors(number: int) -> list[int]:
-    """Ascending."""
+    """All divisors, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def nearest_divisor(number: int, wanted: float) -> int:
-    """The divisor of `number` closest to `wanted`, the larger of two."""
+    """The divisor of `number` closest to `wanted`; of two, the larger."""
     return nearest_of(divisors(number), wanted)
 
 
 def nearest_of(numbers: Iterable[int], wanted: float) -> int:
-    """The number closest to `wanted`, the larger of two."""
+    """The number closest to `wanted`; of two, the larger."""
     return min(numbers, key=lambda n: (abs(n - wanted), -n))
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The plan of one rank, derived once and fixed for the run; PlanError if there is none.
+    """The batch plan of one rank, fixed for the run. Raises PlanError if the settings allow none.
 
-    together: the rows that share a micro-batch (Algorithm.together). members: how many of each group are trained on,
-    None for all. whole: groups are dealt whole to the ranks; a coupling by groups and a choice of members need that.
-    trunk: a group is a whole number of these (StepPlan.trunk). least: points that a micro-batch has to have.
+    together: the rows that share a micro-batch (Algorithm.together). members: samples of each group that are trained
+    on, None for all. whole: all samples of a group go to the same rank, as they also do if the loss couples groups or
+    if `members` is set. trunk: the group size is a multiple of it (StepPlan.trunk). least: smallest
+    number of points of a micro-batch.
     """
 
     batch: Batch
@@ -92,20 +93,20 @@ class Geometry:
     least: int = 1
 
     def __post_init__(self) -> None:
-        for unfit in (self._unfit_group, self._unfit_ranks, self._unfit_updates, self._unfit_micro):
-            if (found := unfit()) is not None:
-                why, name, value = found
-                raise PlanError(why, {name: value} | self._further(name, value))
+        for check in (self._check_group, self._check_ranks, self._check_updates, self._check_micro):
+            if (misfit := check()) is not None:
+                why, name, value = misfit
+                raise PlanError(why, {name: value} | self._further_changes(name, value))
 
-    def _further(self, name: str, value: int) -> dict[str, int]:
-        """What else has to change once this value has. Later checks see earlier ones repaired, so this ends."""
+    def _further_changes(self, name: str, value: int) -> dict[str, int]:
+        """The other changes needed after this one. Ends, since each failing check comes later than the one before."""
         try:
             replace(self, batch=replace(self.batch, **{name: value}))
         except PlanError as error:
             return error.changes
         return {}
 
-    def _unfit_group(self) -> Misfit | None:
+    def _check_group(self) -> Misfit | None:
         size, least = self.batch.group_size, max(self.members or 2, 2)
         if size >= least and size % self.trunk == 0:
             return None
@@ -116,7 +117,7 @@ class Geometry:
             why = f"batch.group_size={size} is not a whole number of trunks of {self.trunk} branches"
         return why, "group_size", nearest_of(fitting, size)
 
-    def _unfit_ranks(self) -> Misfit | None:
+    def _check_ranks(self) -> Misfit | None:
         b = self.batch
         if self.samples // self.block % self.world_size == 0:
             return None
@@ -125,7 +126,7 @@ class Geometry:
         dealt = f"cannot be dealt to {self.world_size} ranks{' in whole groups' if self.block > 1 else ''}"
         return f"{self._product} {dealt}", "prompts", nearest_of(fitting, b.prompts)
 
-    def _unfit_updates(self) -> Misfit | None:
+    def _check_updates(self) -> Misfit | None:
         updates, units = self.batch.updates, self.units_local
         if units % updates == 0:
             return None
@@ -133,7 +134,7 @@ class Geometry:
         why = f"{units} {kind} on a rank cannot be cut into batch.updates={updates} equal parts"
         return why, "updates", nearest_divisor(units, updates)
 
-    def _unfit_micro(self) -> Misfit | None:
+    def _check_micro(self) -> Misfit | None:
         if self.micro in (fitting := self.micros()):
             return None
         if not fitting:
@@ -147,17 +148,17 @@ class Geometry:
         return why, "micro", nearest_of(fitting, self.micro)
 
     def micros(self) -> list[int]:
-        """What `batch.micro` may be, ascending: parts of an update, of rows that belong together."""
+        """The possible values of `batch.micro`, ascending: they divide an update and keep coupled rows together."""
         every = (self.coupled * count for count in divisors(self.points_per_update // self.coupled))
         return [micro for micro in every if micro >= self.least]
 
     @property
     def micro(self) -> int:
-        """Points of a micro-batch; the fewest that may be while it is open."""
+        """Points per micro-batch; the smallest possible number while it is open."""
         return self.coupled if self.batch.micro == "auto" else self.batch.micro
 
     def with_micro(self, micro: int | None) -> Geometry:
-        """With this micro-batch where it is open and may be so; as it is otherwise. Nothing else follows from it."""
+        """The plan with this micro-batch if it is open and the value is possible; else unchanged."""
         if self.batch.micro != "auto" or micro not in self.micros():
             return self
         return replace(self, batch=replace(self.batch, micro=micro))
@@ -168,76 +169,76 @@ class Geometry:
 
     @property
     def block(self) -> int:
-        """Neighbouring samples that go to the same rank."""
+        """Number of neighbouring samples that go to the same rank."""
         whole = self.whole or self.together == "group" or self.members is not None
         return self.batch.group_size if whole else 1
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch on all ranks together."""
+        """Samples per epoch, on all ranks together."""
         return self.batch.prompts * self.batch.group_size
 
     @property
     def samples_local(self) -> int:
-        """Samples that a rank makes."""
+        """Samples that one rank generates per epoch."""
         return self.samples // self.world_size
 
     @property
     def group_members(self) -> int:
-        """Samples of a group that are trained on."""
+        """Samples per group that are trained on."""
         return self.batch.group_size if self.members is None else self.members
 
     @property
     def trained_local(self) -> int:
-        """Samples that a rank trains on."""
+        """Samples that one rank trains on per epoch."""
         return self.samples_local * self.group_members // self.batch.group_size
 
     @property
     def unit(self) -> int:
-        """Neighbouring samples that serve the same update: one, or a group."""
+        """Number of neighbouring samples in the same update: one, or a group."""
         return self.group_members if self.together == "group" else 1
 
     @property
     def units_local(self) -> int:
-        """Groups or samples that are shuffled on a rank."""
+        """Units (samples or groups) that are shuffled on one rank."""
         return self.trained_local // self.unit
 
     @property
     def coupled(self) -> int:
-        """Points that share a micro-batch: the points of a sample, or the members of a group at the same noise."""
+        """Number of points that must share a micro-batch: those of a sample, or of a group at the same noise level."""
         return {"point": 1, "sample": self.points_per_sample, "group": self.group_members}[self.together]
 
     @property
     def points_per_update(self) -> int:
-        """Training points behind one optimiser step on one rank."""
+        """Training points per optimiser step on one rank."""
         return self.trained_local // self.batch.updates * self.points_per_sample
 
     @property
     def accumulate(self) -> int:
-        """Micro-batches of one optimiser step."""
+        """Micro-batches per optimiser step."""
         return self.points_per_update // self.micro
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
+        """Optimiser steps per epoch."""
         return self.batch.updates * self.batch.passes
 
     @property
     def batches_per_epoch(self) -> int:
-        """Micro-batches of an epoch, which is the length of the loader."""
+        """Micro-batches per epoch: the length of the loader."""
         return self.accumulate * self.steps_per_epoch
 
     def local_samples(self, rank: int) -> list[int]:
-        """Global numbers of the samples of one rank: dealt round-robin, one by one or in whole groups."""
+        """Global numbers of one rank's samples, which are dealt round-robin, one by one or in whole groups."""
         starts = range(rank * self.block, self.samples, self.world_size * self.block)
         return [start + i for start in starts for i in range(self.block)]
 
     def in_order(self, gathered: Tensor) -> Tensor:
-        """What every rank has of its samples, (ranks, samples_local, …), by global sample: (samples, …)."""
+        """Values gathered from all ranks, (ranks, samples_local, …), in global sample order: (samples, …)."""
         return gathered.unflatten(1, (-1, self.block)).transpose(0, 1).flatten(0, 2)
 
     def table(self) -> dict[str, str]:
-        """The plan in words, for the table at the start of a run."""
+        """The rows of the table that is printed at the start of a run."""
         b = self.batch
         return {
             "samples per epoch": f"{b.prompts} prompts × {b.group_size} = {self.samples}",

@@ -1,4 +1,4 @@
-"""What an optimisation phase refuses to go on with."""
+"""Guards of the optimisation phase: non-finite losses, malformed losses, and ratios that are off policy."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ log = logging.getLogger("flowalign")
 
 
 class NotFiniteError(RunError):
-    """A loss or a gradient overflowed more often than the run was to bear."""
+    """More optimiser steps than allowed had a non-finite loss or gradient."""
 
 
-class Finite:
-    """Which optimiser steps are left out since something in them is not finite, and how many may be in a run."""
+class FiniteGuard:
+    """Skips optimiser steps with non-finite losses or gradients, up to a limit per run."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.skipped = 0
-        """In the whole run; the module keeps it in checkpoints."""
+        """Steps skipped in the whole run; the module saves it in checkpoints."""
         self._reason = ""
 
-    def judge(self, losses: Tensor, sigma: Tensor, epoch: int, step: int) -> bool:
-        """Whether losses (b,) of a micro-batch at noise levels sigma (b,) are finite; else this step is spoilt."""
+    def check(self, losses: Tensor, sigma: Tensor, epoch: int, step: int) -> bool:
+        """Whether losses (b,) of a micro-batch at noise levels sigma (b,) are finite. If not, the step has failed."""
         finite = losses.isfinite()
         if finite.all():
             return True
@@ -41,28 +41,28 @@ class Finite:
         return False
 
     @property
-    def spoilt(self) -> bool:
-        """Whether a micro-batch of this step was, on this rank."""
+    def failed(self) -> bool:
+        """Whether a micro-batch of this step had a non-finite loss on this rank."""
         return bool(self._reason)
 
-    def leave_out(self) -> None:
-        """Counts a step that is not made, on every rank alike; NotFiniteError past the limit."""
+    def skip_step(self) -> None:
+        """Count a skipped step, on all ranks alike. Raises NotFiniteError beyond the limit."""
         reason, self._reason = self._reason or "the gradient, or a loss of another rank, is not finite", ""
         self.skipped += 1
         if self.skipped > self.limit:
             raise NotFiniteError(
-                f"{reason}, and optimisation.max_skipped={self.limit} steps may be left out; a lower learning rate or "
-                "fp32 helps, and algo.adv_clip bounds the credit."
+                f"{reason}, and optimisation.max_skipped={self.limit} allows no further skipped step; a lower learning "
+                "rate or fp32 helps, and algo.adv_clip bounds the credit."
             )
-        log.warning("%s: the step is left out (%d of at most %d)", reason, self.skipped, self.limit)
+        log.warning("%s: the step is skipped (%d of at most %d)", reason, self.skipped, self.limit)
 
 
-def losses_of(
+def checked_loss(
     algorithm: Algorithm, point: Point, v: Tensor, copies: Collection[str]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss (B,) and metrics (B,) of an algorithm; ConfigError for what an algorithm of one's own may get wrong.
+    """Loss (B,) and metrics (B,) of an algorithm. Raises ConfigError for mistakes of a user-defined algorithm.
 
-    copies: names of all frozen copies there can be.
+    copies: names of all possible frozen copies.
     """
     name = type(algorithm).__name__
     try:
@@ -84,14 +84,14 @@ def losses_of(
 
 
 def check_ratio(ratio: Tensor, tolerance: float | None, precision: str) -> float:
-    """How far ratios (b,) are from 1 before the first update; RuntimeError if further than the tolerance.
+    """Largest |ratio − 1| before the first update. Raises RuntimeError if it exceeds the tolerance.
 
-    A tolerance of None is 1e-5 in float32, 1e-4 where a GPU multiplies that in TF32, and 1e-3 in 16 bits.
+    ratio: (b,). tolerance: None is 1e-5 in float32, 1e-4 on a GPU with TF32 matmuls, and 1e-3 in 16 bits.
     """
     gap = float((ratio - 1).abs().max())
     if tolerance is None:
-        coarse = ratio.is_cuda and torch.get_float32_matmul_precision() != "highest"
-        tolerance = (1e-4 if coarse else 1e-5) if precision.startswith("32") else 1e-3
+        tf32 = ratio.is_cuda and torch.get_float32_matmul_precision() != "highest"
+        tolerance = (1e-4 if tf32 else 1e-5) if precision.startswith("32") else 1e-3
     if gap > tolerance:
         raise RuntimeError(
             f"before the first update the importance ratio must be 1, but it is off by {gap:.2e}: rollout and training "

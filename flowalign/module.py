@@ -23,11 +23,11 @@ from flowalign.collect import Collector
 from flowalign.diversity import diversity
 from flowalign.exhausted import explain_oom
 from flowalign.forward import Forward
-from flowalign.guards import Finite, check_ratio, losses_of
+from flowalign.guards import FiniteGuard, check_ratio, checked_loss
 from flowalign.loggers import external_run_ids
 from flowalign.memory import GIB
 from flowalign.models.quantised import is_quantised
-from flowalign.points import drawn
+from flowalign.points import subsample_weights
 from flowalign.policy import Policy
 from flowalign.policy.fingerprint import weights_fingerprint
 from flowalign.recipe import Recipe
@@ -35,7 +35,7 @@ from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
-from flowalign.tensors import whole
+from flowalign.tensors import full_tensor
 from flowalign.types import Point, required
 
 log = logging.getLogger("flowalign")
@@ -49,7 +49,7 @@ class AlignModule(Forward):
         self.buffer = Buffer()
         self.rollout_shown: Tensor | None = None
         self.stats: dict[str, float] = {}
-        self.finite = Finite(recipe.optimisation.max_skipped)
+        self.finite = FiniteGuard(recipe.optimisation.max_skipped)
         self.base = ""
         self.gap: float | None = None
         """Largest |ρ − 1| on this rank before the first update of the epoch; None without a ratio."""
@@ -158,7 +158,7 @@ class AlignModule(Forward):
             self.report.begin("encode", len(mine))
             self.conditioner.prepare_all(mine, size.area, partial(self.report.advance, "encode"))
             strategy.barrier("prompts")
-            self.conditioner.prepare_all(self.conditioner.absent(prompts, size.area), size.area)
+            self.conditioner.prepare_all(self.conditioner.missing(prompts, size.area), size.area)
             self.report.end("encode")
         r.model.release_text_encoders()
 
@@ -169,8 +169,8 @@ class AlignModule(Forward):
         # A fused step would unscale float16 gradients itself, after they have been checked and clipped.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         epochs, steps = self.trainer.max_epochs or 1, self.trainer.max_steps
-        ends = [self.geometry.steps_per_epoch * epochs] * (epochs > 0) + [steps] * (steps > 0)
-        total = min(ends, default=0)  # without an end only a constant schedule is accepted
+        limits = [self.geometry.steps_per_epoch * epochs] * (epochs > 0) + [steps] * (steps > 0)
+        total = min(limits, default=0)  # without a limit only a constant schedule is accepted
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(r.schedule, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -212,7 +212,7 @@ class AlignModule(Forward):
             spread = diversity(collected.x0, g.batch.group_size, self._gather)
             self.report.end("rollout")
         self.counts["samples"] += g.samples
-        self.counts["rollout"] += int(self._of_all_replicas(torch.tensor(collected.calls, device=self.device)).sum())
+        self.counts["rollout"] += int(self._all_replicas(torch.tensor(collected.calls, device=self.device)).sum())
         self.rollout_shown = collected.images
         seconds = time.perf_counter() - started
         self.stats = collected.stats | {"diversity": spread, "seconds": seconds, "images_per_s": g.samples / seconds}
@@ -227,9 +227,9 @@ class AlignModule(Forward):
 
     def _gather(self, local: Tensor) -> Tensor:
         """Local values (n, …) of all ranks as (n · replicas, …), in global sample order."""
-        return self.geometry.in_order(self._of_all_replicas(local))
+        return self.geometry.in_order(self._all_replicas(local))
 
-    def _of_all_replicas(self, local: Tensor) -> Tensor:
+    def _all_replicas(self, local: Tensor) -> Tensor:
         """Local values (…) of all replicas as (replicas, …)."""
         return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.context]  # type: ignore
 
@@ -241,8 +241,8 @@ class AlignModule(Forward):
         for name in r.algorithm.frozen:
             if name in r.same_as_live:
                 continue
-            all_of_them = torch.arange(len(points.x))
-            rows = all_of_them if weight is None or name != "reference" else weight.nonzero().flatten()
+            every_row = torch.arange(len(points.x))
+            rows = every_row if weight is None or name != "reference" else weight.nonzero().flatten()
             velocity = torch.zeros_like(points.x, dtype=torch.float32)  # stays 0 where it is not needed
             self.report.begin("frozen", len(rows))
             with self.live.use(name):
@@ -260,7 +260,7 @@ class AlignModule(Forward):
         r = self.recipe
         if "reference" in r.algorithm.consults or r.optimisation.kl_share == 1:
             return None
-        return drawn(r.seed, self.current_epoch, required(points.sample, "sample"), r.optimisation.kl_share)
+        return subsample_weights(r.seed, self.current_epoch, required(points.sample, "sample"), r.optimisation.kl_share)
 
     # ------------------------------------------------------------ optimisation phase
 
@@ -271,8 +271,8 @@ class AlignModule(Forward):
         v = self._velocity(point.x, point.sigma, cond)
         point.frozen |= dict.fromkeys(self.recipe.same_as_live, v.detach())
         if self.recipe.algorithm.follows_reward:
-            point.reward = self._judged(point, v, cond)
-        losses, metrics = losses_of(self.recipe.algorithm, point, v, self.recipe.frozen)
+            point.reward = self._predicted_rewards(point, v, cond)
+        losses, metrics = checked_loss(self.recipe.algorithm, point, v, self.recipe.frozen)
         finite = self._guard(losses, metrics, point, batch_idx)
         self.counts["train"] += len(idx) * self.replicas
         # Samples without a score have weight 0, in the loss and in its diagnostics.
@@ -301,7 +301,7 @@ class AlignModule(Forward):
 
     def _guard(self, losses: Tensor, metrics: dict[str, Tensor], point: Point, batch_idx: int) -> bool:
         """Whether the losses are finite. If not, the optimiser step is skipped on all ranks."""
-        finite = self.finite.judge(losses, point.sigma, self.current_epoch, self.global_step)
+        finite = self.finite.check(losses, point.sigma, self.current_epoch, self.global_step)
         if batch_idx < self.geometry.accumulate and "ratio" in metrics:
             self.gap = max(self.gap or 0.0, self._gap_of(metrics["ratio"][point.counts]) if finite else 0.0)
         return finite
@@ -317,13 +317,13 @@ class AlignModule(Forward):
             self.gap = None
         # Here gradients are unscaled and not clipped yet.
         gradients = [p.grad for p in self.live.trained().values() if p.grad is not None]
-        norm = whole(nn.utils.get_total_norm(gradients))
+        norm = full_tensor(nn.utils.get_total_norm(gradients))
         # float16's scaler finds its factor by letting gradients overflow, and skips those steps itself.
         overflow = not norm.isfinite() and str(self.trainer.precision) != "16-mixed"
-        spoilt = self.trainer.strategy.reduce_boolean_decision(self.finite.spoilt or bool(overflow), all=False)
-        self.log("train/skipped_steps", float(spoilt), on_step=False, on_epoch=True, reduce_fx="sum")
-        if spoilt:
-            self.finite.leave_out()
+        skip = self.trainer.strategy.reduce_boolean_decision(self.finite.failed or bool(overflow), all=False)
+        self.log("train/skipped_steps", float(skip), on_step=False, on_epoch=True, reduce_fx="sum")
+        if skip:
+            self.finite.skip_step()
             optimizer.zero_grad()  # a step without gradients changes nothing, not even the moments
         else:
             self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
@@ -384,26 +384,26 @@ class AlignModule(Forward):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = checkpoint.get("flowalign", {})
-        if kept.get("base", self.base) != self.base:
-            then, now = kept["config"]["model"], self.recipe.model
+        saved = checkpoint.get("flowalign", {})
+        if saved.get("base", self.base) != self.base:
+            then, now = saved["config"]["model"], self.recipe.model
             raise ConfigError(
-                f"the checkpoint was trained on another base than model.pretrained={now.pretrained} with "
-                f"model.quantised={now.quantised or 'null'} is: on model.pretrained={then['pretrained']} with "
-                f"model.quantised={then.get('quantised') or 'null'}, as it was then."
+                f"the checkpoint was trained on another base model: model.pretrained={then['pretrained']} with "
+                f"model.quantised={then.get('quantised') or 'null'}, as it was then, and not model.pretrained="
+                f"{now.pretrained} with model.quantised={now.quantised or 'null'}, as it is now."
             )
-        self._tell_differences(kept.get("config", {}))
-        self.micro = kept.get("micro")
-        self.finite.skipped = kept.get("skipped", 0)
-        self.baseline = dict(kept.get("baseline", {}))
-        self.counts = dict(kept.get("counts", self.counts))
+        self._warn_of_differences(saved.get("config", {}))
+        self.micro = saved.get("micro")
+        self.finite.skipped = saved.get("skipped", 0)
+        self.baseline = dict(saved.get("baseline", {}))
+        self.counts = dict(saved.get("counts", self.counts))
 
-    def _tell_differences(self, then: Mapping[str, Any]) -> None:
+    def _warn_of_differences(self, then: Mapping[str, Any]) -> None:
         """Warn about changed settings. Those of the optimiser would otherwise be overridden silently by its state."""
         now = self.recipe.config
         if then and now and self.trainer.is_global_zero and (found := differences(then, now)):
             log.warning(
-                "the run of the checkpoint had other settings: %s. Those of `optimizer` stay as they were, which the "
-                "checkpoint holds; the others are as given now.",
+                "the run of the checkpoint had other settings: %s. Those of `optimizer` are restored from the "
+                "checkpoint; the others take effect as given now.",
                 "; ".join(found),
             )

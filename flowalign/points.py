@@ -1,6 +1,6 @@
-"""The two ways to a training point: replay a transition of the walk, or noise the finished sample again.
+"""The two kinds of training points: recorded transitions of a rollout, and re-noised clean samples.
 
-Rows are ordered sample-major: the points of one sample are neighbours, row = sample * S + s.
+Rows are sample-major: the points of one sample are adjacent, row = sample * S + s.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowalign.flow import at_least_float32, interpolate
-from flowalign.keyed import PENALTY, ids, keyed_generator
+from flowalign.keyed import PENALTY, id_list, keyed_generator
 from flowalign.types import Point, Rollout, required
 
 
@@ -20,7 +20,7 @@ def transitions(
     sample: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Point:
-    """Every recorded step as a point: B * S rows. What is (B,) is shared by a sample's steps."""
+    """Every recorded step as a point: B * S rows. The steps of a sample share its values of the (B,) arguments."""
     x, x_next, steps = required(rollout.x, "x"), required(rollout.x_next, "x_next"), required(rollout.steps, "steps")
     sigmas, steps = rollout.sigmas.to(x.device), steps.to(x.device)
     recorded = x.shape[1]
@@ -49,7 +49,7 @@ def noised(
     sample: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Point:
-    """Each clean sample mixed with fresh noise at noise levels of its own: B * num rows.
+    """Each clean sample mixed with new noise at its own noise levels: B * num rows.
 
     x0 (B, …), sigma (B, num), noise (B, num, …); advantage, group, sample and weight (B,).
     """
@@ -68,30 +68,30 @@ def noised(
     )
 
 
-def below(sigmas: Tensor, sigma: Tensor) -> Tensor:
-    """The next lower level of a schedule (T+1,), which falls to 0, for each sigma (B,); 0 for 0."""
-    rising = sigmas.flip(0).to(sigma)
-    return rising[(torch.searchsorted(rising, sigma.contiguous()) - 1).clamp(min=0)]
+def next_level(sigmas: Tensor, sigma: Tensor) -> Tensor:
+    """The next lower level of a schedule (T+1,), descending to 0, for each sigma (B,); 0 for 0."""
+    ascending = sigmas.flip(0).to(sigma)
+    return ascending[(torch.searchsorted(ascending, sigma.contiguous()) - 1).clamp(min=0)]
 
 
-def beside(own: Point, real: Point, samples: int) -> Point:
-    """Points of the policy's samples and of as many given ones: each sample's own, then the given ones in its place."""
+def interleave(own: Point, real: Point, samples: int) -> Point:
+    """Points of the policy's samples and of as many given images: for each sample its own, then those of the image."""
 
-    def in_turn(a: Tensor, b: Tensor) -> Tensor:
+    def merged(a: Tensor, b: Tensor) -> Tensor:
         return torch.cat([t.unflatten(0, (samples, -1)) for t in (a, b)], dim=1).flatten(0, 1)
 
-    fields = {name: in_turn(t, getattr(real, name)) for name, t in vars(own).items() if isinstance(t, Tensor)}
-    of_real = torch.zeros_like(own.sigma, dtype=torch.bool), torch.ones_like(real.sigma, dtype=torch.bool)
-    return replace(own, **fields, real=in_turn(*of_real))
+    fields = {name: merged(t, getattr(real, name)) for name, t in vars(own).items() if isinstance(t, Tensor)}
+    is_real = torch.zeros_like(own.sigma, dtype=torch.bool), torch.ones_like(real.sigma, dtype=torch.bool)
+    return replace(own, **fields, real=merged(*is_real))
 
 
-def drawn(seed: int, epoch: int, sample: Tensor, share: float) -> Tensor:
-    """Weights (B,), 1 in the mean, of a sum over a share of the points: its expectation is that over all.
+def subsample_weights(seed: int, epoch: int, sample: Tensor, share: float) -> Tensor:
+    """Weights (B,), 1 on average, that select a random share of the points; the weighted sum stays unbiased.
 
-    sample (B,) is the number of each row's sample. Of the S points of a sample max(1, round(share · S)) weigh S over
-    that number, the others 0: equally many in every sample, hence on every rank.
+    sample (B,) is the sample number of each row. Of the S points of a sample, k = max(1, round(share · S)) have weight
+    S / k and the others 0: equally many in every sample, hence on every rank.
     """
-    distinct = ids(sample.unique_consecutive())
+    distinct = id_list(sample.unique_consecutive())
     points = len(sample) // len(distinct)
     count = max(1, round(share * points))
     weight = torch.zeros(len(distinct), points)
@@ -101,14 +101,14 @@ def drawn(seed: int, epoch: int, sample: Tensor, share: float) -> Tensor:
 
 
 def _mean_of_steps(std: Tensor, steps: Tensor) -> Tensor:
-    """Mean over the distinct steps of their mean std: rows may have recorded different ones. std, steps (B, S)."""
+    """Mean over distinct steps of each step's mean std, since rows may record different steps. std, steps (B, S)."""
     distinct, member = steps.flatten().unique(return_inverse=True)
     total = std.new_zeros(len(distinct)).index_add_(0, member, std.flatten())
     return (total / member.bincount()).mean()
 
 
 def _credit(advantage: Tensor, x: Tensor, times: int) -> Tensor:
-    # Credit is float64; a loss on float32 latents should not become float64 through it.
+    # Credit is float64, and must not promote a loss on float32 latents.
     return advantage.to(x.device, at_least_float32(x[:0]).dtype).repeat_interleave(times)
 
 

@@ -1,4 +1,4 @@
-"""Prompt files, and which prompts an epoch or an evaluation uses."""
+"""Prompt files, and the choice of prompts for epochs and evaluations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUFFIXES = [".jsonl", ".txt"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; `metadata` is whatever else its line holds, for the rewards; `source` is "file:line"."""
+    """One prompt. metadata: the other keys of its line, for the rewards. source: "file:line"."""
 
     text: str
     negative: str | None = None
@@ -32,16 +32,16 @@ class Prompt:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts of a file, in order.
+    """Read the prompts of a file, in order.
 
-    .txt has one a line; .jsonl an object a line, with `prompt` and perhaps `negative_prompt`, the rest being metadata.
-    Empty lines are skipped. A line that cannot be read raises ValueError "file:line: reason".
+    .txt has one prompt per line; .jsonl one object per line, with `prompt`, optionally `negative_prompt`, and metadata.
+    Empty lines are skipped. An invalid line raises ValueError "file:line: reason".
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path}: prompts are read from .txt or .jsonl files")
-    parse, prompts = _plain if path.suffix == ".txt" else _record, []
-    # Not splitlines(): that would also cut at rarer separators, which prompts scraped from the web contain.
+    parse, prompts = _parse_text if path.suffix == ".txt" else _parse_json, []
+    # Not splitlines(), which also splits at rarer separators that prompts scraped from the web contain.
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
         source = f"{path}:{number}"
         try:
@@ -55,11 +55,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def _plain(line: str, source: str) -> Prompt:
+def _parse_text(line: str, source: str) -> Prompt:
     return Prompt(line, source=source)
 
 
-def _record(line: str, source: str) -> Prompt:
+def _parse_json(line: str, source: str) -> Prompt:
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
@@ -71,23 +71,23 @@ def _record(line: str, source: str) -> Prompt:
     return Prompt(text, negative, record, source)
 
 
-def _found(path: str) -> Path | None:
-    """The file itself, one of this name and a suffix, or Flow-GRPO's `train_metadata.jsonl` for `train`."""
-    # A file of another kind is refused when it is read.
+def _resolve(path: str) -> Path | None:
+    """The existing file: the path itself, with a suffix added, or with Flow-GRPO's `_metadata.jsonl` added."""
+    # A file with another suffix is rejected by read_prompts.
     suffixes = ["", *([] if Path(path).suffix in SUFFIXES else (*SUFFIXES, "_metadata.jsonl"))]
     names = [f"{path}{suffix}" for suffix in suffixes]
     return next((p for name in names for p in (Path(name).expanduser(), ASSETS / name) if p.is_file()), None)
 
 
 Painter = Callable[[dict[str, Any], int, int, int], np.ndarray]
-"""Metadata of a prompt, the number of the picture, height, width → (height, width, 3) in [0, 1]."""
+"""(metadata of a prompt, image number, height, width) → (height, width, 3) in [0, 1]."""
 
 
 class PromptSet:
-    """Chooses prompts by index; with `balance`, a metadata key (say "tag"), each of its values gets an equal share.
+    """Chooses prompts by index. With `balance`, a metadata key such as "tag", each of its values gets an equal share.
 
-    A prompt's real picture is the file that it names under `image`, or painted by `images`; its real video is the file
-    or the folder of frames that it names under `video`, or one of several under `videos`.
+    A prompt's given image is the file named by its `image` key, or is rendered by `images`. Its given video is the file
+    or folder of frames named by its `video` key, or one of several named by `videos`.
     """
 
     def __init__(self, prompts: list[Prompt], balance: str | None = None, images: Painter | None = None) -> None:
@@ -114,18 +114,18 @@ class PromptSet:
         images: Painter | None = None,
         otherwise: str | None = None,
     ) -> PromptSet:
-        """The first `limit` prompts of a file, or of the file `otherwise` where there is no such file.
+        """Read the first `limit` prompts of a file, or of the file `otherwise` if it does not exist.
 
-        A path that does not exist here may name one inside this package; without a suffix it stands for .jsonl or .txt.
+        A path that does not exist may name a file inside this package. Without a suffix, .jsonl and .txt are tried.
         """
-        named = [path, *([] if otherwise is None else [otherwise])]
-        found = next((file for name in named if (file := _found(name)) is not None), None)
+        candidates = [path, *([] if otherwise is None else [otherwise])]
+        found = next((file for name in candidates if (file := _resolve(name)) is not None), None)
         if found is None:
-            known = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
-            beside = sorted(p.name for p in Path(path).expanduser().parent.glob("*") if p.suffix in SUFFIXES)
-            there = f"its folder has {', '.join(beside[:8])}; " if beside else ""
-            ways = "" if Path(path).suffix in SUFFIXES else " (.txt or .jsonl)"
-            raise ValueError(f"there is no prompt file {path}{ways}; {there}embedded ones are {known}")
+            embedded = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
+            siblings = sorted(p.name for p in Path(path).expanduser().parent.glob("*") if p.suffix in SUFFIXES)
+            nearby = f"its folder has {', '.join(siblings[:8])}; " if siblings else ""
+            suffixes = "" if Path(path).suffix in SUFFIXES else " (.txt or .jsonl)"
+            raise ValueError(f"there is no prompt file {path}{suffixes}; {nearby}embedded ones are {embedded}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit keeps the first prompts of a file and must be at least 1 (got {limit})")
         return cls(read_prompts(found)[:limit], balance, images)
@@ -137,28 +137,28 @@ class PromptSet:
         return self.prompts[index]
 
     def require_images(self, video: bool = False) -> None:
-        """Raises ValueError unless there is a real picture, or else a real video, for every prompt."""
+        """Raise ValueError unless every prompt has a given image, or with `video` a given video."""
         for prompt in self.prompts if video or self._painter is None else ():
             if video:
                 check_videos(prompt)
             elif "image" not in prompt.metadata:
                 raise ValueError(
-                    f"{prompt.source}: no picture to learn from: give every line an `image` (a path beside the prompt "
+                    f"{prompt.source}: no image to learn from: give every line an `image` (a path beside the prompt "
                     f"file{other_kind_hint(prompt, 'video')}), set data.train.images, or use data=shapes"
                 )
 
     def images(
         self, indices: Sequence[int], numbers: Sequence[int], height: int, width: int, frames: int | None = None
     ) -> Tensor:
-        """A real image for each of the prompts, (B, 3, H, W) in [0, 1], or with `frames` a video (B, F, 3, H, W).
+        """A given image per prompt, (B, 3, H, W) in [0, 1], or with `frames` a video, (B, F, 3, H, W).
 
-        `numbers` (B) choose among the images or videos of each prompt.
+        numbers: B integers that choose among the images or videos of each prompt.
         """
-        asked = [(self.prompts[i], number) for i, number in zip(indices, numbers, strict=True)]
+        chosen = [(self.prompts[i], number) for i, number in zip(indices, numbers, strict=True)]
         if frames is None:
-            return torch.stack([self._picture(*one, height, width) for one in asked])
+            return torch.stack([self._image(*choice, height, width) for choice in chosen])
         read = partial(read_video, frames=frames, size=(height, width))
-        return torch.stack([load_video(*one, read) for one in asked])
+        return torch.stack([load_video(*choice, read) for choice in chosen])
 
     def variant(self, index: int, number: int, video: bool = False) -> int:
         """The smallest number that chooses the same image or video of a prompt as `number` does."""
@@ -167,45 +167,45 @@ class PromptSet:
             return number % len(video_paths(prompt))
         return 0 if self._painter is None or "image" in prompt.metadata else number
 
-    def _picture(self, prompt: Prompt, number: int, height: int, width: int) -> Tensor:
+    def _image(self, prompt: Prompt, number: int, height: int, width: int) -> Tensor:
         if self._painter is None or "image" in prompt.metadata:
             return load_images(prompt, (height, width))[0]
         return torch.from_numpy(self._painter(prompt.metadata, number, height, width)).permute(2, 0, 1)
 
     def epoch(self, seed: int, epoch: int, number: int) -> list[int]:
-        """Indices of this epoch's prompts, a function of the arguments alone: a resumed run goes on as it would have.
+        """Indices of this epoch's prompts. They depend on the arguments only, so a resumed run continues exactly.
 
-        Each class is walked in shuffled passes that run on from epoch to epoch, so all is seen before any repeats;
-        within an epoch nothing repeats while its class has another prompt left.
+        Each class is traversed in shuffled passes that continue across epochs, so every prompt is used before any
+        repeats. Within an epoch no prompt repeats while its class has an unused one.
         """
         chosen: list[int] = []
         share = -(-number // len(self._classes))
         for index, members in enumerate(self._classes):
-            start, stop = self._taken(index, epoch * number), self._taken(index, (epoch + 1) * number)
+            start, stop = self._num_drawn(index, epoch * number), self._num_drawn(index, (epoch + 1) * number)
             size = len(members)
             for i in range(start, stop):
-                chosen.append(members[_pass(size, share, (seed, index), i // size)[i % size]])
+                chosen.append(members[_pass_order(size, share, (seed, index), i // size)[i % size]])
         order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(len(chosen))
         return [chosen[i] for i in order]
 
     def fixed(self, number: int) -> list[int]:
-        """The same `number` indices always: classes in turn, each walked in its order and begun again when it ends."""
+        """A fixed choice of `number` indices: classes in turn, each traversed cyclically in file order."""
         kinds = len(self._classes)
         return [self._classes[i % kinds][i // kinds % len(self._classes[i % kinds])] for i in range(number)]
 
-    def _taken(self, index: int, total: int) -> int:
-        """How many of the first `total` prompts ever drawn belong to one class: every class in turn."""
+    def _num_drawn(self, index: int, total: int) -> int:
+        """How many of the first `total` prompts ever drawn belong to this class, when classes take turns."""
         return (total - index + len(self._classes) - 1) // len(self._classes)
 
 
 @lru_cache(maxsize=64)
-def _pass(size: int, window: int, key: tuple[int, int], number: int) -> list[int]:
-    """Pass `number` through range(size): shuffled, and such that no `window` successive draws hold an index twice."""
+def _pass_order(size: int, window: int, key: tuple[int, int], number: int) -> list[int]:
+    """Order of pass `number` through range(size): shuffled, with no index twice in any `window` successive draws."""
     if window > size:  # repeats are unavoidable
         return _shuffled(size, key, number).tolist()
     order = _shuffled(size, key, 0).tolist()
     for i in range(1, number + 1):
-        order = _next_pass(order, window, _shuffled(size, key, i))
+        order = _next_pass_order(order, window, _shuffled(size, key, i))
     return order
 
 
@@ -213,8 +213,8 @@ def _shuffled(size: int, key: tuple[int, int], number: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence([*key, number])).permutation(size)
 
 
-def _next_pass(last: list[int], window: int, rank: np.ndarray) -> list[int]:
-    """Indices by rank, each waiting until its last use lies `window` draws back."""
+def _next_pass_order(last: list[int], window: int, rank: np.ndarray) -> list[int]:
+    """Indices sorted by rank, each delayed until its last use lies `window` draws back."""
     ready: list[tuple[int, int]] = []
     order: list[int] = []
     for i in last[: len(last) - window]:

@@ -1,4 +1,4 @@
-"""Everything a run is composed of, and the batch plan that follows from it."""
+"""The components of a run, and the batch plan that follows from them."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from flowalign.times import Times
 
 @dataclass(frozen=True)
 class Optimisation:
-    """The training forward: its guidance (1 = off), what it leaves out, and two guards."""
+    """Settings of the optimisation phase: guidance scale of the forward pass (1 = off), savings, and two guards."""
 
     guidance: float = 1.0
     on_policy_tolerance: float | None = None
-    """How far from 1 the ratio may be before the first update; None: 1e-5 in float32, 1e-3 in 16 bits."""
+    """Largest |ratio − 1| before the first update; None: 1e-5 in float32 (1e-4 with TF32), 1e-3 in 16 bits."""
     max_skipped: int = 3
-    """Optimiser steps of a run that may be left out since a loss or a gradient is not finite; one more ends it."""
+    """Optimiser steps that a run may skip because of a non-finite loss or gradient; one more ends it."""
     cfg_gradient: Literal["both", "conditional"] = "both"
-    """Branches of classifier-free guidance that are trained through; the unconditional one may stay a constant."""
+    """Branches of classifier-free guidance with a gradient; "conditional" treats the unconditional one as constant."""
     kl_share: float = 1.0
-    """Share of a picture's points at which the way to the reference is penalised, drawn anew every epoch."""
+    """Share of an image's points at which the KL penalty is computed, drawn anew every epoch."""
     skip_zero: bool = False
-    """Leave out the points whose advantage is 0, where these have no loss."""
+    """Skip points with advantage 0 if they contribute no loss."""
 
     def __post_init__(self) -> None:
         if not 0 < self.kl_share <= 1:
@@ -56,7 +56,7 @@ class Optimisation:
 
 @dataclass
 class Recipe:
-    """One field a config group."""
+    """The components of a run, one field per config group."""
 
     model: FlowModel
     algorithm: Algorithm
@@ -84,18 +84,18 @@ class Recipe:
 
     @property
     def consulted(self) -> set[str]:
-        """Names of the frozen copies in the formula and in the rollouts."""
+        """Names of the frozen copies that the loss and the rollouts use."""
         return {*self.algorithm.frozen, self.algorithm.samples_with} - {None}  # type: ignore[return-value]
 
     @property
     def same_as_live(self) -> set[str]:
-        """Those of them that are the live weights whenever they are asked, so that nobody has to keep or ask them."""
+        """The consulted copies that equal the live weights whenever they are used, so none is kept or evaluated."""
         steps = self.batch.updates * self.batch.passes
         return {name for name in self.consulted if name in self.frozen and self.frozen[name].stays_live(steps)}
 
 
 class Planned(Protocol):
-    """What a batch plan follows from; a Recipe has it."""
+    """The fields of a Recipe from which the batch plan follows."""
 
     batch: Batch
     algorithm: Algorithm
@@ -103,11 +103,11 @@ class Planned(Protocol):
     times: Times
     rollout: Sampling
     scorer: Any
-    """Of a scorer only whether it is `groupwise`."""
+    """Only its `groupwise` is used."""
 
 
 def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
-    """The batches of one rank: a picture's points are the recorded steps of its walk, or its re-noised points."""
+    """The batch plan of one rank. An image's points are its recorded steps or its re-noised states."""
     algorithm, num_steps = recipe.algorithm, recipe.rollout.num_steps
     if recipe.batch.micro == "auto" and algorithm.micro_matters:
         raise ValueError(

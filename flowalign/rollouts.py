@@ -107,7 +107,7 @@ class Rollouts:
             noise = Noise(self.seed, local.epoch, ids, shape, local.device, sharing)
             part = walk(
                 velocity, sigmas, plan, self.dynamics, self.sampling.solver, noise, self.algorithm.keeps_mean,
-                self.sampling.kept_in,
+                self.sampling.state_dtype,
             )  # fmt: skip
             media, shown = self._decoded(part.x0, self._first_of_groups(ids)[: SHOWN - len(images)])
             parts.append(part)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from flowalign.attention import in_float32_on_cpus
+from flowalign.attention import use_float32_attention_on_cpu
 from flowalign.heap import keep_freed
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Running:
         rows_vary: whether training batches vary in size. Raises ValueError for what the model family does not support.
         """
         self.check_family(model)
-        in_float32_on_cpus()
+        use_float32_attention_on_cpu()
         for denoiser in model.denoisers().values():
             if self.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as plain functions of the optimiser step."""
+"""Learning-rate schedules, as functions of the optimiser step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Kind = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Factor on the learning rate: linear warm-up over `warmup` steps, then constant, or down to `floor`."""
+    """Learning-rate factor: linear warm-up over `warmup` steps, then constant or decaying to `floor`."""
 
     kind: Kind = "constant"
     warmup: int = 0

@@ -1,4 +1,4 @@
-"""Deterministic solvers of the flow, for rollouts and evaluation: one network call per step."""
+"""ODE solvers of the flow, for rollouts and evaluation: one network evaluation per step."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
@@ -9,37 +9,37 @@ from flowalign.flow import at_least_float32, expand, x0_from
 
 
 class Solver(Protocol):
-    """A method; what it remembers between steps lives in the state of one walk."""
+    """A solver without state. The history between steps is in the SolverState of one trajectory."""
 
     def start(self) -> "SolverState":
-        """A fresh walk."""
+        """The state of a new trajectory."""
         ...
 
 
 class SolverState(Protocol):
-    """One walk."""
+    """A solver's history along one trajectory."""
 
     def step(
         self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool, careful: bool = False
     ) -> Tensor:
-        """The state at sigma_next, (B, …); `last` on the final step of the schedule, `careful` on the one before it if
-        there are fewer than 15."""
+        """The state at sigma_next, (B, …). last: whether this is the final step of the schedule. careful: whether it is
+        the step before, in a schedule of fewer than 15 steps."""
         ...
 
     def push(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> None:
-        """Remember the prediction of a step that was taken by other means."""
+        """Add the prediction of a step that the solver does not take itself."""
         ...
 
 
 class Euler:
-    """x + (sigma_next - sigma) v: first order, without memory. DDIM is the same step on a straight path."""
+    """x + (sigma_next - sigma) v: first order, without history. DDIM is the same step on a straight path."""
 
     def start(self) -> "Euler":
-        """Itself: there is nothing to remember."""
+        """Itself, since it has no history."""
         return self
 
     def push(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> None:
-        """Nothing to remember."""
+        """Does nothing, since it has no history."""
 
     def step(
         self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool, careful: bool = False
@@ -55,10 +55,10 @@ Rule = Literal["midpoint", "heun"]
 
 @dataclass(frozen=True)
 class DPM:
-    """Multistep DPM-Solver++ (arXiv:2211.01095), as DiffusionNFT and MixGRPO-Flash sample with it.
+    """Multistep DPM-Solver++ (arXiv:2211.01095), as used for sampling by DiffusionNFT and MixGRPO-Flash.
 
-    Orders 1, 2, …, `order` as the history grows, and 1 on the last step; a third order stops before the second to last
-    step of a walk of fewer than 15. rule: how a second-order step weighs the last difference.
+    The order rises from 1 to `order` as the history grows. It is 1 on the last step, and at most 2 on the one before in
+    schedules of fewer than 15 steps. rule: the weight of the last difference in a second-order step.
     """
 
     order: Literal[1, 2, 3] = 2
@@ -71,30 +71,30 @@ class DPM:
             raise ValueError(f"a second-order step follows the rule {' or '.join(get_args(Rule))} (got {self.rule!r}).")
 
     def start(self) -> "DPMState":
-        """A walk with an empty history."""
+        """A state with an empty history."""
         return DPMState(self.order, self.rule)
 
 
 DPM2 = DPM
-"""Its name when it knew the second order only; configs in checkpoints have it."""
+"""Former name, which configs in older checkpoints use."""
 
 
 class DPMState:
-    """The predicted clean samples of the last steps, as many as the order, with their sigmas in float64."""
+    """The predicted clean samples of the last `order` steps, with their sigmas in float64."""
 
     def __init__(self, order: int, rule: Rule) -> None:
         self.order, self.rule = order, rule
         self.history: list[tuple[Tensor, Tensor]] = []
 
     def push(self, x: Tensor, v: Tensor, sigma: float | Tensor) -> None:
-        """Remember the prediction made at (x, sigma); on its own for a step that was taken by other means."""
+        """Add the prediction made at (x, sigma). Called directly for a step that the solver does not take itself."""
         x, v = at_least_float32(x), at_least_float32(v)
         self.history = [(x0_from(x, v, sigma), expand(sigma, x).double()), *self.history[: self.order - 1]]
 
     def step(
         self, x: Tensor, v: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, last: bool, careful: bool = False
     ) -> Tensor:
-        """x' = s'/s x + α (-b m + c1 D1 - c2 D2) of the prediction m and its first and second difference D1, D2."""
+        """x' = s'/s x + α (-b m + c1 D1 - c2 D2), with the prediction m and its first and second differences D1, D2."""
         self.push(x, v, sigma)
         (m, s), *before = self.history
         s_next = expand(sigma_next, m).double()
@@ -105,7 +105,7 @@ class DPMState:
         if order == 1:
             return x
         (m1, s1), *rest = before
-        # Zero where the step before began at sigma = 1, which is infinitely far away on this axis.
+        # Zero if the previous step began at sigma = 1, where the log-SNR is infinite.
         r = (h / (here - _log_snr(s1))).to(m.dtype)
         D1 = r * (m - m1)
         if order == 2:

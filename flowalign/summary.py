@@ -28,7 +28,7 @@ from rich.tree import Tree
 
 from flowalign.before import load_shown, save_shown
 from flowalign.grid import grid
-from flowalign.memory import GIB, Share, advice, by_size
+from flowalign.memory import GIB, PlanLine, advice, largest_first
 from flowalign.strategies.folders import read_split
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def _show_batches(trainer: Trainer, module: AlignModule) -> None:
     _console.print(table)
 
 
-def _show_memory(device: torch.device, lines: list[Share]) -> None:
+def _show_memory(device: torch.device, lines: list[PlanLine]) -> None:
     """Print the memory plan of this rank's device, and what to change if it does not fit."""
     table = Table(title=f"memory plan, {device}", show_header=False)
-    for line in by_size(lines):
+    for line in largest_first(lines):
         table.add_row(line.name, f"{line.size / GIB:.3f} GiB")
     table.add_row("in all", f"{sum(line.size for line in lines) / GIB:.3f} GiB", style="bold")
     _console.print(table)

@@ -1,4 +1,4 @@
-"""One value, whole or in shards, and nests of values with their tensors taken out."""
+"""Sharded tensors, and nested structures of tensors."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(t: Tensor) -> bool:
-    """Whether ranks hold parts of it."""
+    """Whether each rank holds a part of it."""
     return isinstance(t, DTensor)
 
 
 def local(t: Tensor) -> Tensor:
-    """What this rank holds of it, sharing its memory."""
+    """This rank's part, sharing its memory."""
     return t.to_local() if isinstance(t, DTensor) else t  # type: ignore[return-value]
 
 
-def whole(t: Tensor) -> Tensor:
-    """The full value. For a sharded tensor every rank has to ask."""
+def full_tensor(t: Tensor) -> Tensor:
+    """The full tensor. Collective if it is sharded."""
     if not isinstance(t, DTensor):
         return t
-    # Shards that are offloaded to the CPU meet where the process group works.
+    # Shards offloaded to the CPU are gathered on the device of the process group.
     return t.to(t.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
 
 
 def like(t: Tensor, target: Tensor) -> Tensor:
-    """t in the layout and on the device of `target`; of a sharded target, the t of the mesh's first rank counts.
+    """t in the layout and on the device of `target`. Collective if `target` is sharded.
 
-    The other ranks may give a meta tensor. Every rank has to ask.
+    The value then comes from the first rank of the mesh; the other ranks may pass a meta tensor.
     """
     if not isinstance(target, DTensor):
         return t
@@ -40,43 +40,43 @@ def like(t: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(t.contiguous(), mesh, target.placements).to(target.device)
 
 
-Place = tuple[str | int, ...]
-"""The keys that lead to a value."""
+KeyPath = tuple[str | int, ...]
+"""The keys that lead to a value in a nested structure."""
 
 
-def taken_apart(nest: Any, path: Place = ()) -> tuple[Any, dict[Place, Tensor]]:
-    """A nest of dicts and lists with meta tensors in place of its tensors, and these tensors by their place.
+def split_tensors(nest: Any, path: KeyPath = ()) -> tuple[Any, dict[KeyPath, Tensor]]:
+    """Replace the tensors of nested dicts and lists by meta tensors; return the result, and the tensors by key path.
 
-    Single numbers stay: an optimiser counts its steps in them.
+    0-d tensors stay: an optimiser counts its steps in them.
     """
     if isinstance(nest, Tensor) and nest.ndim:
         return torch.empty(nest.shape, dtype=nest.dtype, device="meta"), {path: nest}
     if not isinstance(nest, (Mapping, list, tuple)):
         return nest, {}
     items = nest.items() if isinstance(nest, Mapping) else enumerate(nest)
-    parts = {key: taken_apart(value, (*path, key)) for key, value in items}
-    tensors = {place: t for _, inside in parts.values() for place, t in inside.items()}
+    parts = {key: split_tensors(value, (*path, key)) for key, value in items}
+    tensors = {key_path: t for _, inner in parts.values() for key_path, t in inner.items()}
     frame = {key: inner for key, (inner, _) in parts.items()}
     return (frame if isinstance(nest, Mapping) else type(nest)(frame.values())), tensors
 
 
-def put_together(frame: Any, tensors: Mapping[Place, Tensor], path: Place = ()) -> Any:
-    """The inverse: `frame` with the tensors in their places; a place without one keeps its meta tensor."""
+def join_tensors(frame: Any, tensors: Mapping[KeyPath, Tensor], path: KeyPath = ()) -> Any:
+    """The inverse of `split_tensors`. A key path without a tensor keeps its meta tensor."""
     if isinstance(frame, Tensor):
         return tensors.get(path, frame)
     if isinstance(frame, Mapping):
-        return {key: put_together(value, tensors, (*path, key)) for key, value in frame.items()}
+        return {key: join_tensors(value, tensors, (*path, key)) for key, value in frame.items()}
     if isinstance(frame, (list, tuple)):
-        return type(frame)(put_together(value, tensors, (*path, i)) for i, value in enumerate(frame))
+        return type(frame)(join_tensors(value, tensors, (*path, i)) for i, value in enumerate(frame))
     return frame
 
 
-def gathered(nest: Any, keep: bool) -> Any:
-    """The nest with whole tensors on the CPU, one after another; a rank that does not keep them gets None for it."""
-    frame, tensors = taken_apart(nest)
-    made: dict[Place, Tensor] = {}
-    for place, t in tensors.items():
-        full = whole(t)
+def gather_to_cpu(nest: Any, keep: bool) -> Any:
+    """The nested structure with full tensors on the CPU, gathered one by one; None without `keep`. Collective."""
+    frame, tensors = split_tensors(nest)
+    gathered: dict[KeyPath, Tensor] = {}
+    for key_path, t in tensors.items():
+        full = full_tensor(t)
         if keep:
-            made[place] = full.detach().cpu()
-    return put_together(frame, made) if keep else None
+            gathered[key_path] = full.detach().cpu()
+    return join_tensors(frame, gathered) if keep else None

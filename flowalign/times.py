@@ -1,4 +1,4 @@
-"""Where on the path a finished sample is noised again: noise levels as a function of (seed, epoch, key).
+"""The noise levels at which clean samples are re-noised, as a function of (seed, epoch, key).
 
 A key is a sample, or a group whose members share their noise levels.
 """
@@ -11,18 +11,18 @@ import torch
 from torch import Generator, Tensor
 
 from flowalign.flow import shifted
-from flowalign.keyed import ORDER, ids, keyed_generator
+from flowalign.keyed import ORDER, id_list, keyed_generator
 
 
 class Times(ABC):
-    """A rule for `num` noise levels a key; a subclass writes `draw`. num=None is 99 % of the schedule, 9 levels of 10.
+    """A rule for `num` noise levels per key; subclasses implement `draw`.
 
-    shared=True gives every key of an epoch the same levels.
+    num=None: 99 % of the schedule's steps, for example 9 of 10. shared=True: all keys of an epoch have the same levels.
     """
 
     def __init__(self, num: int | None = None, shared: bool = False) -> None:
         if num is not None and num < 1:
-            raise ValueError(f"times.num={num}: a picture has at least one re-noised point (null = 99 % of the steps).")
+            raise ValueError(f"times.num={num}: an image has at least one re-noised point (null = 99 % of the steps).")
         self.num = num
         self.shared = shared
 
@@ -37,7 +37,7 @@ class Times(ABC):
     def __call__(self, seed: int, epoch: int, keys: Sequence[int] | Tensor, sigmas: Tensor) -> Tensor:
         """(B, num) noise levels; sigmas (T+1,) is the schedule of the rollout."""
         drawn: dict[int, Tensor] = {}
-        rows = [0 if self.shared else key for key in ids(keys)]
+        rows = [0 if self.shared else key for key in id_list(keys)]
         for key in rows:
             if key not in drawn:
                 drawn[key] = self.draw(keyed_generator(seed, epoch, key, ORDER), sigmas)
@@ -49,14 +49,14 @@ class Times(ABC):
 
 
 class Permuted(Times):
-    """The first levels of a permutation of the rollout's own, no level twice (DiffusionNFT, FlowAWR)."""
+    """Distinct levels of the rollout's schedule, the first of a random permutation (DiffusionNFT, FlowAWR)."""
 
     def count(self, num_steps: int) -> int:
         """See the base class."""
         if self.num is not None and self.num > num_steps:
             raise ValueError(
-                f"times.num={self.num}: a picture has at most one re-noised point a noise level of its walk, so 1 to "
-                f"{num_steps}."
+                f"times.num={self.num}: an image has at most one re-noised point per noise level of its schedule, so "
+                f"1 to {num_steps}."
             )
         return super().count(num_steps)
 
@@ -72,7 +72,7 @@ Start = Literal["discrete", "without_init", "with_init"]
 class Stratified(Times):
     """One level from each of `num` equal strata of the noisiest `share` of the rollout's schedule (AWM).
 
-    without_init leaves out sigma = 1; with_init takes it always and stratifies the others.
+    without_init excludes sigma = 1; with_init always includes it and stratifies the others.
     """
 
     def __init__(
@@ -99,16 +99,16 @@ class Stratified(Times):
         return sigmas[self.indices(u, num_steps).to(sigmas.device)]
 
     def indices(self, u: Tensor, num_steps: int) -> Tensor:
-        """Indices into the schedule, (num,), of uniform numbers u, one a stratum."""
+        """Indices into the schedule, (num,), from uniform numbers u, one per stratum."""
         first, end = self._range(num_steps)
-        # Truncated bounds, as in the method's code: strata differ by one index where they do not divide evenly.
+        # Bounds are truncated, as in the method's code: strata differ by one index if they do not divide evenly.
         bounds = torch.linspace(first, end, len(u) + 1).long()
         low, high = bounds[:-1], bounds[1:]
         chosen = low + (u * (high - low)).long()
         return torch.cat([chosen.new_zeros(1), chosen]) if self.start == "with_init" else chosen
 
     def _range(self, num_steps: int) -> tuple[int, int]:
-        """The first index that may be drawn, and the one after the last; ValueError if there is none."""
+        """First index that may be drawn, and one past the last. Raises ValueError if there is none."""
         first, end = (0 if self.start == "discrete" else 1), int(num_steps * self.share)
         if end <= first:
             raise ValueError(
@@ -121,7 +121,7 @@ class Stratified(Times):
 class Uniform(Times):
     """Uniform in [low, high], one level from each of `num` equal strata, then shifted towards the noise.
 
-    The draws of the method's code: uniform numbers in float32, then the order.
+    Draws as the method's code does: uniform numbers in float32, then the order.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Uniform(Times):
 class LogitNormal(Times):
     """sigmoid(mean + std · normal), stratified over `num` quantiles, then shifted towards the noise.
 
-    The draws of the method's code: uniform numbers in float32, then the order.
+    Draws as the method's code does: uniform numbers in float32, then the order.
     """
 
     def __init__(
@@ -161,16 +161,16 @@ class LogitNormal(Times):
         normal = torch.special.ndtri(strata(num, generator).clamp(1e-7, 1 - 1e-7))
         normal = normal[torch.randperm(num, generator=generator)]
         level = shifted(torch.sigmoid(self.mean + self.std * normal), self.shift)
-        return level.clamp(0.01, 1 - 1e-6).to(sigmas)  # the method's bounds: at 0 there is nothing to predict
+        return level.clamp(0.01, 1 - 1e-6).to(sigmas)  # the method's bounds; at 0 there is nothing to predict
 
 
 def strata(num: int, generator: Generator) -> Tensor:
-    """(num,) uniform numbers in float64, one from each of as many equal parts of [0, 1), ascending."""
+    """(num,) uniform numbers in float64, ascending, one from each of `num` equal parts of [0, 1)."""
     return (torch.arange(num) + torch.rand(num, generator=generator).double()) / num
 
 
 def positive(number: float, name: str = "shift") -> float:
-    """The number, refused at 0 and below."""
+    """Return the number. Raises ValueError if it is not positive."""
     if number <= 0:
         raise ValueError(f"times.{name} must be positive, where a shift of 1 changes nothing (got {number}).")
     return number

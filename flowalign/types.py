@@ -1,4 +1,4 @@
-"""What travels between the parts: conditioning, a rollout, training points. B samples, T steps, S recorded steps."""
+"""Data structures: conditioning, rollouts and training points. B samples, T steps, S recorded steps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class Conditioning(dict[str, Tensor]):
-    """Everything the network is told beside x and sigma; each tensor has the sample as its leading dim.
+    """The inputs of the network other than x and sigma. Dim 0 of each tensor is the sample.
 
-    A "neg." prefix marks the unconditional branch and a key that ends in "mask" the validity of a ragged dim 1.
+    Keys with the prefix "neg." belong to the unconditional branch; keys that end in "mask" mask a ragged dim 1.
     """
 
     @property
@@ -25,18 +25,18 @@ class Conditioning(dict[str, Tensor]):
         return Conditioning({key: t[i] for key, t in self.items()})
 
     def repeat_interleave(self, n: int) -> Conditioning:
-        """Each sample n times in a row: the order of a group of n images per prompt."""
+        """Each sample n times in succession: the order of a group of n images per prompt."""
         return Conditioning({key: t.repeat_interleave(n, dim=0) for key, t in self.items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move every entry; dtype applies to the floating ones, so that masks and token ids survive it."""
+        """Move every entry. Only floating-point entries take the dtype; masks and token ids keep theirs."""
         return Conditioning(
             {key: t.to(device=device, dtype=dtype if t.is_floating_point() else None) for key, t in self.items()}
         )
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
-        """Join along samples. Where dim 1 differs (prompts of several lengths) it is padded with zeros on the right."""
+        """Concatenate along samples. A dim 1 that differs (prompt length) is padded on the right with zeros."""
         for part in parts:
             if differing := part.keys() ^ parts[0].keys():
                 raise ValueError(f"only conditionings with the same entries can be joined; {sorted(differing)} differ.")
@@ -57,24 +57,24 @@ def _pad(t: Tensor, length: int) -> Tensor:
 
 @dataclass
 class Rollout:
-    """One walk from noise to data for B samples, with the steps which will be trained on."""
+    """The trajectories of B samples from noise to data, with the steps to train on."""
 
     x0: Tensor
-    """(B, …) final latent."""
+    """(B, …) final latents."""
     sigmas: Tensor
-    """(T+1,) the schedule that was walked, from 1 to 0. Stored because a recomputed one may differ in the last bit."""
+    """(T+1,) the schedule used, from 1 to 0. Stored because a recomputed one may differ in the last bit."""
     steps: Tensor | None = None
-    """(B, S) long: the recorded steps of each row as indices into the schedule, ascending; None = nothing recorded."""
+    """(B, S) long: the recorded steps of each row as indices into the schedule, ascending; None: nothing recorded."""
     x: Tensor | None = None
-    """(B, S, …) state before each recorded step, rounded to 16 bits if the walk was to keep it so."""
+    """(B, S, …) state before each recorded step, in 16 bits if `Sampling.keep_in` says so."""
     x_next: Tensor | None = None
     """(B, S, …) state after it."""
     log_prob: Tensor | None = None
-    """(B, S) log-density of x_next under the policy that walked, mean over dims."""
+    """(B, S) log-density of x_next under the sampling policy, mean over dims."""
     std: Tensor | None = None
     """(B, S) standard deviation of each recorded step."""
     mean: Tensor | None = None
-    """(B, S, …) mean of the step; kept only for the algorithms that ask (`keeps_mean`)."""
+    """(B, S, …) mean of the step; kept only for algorithms with `keeps_mean`."""
 
     def index(self, i: Tensor | slice) -> Rollout:
         """Rows i."""
@@ -84,22 +84,22 @@ class Rollout:
 
 @dataclass
 class Point:
-    """What a loss sees besides the live velocity: one state on the path per row, either replayed or re-noised."""
+    """The inputs of a loss other than the live velocity: per row one state of a transition or of a noised sample."""
 
     x: Tensor
     """(B, …) the state."""
     sigma: Tensor
     """(B,) its noise level."""
     advantage: Tensor
-    """(B,) credit of the sample, not clipped yet."""
+    """(B,) credit of the sample, unclipped."""
     x0: Tensor | None = None
     """(B, …) noised points: the clean sample."""
     eps: Tensor | None = None
-    """(B, …) noised points: the noise that was mixed in."""
+    """(B, …) noised points: the noise mixed in."""
     x_next: Tensor | None = None
-    """(B, …) transition points: where the rollout went."""
+    """(B, …) transition points: the next state of the rollout."""
     sigma_next: Tensor | None = None
-    """(B,) the noise level there; noised points: the next lower one of the schedule."""
+    """(B,) its noise level; noised points: the next lower level of the schedule."""
     sigma_max: Tensor | None = None
     """(B,) transition points: second entry of the schedule, which Flow-SDE needs at sigma = 1."""
     log_prob: Tensor | None = None
@@ -111,21 +111,21 @@ class Point:
     group: Tensor | None = None
     """(B,) number of the credit group."""
     sample: Tensor | None = None
-    """(B,) number of the sample within its epoch: rows of one sample share it."""
+    """(B,) number of the sample within its epoch; the rows of one sample share it."""
     weight: Tensor | None = None
-    """(B,) share of the row in means over rows: 0 if its sample could not be scored, equal for all others; None: 1."""
+    """(B,) weight in means over rows: 0 if the sample could not be scored, equal for all others; None: 1."""
     kl_weight: Tensor | None = None
-    """(B,) factor of the penalty, 0 where the reference was not asked and 1 in the mean; None: 1."""
+    """(B,) factor of the KL penalty, 1 on average, 0 where the reference was not evaluated; None: 1."""
     real: Tensor | None = None
-    """(B,) bool, noised points of both sources: whether the clean sample is a given one and not the policy's."""
+    """(B,) bool, noised points of both sources: whether the clean sample is a given image, not the policy's sample."""
     reward: Tensor | None = None
-    """(B,) for algorithms that follow it: the reward of where the live velocity lands, with its gradient."""
+    """(B,) for algorithms with reward gradients: differentiable reward of what the live velocity leads to."""
     frozen: dict[str, Tensor] = field(default_factory=dict)
     """Velocities (B, …) of frozen copies at x, e.g. "old" and "reference"."""
 
     @property
     def counts(self) -> Tensor:
-        """(B,) bool: the rows that are in the loss. A formula with a mean over rows takes it over these."""
+        """(B,) bool: the rows that count in the loss. A formula with a mean over rows averages over these."""
         return torch.ones_like(self.sigma, dtype=torch.bool) if self.weight is None else self.weight > 0
 
     def index(self, i: Tensor | slice) -> Point:
@@ -133,7 +133,7 @@ class Point:
         return self._each(lambda t: t[i])
 
     def silence(self) -> None:
-        """Finite numbers in rows that are not in the loss: what is not finite times 0 would be in the mean."""
+        """Replace non-finite values by 0 in rows that do not count: a weight of 0 would not remove them from a mean."""
         rows = (~self.counts).nonzero().flatten()
         if not len(rows):
             return
@@ -147,7 +147,7 @@ class Point:
 
 
 def required(value: Tensor | None, name: str) -> Tensor:
-    """The optional field `name` of a point or a rollout, for a caller that cannot do without it."""
+    """Return the value of the optional field `name` of a point or a rollout. Raises ValueError if it is None."""
     if value is None:
         raise ValueError(
             f"`{name}` is needed here and missing: transition points come from a rollout that recorded its steps, "

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "flowalign"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("flow", "types", "size", "transfer", "files", "hub"),
+    ("flow", "types", "dtypes", "size", "transfer", "files", "hub"),
     ("keyed", "dynamics", "solvers", "steps", "times", "credit", "points", "shapes", "rewards"),
     ("algorithms", "models"),
     (

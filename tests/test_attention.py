@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flowalign.attention import in_float32_on_cpus
+from flowalign.attention import use_float32_attention_on_cpu
 
-in_float32_on_cpus()
+use_float32_attention_on_cpu()
 
 
 def inputs(dtype: torch.dtype, number: int = 3) -> list[Tensor]:
@@ -40,7 +40,7 @@ def test_without_autocast_it_keeps_the_type_of_its_inputs():
 
 
 def test_asking_twice_leaves_one_rule():
-    assert in_float32_on_cpus() is in_float32_on_cpus()
+    assert use_float32_attention_on_cpu() is use_float32_attention_on_cpu()
 
 
 @pytest.mark.slow

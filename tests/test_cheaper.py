@@ -16,7 +16,7 @@ from flowalign.algorithms.decay import Decay
 from flowalign.checks import ConfigError, check_signatures
 from flowalign.compiling import COMPILE_OPTIONS
 from flowalign.module import AlignModule
-from flowalign.points import drawn
+from flowalign.points import subsample_weights
 from flowalign.policy.follow import Average, Follow
 from flowalign.recipe import Recipe
 from flowalign.run import build_recipe, build_trainer, compose_config, plan_accumulation
@@ -180,13 +180,13 @@ def test_a_rollout_asks_both_branches_at_once_and_training_one_after_the_other(
 
 def test_a_share_of_the_points_is_drawn_evenly_and_weighs_what_all_would():
     sample = torch.tensor([5, 8, 2]).repeat_interleave(9)
-    drawings = torch.stack([drawn(0, epoch, sample, 1 / 3) for epoch in range(600)])
-    assert torch.equal(drawings[4], drawn(0, 4, sample, 1 / 3))
+    drawings = torch.stack([subsample_weights(0, epoch, sample, 1 / 3) for epoch in range(600)])
+    assert torch.equal(drawings[4], subsample_weights(0, 4, sample, 1 / 3))
     assert (drawings.unflatten(1, (3, 9)).count_nonzero(dim=2) == 3).all()  # of every sample
     assert drawings.unique().tolist() == [0, 3]
     assert (drawings.mean(dim=0) - 1).abs().max() < 5 * (2 / 600) ** 0.5  # variance of 3 with probability 1/3
     assert len(drawings.unflatten(1, (3, 9))[0].unique(dim=0)) > 1  # samples differ
-    others = drawn(0, 4, sample[9:], 1 / 3)
+    others = subsample_weights(0, 4, sample[9:], 1 / 3)
     assert torch.equal(drawings[4][9:], others)  # whoever else is on the rank
 
 
@@ -194,7 +194,7 @@ def test_the_expectation_over_the_draws_is_the_penalty_at_every_point():
     """Drawn once each, the nine points of a sample weigh what they weigh together."""
     penalty = torch.rand(27, generator=torch.Generator().manual_seed(0))
     sample = torch.arange(3).repeat_interleave(9)
-    means = torch.stack([(drawn(1, epoch, sample, 1 / 3) * penalty).mean() for epoch in range(2000)])
+    means = torch.stack([(subsample_weights(1, epoch, sample, 1 / 3) * penalty).mean() for epoch in range(2000)])
     assert means.mean() == pytest.approx(float(penalty.mean()), abs=5 * float(means.std()) / 2000**0.5)
 
 

@@ -367,7 +367,7 @@ WRONG = [
     (("algo.adv_mode=some",), "adv_mode"),
     (("seed=-1",), "seed is a number from 0 on"),
     (("optimizer.lr=abc",), "optimizer.lr is a number"),
-    (("evaluation.num_val=0",), "num_val counts pictures"),
+    (("evaluation.num_val=0",), "num_val is a number of images"),
     (("frozen.old.decay=2",), "decay.kind=0, 1 or 2"),
     (("rollout.guidance=nan",), "guidance must be 0 or more"),
     (("trainer.max_epochs=-1",), "use schedule.kind=constant, or set trainer.max_steps"),

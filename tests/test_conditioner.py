@@ -191,7 +191,7 @@ def test_what_is_damaged_is_noticed_and_made_again(tmp_path: Path, damage: Any, 
     again, encoder = conditioner(cache=str(tmp_path))
     assert words(again(prompts, CPU, SIZE)) == ["red", "blue"]
     assert len(encoder.asked) == 1
-    assert "is made again" in caplog.text
+    assert "is encoded again" in caplog.text
     healed, nobody = conditioner(cache=str(tmp_path))
     healed.prepare(prompts, SIZE)
     assert nobody.asked == []
@@ -244,12 +244,12 @@ def test_what_the_ranks_have_divided_none_has_to_make_again(tmp_path: Path):
     for rank, (condition, _) in enumerate(ranks):
         condition.prepare_all(prompts[rank::2], SIZE)
     for rank, (condition, encoder) in enumerate(ranks):
-        assert condition.absent(prompts, SIZE) == []
+        assert condition.missing(prompts, SIZE) == []
         assert words(condition(prompts, CPU, SIZE)) == texts_of(prompts)
         assert encoder.asked == texts_of(prompts[rank::2])
     elsewhere, _ = conditioner(cache=str(tmp_path / "of another machine"), keep_gib=0)
     elsewhere.prepare_all(prompts[0::2], SIZE)
-    assert elsewhere.absent(prompts, SIZE) == prompts[1::2]
+    assert elsewhere.missing(prompts, SIZE) == prompts[1::2]
 
 
 def texts_of(prompts: Sequence[Prompt]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flowalign import fitting as memory
 from flowalign.checks import ConfigError
 from flowalign.exhausted import NoMemoryError
-from flowalign.fitting import SHARE, counted, largest, search, tried
+from flowalign.fitting import SHARE, fits_by_estimate, fits_by_trial, largest_fitting, search
 from flowalign.geometry import Batch, Geometry
 from flowalign.models.sd3 import SD3
 from flowalign.module import AlignModule
@@ -44,7 +44,7 @@ def test_the_largest_that_fits_is_found_and_no_more_than_twice_of_it_is_tried(li
         asked.append(size)
         return size <= limit
 
-    found = largest(SIZES, fits)
+    found = largest_fitting(SIZES, fits)
     assert found == max((size for size in SIZES if size <= limit), default=None)
     assert max(asked) <= max(2 * limit, next((size for size in SIZES if size >= 2 * limit), 72))
     assert len(asked) == len(set(asked)) < len(SIZES)
@@ -73,7 +73,7 @@ def test_where_nothing_fits_one_sentence_names_settings():
 
 
 def test_what_is_counted_takes_its_share_of_the_room():
-    fits = counted(lambda rows: 10 * rows, besides=100, room=400 / SHARE)
+    fits = fits_by_estimate(lambda rows: 10 * rows, other=100, available=400 / SHARE)
     assert fits(30)
     assert not fits(31)
 
@@ -82,10 +82,10 @@ def test_a_container_may_have_less_than_its_machine(tmp_path: Path):
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
-    assert memory._free_of_container(tmp_path) == 400
+    assert memory._cgroup_available(tmp_path) == 400
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._free_of_container(tmp_path) == float("inf")
-    assert 0 < memory.room(CPU, 2) < memory.room(CPU, 1)
+    assert memory._cgroup_available(tmp_path) == float("inf")
+    assert 0 < memory.available_bytes(CPU, 2) < memory.available_bytes(CPU, 1)
 
 
 # ------------------------------------------------------------ trying
@@ -100,14 +100,14 @@ def test_a_trial_has_all_gradients_in_place_and_leaves_none():
         layer(torch.ones(rows, 3)).sum().backward()
 
     before = [p.detach().clone() for p in layer.parameters()]
-    assert tried(step, list(layer.parameters()), 8, CPU)(2)
+    assert fits_by_trial(step, list(layer.parameters()), 8, CPU)(2)
     assert all(isinstance(grad, Tensor) for grad in there)
     assert all(p.grad is None and torch.equal(p, old) for p, old in zip(layer.parameters(), before, strict=True))
 
 
 def test_what_else_there_will_be_is_reserved_in_a_trial():
     steps: list[int] = []
-    assert not tried(steps.append, [], 2**60, CPU)(1)
+    assert not fits_by_trial(steps.append, [], 2**60, CPU)(1)
     assert not steps
 
 
@@ -116,7 +116,7 @@ def test_other_errors_of_a_trial_pass():
         raise RuntimeError(f"a bug with {rows}")
 
     with pytest.raises(RuntimeError, match="a bug with 4"):
-        tried(step, [], 0, CPU)(4)
+        fits_by_trial(step, [], 0, CPU)(4)
 
 
 # ------------------------------------------------------------ the plan
@@ -221,9 +221,9 @@ def test_little_memory_of_the_machine_makes_small_micro_batches(
     lines = {line.name: line.size for line in module.memory_plan()}
     row = lines["forward and backward of 6 points"] / 6
     besides = lines["gradients"] + lines["optimiser: two moments"] + lines["12 training points"]
-    monkeypatch.setattr(memory, "_free_of_machine", lambda: (besides + 2.5 * row) / SHARE)
+    monkeypatch.setattr(memory, "_machine_available", lambda: (besides + 2.5 * row) / SHARE)
     assert fit("batch.micro=auto", "trainer.max_epochs=1").geometry.micro == 2
-    monkeypatch.setattr(memory, "_free_of_machine", lambda: (besides + 0.5 * row) / SHARE)
+    monkeypatch.setattr(memory, "_machine_available", lambda: (besides + 0.5 * row) / SHARE)
     with pytest.raises(NoMemoryError, match=r"the smallest micro-batch, of 1 point\(s\), does not fit"):
         fit("batch.micro=auto")
 
@@ -294,7 +294,7 @@ def test_with_a_reward_of_noisy_latents_a_trial_asks_for_its_gradient(
 ):
     judged: list[int] = []
     monkeypatch.setattr(
-        AlignModule, "_judged", lambda self, p, v, cond: (judged.append(len(v)), v.flatten(1).mean(1))[1]
+        AlignModule, "_predicted_rewards", lambda self, p, v, cond: (judged.append(len(v)), v.flatten(1).mean(1))[1]
     )
     small(3)
     monkeypatch.setattr("flowalign.algorithms.nft.NFT.follows_reward", True)

@@ -89,7 +89,7 @@ def test_a_file_without_videos_is_refused_before_anything_is_made(
 def test_a_video_is_nothing_for_a_model_of_pictures(
     fit: Callable[..., None], of_videos: tuple[str, ...], tmp_path: Path
 ):
-    with pytest.raises(ConfigError, match="train.jsonl:1: no picture to learn from: .*, not a `video`"):
+    with pytest.raises(ConfigError, match="train.jsonl:1: no image to learn from: .*, not a `video`"):
         fit("algo=sft", "data=folder", f"data.folder={tmp_path}")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowalign.checks.errors import ConfigError
-from flowalign.guards import check_ratio, losses_of
+from flowalign.guards import check_ratio, checked_loss
 
 
 class OnGpu(torch.Tensor):
@@ -58,10 +58,10 @@ def test_what_an_own_loss_gets_wrong_is_said_in_a_sentence(loss: Any, sentence: 
     """A scalar would be taken for the mean of a batch, which also what has no score is a part of."""
     point: Any = SimpleNamespace(frozen={})
     with pytest.raises(ConfigError, match=sentence):
-        losses_of(type("Mine", (), {"loss": staticmethod(loss)})(), point, torch.ones(2, 3), {"old"})
+        checked_loss(type("Mine", (), {"loss": staticmethod(loss)})(), point, torch.ones(2, 3), {"old"})
 
 
 def test_any_other_missing_key_is_no_matter_of_copies():
     mine = SimpleNamespace(loss=lambda p, v: {}["other"])
     with pytest.raises(KeyError, match="other"):
-        losses_of(mine, SimpleNamespace(frozen={}), torch.ones(2, 3), {"old"})  # type: ignore[arg-type]
+        checked_loss(mine, SimpleNamespace(frozen={}), torch.ones(2, 3), {"old"})  # type: ignore[arg-type]

@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import conv2d
 
-from flowalign.alive import Alive
+from flowalign.alive import PeakMemory
 from flowalign.checks import ConfigError
 from flowalign.compatibility import check_groups
-from flowalign.decoding import Decoding, of_decoding
-from flowalign.memory import Share, advice, held, kept_for_backward, of_pass, plan
+from flowalign.decoding import DecodingMemory, decoding_bytes
+from flowalign.memory import PlanLine, advice, pass_bytes, plan, saved_for_backward, storage_bytes
 from flowalign.models.sd3 import SD3
 from flowalign.module import AlignModule
 from flowalign.policy import Policy
@@ -41,7 +41,7 @@ def sd3(sd3_folder: Path) -> SD3:
 
 def kept(model: SD3, rows: int, guidance: float = 1.0) -> int:
     cond = model.encode(["a circle"], [""]).repeat_interleave(rows)
-    return kept_for_backward(model, torch.zeros(rows, *model.latent_shape(32, 32)), cond, guidance)
+    return saved_for_backward(model, torch.zeros(rows, *model.latent_shape(32, 32)), cond, guidance)
 
 
 def test_what_is_kept_for_backward_grows_with_the_rows(sd3: SD3):
@@ -100,7 +100,7 @@ def test_channels_last_are_refused_where_convolutions_have_three_dimensions(sd3:
 
 def test_storages_are_counted_once():
     t = torch.zeros(10)
-    assert held([t, t[2:], t.view(2, 5), torch.zeros(1)]) == 44
+    assert storage_bytes([t, t[2:], t.view(2, 5), torch.zeros(1)]) == 44
 
 
 @pytest.mark.parametrize(("tune", "copies"), [("full", 2), ("lora", 2)])
@@ -119,7 +119,7 @@ def test_the_plan_of_a_run_adds_up(tiny: Callable[..., DictConfig], tune: str, c
         sum(4 * t.numel() for entry in state for t in entry.values()), rel=0.001
     )
     points = module.buffer.points
-    real = held([points.x, points.x0, points.eps, *points.frozen.values()])  # type: ignore[list-item]
+    real = storage_bytes([points.x, points.x0, points.eps, *points.frozen.values()])  # type: ignore[list-item]
     assert lines["12 training points"] == pytest.approx(real, rel=0.01)
     assert lines["denoisers"] == sum(4 * p.numel() for p in recipe.model.pipe.transformer.parameters()) + sum(
         b.numel() * b.element_size() for b in recipe.model.pipe.transformer.buffers()
@@ -137,7 +137,7 @@ def test_the_plan_of_a_run_adds_up(tiny: Callable[..., DictConfig], tune: str, c
 
 def test_what_is_alive_at_once_is_counted_and_nothing_twice():
     known = torch.zeros(100)
-    with Alive([known]) as alive:
+    with PeakMemory([known]) as alive:
         a = known + 1
         b = a.view(10, 10)[2:] * 2
         del a
@@ -152,11 +152,11 @@ def test_what_is_alive_at_once_is_counted_and_nothing_twice():
 def test_a_decoding_takes_what_is_planned(sd3: SD3, running: Running):
     if running.vae_tiling:
         sd3.pipe.vae.tile_sample_min_size, sd3.pipe.vae.tile_latent_min_size = 16, 8
-    whole = of_decoding(sd3, sd3.latent_shape(64, 64), 3, torch.device("cpu"))
+    whole = decoding_bytes(sd3, sd3.latent_shape(64, 64), 3, torch.device("cpu"))
     running.apply(sd3)
     x = torch.zeros(3, *sd3.latent_shape(64, 64))
-    planned = of_decoding(sd3, tuple(x.shape[1:]), 3, torch.device("cpu"))
-    with Alive([x, *sd3.pipe.vae.parameters()]) as alive:
+    planned = decoding_bytes(sd3, tuple(x.shape[1:]), 3, torch.device("cpu"))
+    with PeakMemory([x, *sd3.pipe.vae.parameters()]) as alive:
         sd3.decode(x)
     assert planned == alive.peak
     assert whole is not None
@@ -166,7 +166,7 @@ def test_a_decoding_takes_what_is_planned(sd3: SD3, running: Running):
 
 def test_a_decoding_that_depends_on_values_is_not_planned(sd3: SD3, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(SD3, "denormalised", lambda self, x: x if x.sum() > 0 else -x)
-    assert of_decoding(sd3, sd3.latent_shape(32, 32), 1, torch.device("cpu")) is None
+    assert decoding_bytes(sd3, sd3.latent_shape(32, 32), 1, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -175,7 +175,7 @@ def test_convolutions_in_16_bits_on_cuda_copy_unless_channels_are_last(last: boo
     with FakeTensorMode():
         x = torch.empty(2, 8, 16, 16, dtype=torch.bfloat16, device="cuda", memory_format=form)
         weight = torch.empty(4, 8, 3, 3, dtype=torch.bfloat16, device="cuda", memory_format=form)
-        with Decoding([x, weight]) as alive, torch.no_grad():
+        with DecodingMemory([x, weight]) as alive, torch.no_grad():
             y = conv2d(x, weight, padding=1)
     result = 1 if y.is_contiguous(memory_format=form) and last else 2  # which only CUDA lays out like its input
     assert alive.peak == result * y.nbytes + (0 if last else x.nbytes)
@@ -189,7 +189,7 @@ def test_every_row_of_a_pass_takes_the_same_beside_what_is_fixed(tiny: Callable[
     r = build_recipe(tiny(f"tune={tune}"))
     policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, [])
     cond = r.model.encode(["a circle"])
-    one, two, four = (of_pass(r, cond, MIXED, rows) for rows in (1, 2, 4))
+    one, two, four = (pass_bytes(r, cond, MIXED, rows) for rows in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.02)
     copies = 2 * sum(p.numel() for p in r.model.pipe.transformer.parameters())
     fixed = 2 * one - two  # weights in 16 bits; adapters leave out those that no gradient comes through
@@ -205,10 +205,10 @@ def test_a_pass_that_depends_on_values_is_told_by_what_it_keeps(
     r = build_recipe(tiny("tune=full"))
     policy = Policy(r.model.denoisers(), r.tune, r.model.lora_targets, [])
     cond = r.model.encode(["a circle"])
-    inside = [of_pass(r, cond, MIXED, rows) for rows in (1, 4)]
+    inside = [pass_bytes(r, cond, MIXED, rows) for rows in (1, 4)]
     forward = SD3.forward
     monkeypatch.setattr(SD3, "forward", lambda *given: forward(*given) if given[1].isfinite().all() else 0)
-    kept = [of_pass(r, cond, MIXED, rows) for rows in (1, 4)]
+    kept = [pass_bytes(r, cond, MIXED, rows) for rows in (1, 4)]
     assert all(0.8 * most < least < most for most, least in zip(inside, kept, strict=True))
     with caplog.at_level("DEBUG", logger="flowalign.memory"):
         names = [line.name for line in plan(r, policy, batch_plan(r), cond, MIXED)]
@@ -230,12 +230,12 @@ def test_optimiser_steps_take_what_is_planned(
     )  # fmt: skip
     recipe = build_recipe(cfg)
     module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
-    seen: list[Alive] = []
+    seen: list[PeakMemory] = []
 
     def begin(*_: object) -> None:
         if not seen:
             module._ensure_rollout()
-            seen.append(Alive([*module.parameters(), *module.buffers()]))
+            seen.append(PeakMemory([*module.parameters(), *module.buffers()]))
             seen[0].__enter__()
 
     watch = LambdaCallback(on_train_batch_start=begin, on_train_end=lambda *_: seen[0].__exit__(None, None, None))
@@ -249,6 +249,6 @@ def test_optimiser_steps_take_what_is_planned(
 
 
 def test_advice_names_the_largest_first_and_only_if_needed():
-    lines = [Share("small", 1 * 2**30, "a=1"), Share("large", 5 * 2**30, "b=2"), Share("fixed", 9 * 2**30)]
+    lines = [PlanLine("small", 1 * 2**30, "a=1"), PlanLine("large", 5 * 2**30, "b=2"), PlanLine("fixed", 9 * 2**30)]
     assert advice(lines, 20 * 2**30) == []
     assert advice(lines, 10 * 2**30) == ["b=2  (large: 5.00 GiB)", "a=1  (small: 1.00 GiB)"]

@@ -172,7 +172,7 @@ def test_painted_pictures_are_told_the_metadata_and_the_number():
 
 
 def test_prompts_without_pictures_are_refused_where_they_are_needed():
-    with pytest.raises(ValueError, match=r"here:3: no picture to learn from: give every line an `image`"):
+    with pytest.raises(ValueError, match=r"here:3: no image to learn from: give every line an `image`"):
         PromptSet([Prompt("a", source="here:3")]).require_images()
 
 

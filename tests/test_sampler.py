@@ -79,7 +79,7 @@ def test_a_walk_goes_on_from_the_rounded_states_that_it_keeps(dynamics: Dynamics
         seen.append(x)
         return field(x, sigma, rows)
 
-    rollout = walk(told, SIGMAS, All()(0, 4), dynamics, Euler(), Noise(5, 0, range(4), SHAPE), keep_in=keep_in)
+    rollout = walk(told, SIGMAS, All()(0, 4), dynamics, Euler(), Noise(5, 0, range(4), SHAPE), state_dtype=keep_in)
     x, x_next = required(rollout.x, "x"), required(rollout.x_next, "x_next")
     assert x.dtype == x_next.dtype == keep_in
     assert torch.equal(x[:, 1:], x_next[:, :-1])
@@ -117,10 +117,10 @@ def test_what_states_are_kept_in_is_no_matter_of_autocast(keep_in: torch.dtype, 
 
 def test_rounding_to_the_type_that_states_have_changes_nothing():
     plan, noise = All()(0, 4), Noise(5, 0, range(4), SHAPE)
-    one, other = (walk(field, SIGMAS, plan, FlowSDE(0.7), Euler(), noise, keep_in=k) for k in (None, torch.float32))
+    one, other = (walk(field, SIGMAS, plan, FlowSDE(0.7), Euler(), noise, state_dtype=k) for k in (None, torch.float32))
     for name in ("x0", "x", "x_next", "log_prob"):
         assert torch.equal(getattr(one, name), getattr(other, name))
-    assert Sampling(4, Euler()).kept_in is None
+    assert Sampling(4, Euler()).state_dtype is None
 
 
 def test_rounded_pictures_do_not_depend_on_their_batch():
@@ -129,7 +129,7 @@ def test_rounded_pictures_do_not_depend_on_their_batch():
 
     def walked(samples: range) -> Rollout:
         noise = Noise(5, 0, samples, SHAPE, sharing=6)
-        return walk(field, LONG, plan, FlowSDE(0.7), Euler(), noise, keep_in=torch.bfloat16)
+        return walk(field, LONG, plan, FlowSDE(0.7), Euler(), noise, state_dtype=torch.bfloat16)
 
     together, alone = walked(range(6)), join([walked(range(i, i + 1)) for i in range(6)])
     assert torch.equal(together.x0, alone.x0)

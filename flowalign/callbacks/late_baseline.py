@@ -39,7 +39,7 @@ class LateBaseline(Callback):
 
     def _evaluate(self, trainer: Trainer, module: AlignModule) -> None:
         began = time.perf_counter()
-        metrics = module.judge_test(self.copy)
+        metrics = module.evaluate_test(self.copy)
         module.live.drop_snapshot(self.copy)
         self.waiting = False
         for logger in trainer.loggers:

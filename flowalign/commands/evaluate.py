@@ -81,7 +81,7 @@ def evaluate(
     sampling, area, scorer = saved.sampling(steps, guidance, batch), saved.size(size), saved.required_scorer
     about = _about(saved, samples, suite, seed, sampling, area, node)
     record = Record.open(Path(to), about, scorer.measures, again)
-    shown = [samples[i] for i in instantiate(evaluation).shows(len(samples))]
+    shown = [samples[i] for i in instantiate(evaluation).shown_indices(len(samples))]
     missing = record.missing(samples)
     if missing:
         generated = batches(saved, [(one.number, one.prompt) for one in missing], seed, sampling, area, saved.weights)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flowalign.dtypes import torch_dtype
 from flowalign.models import schedule
 from flowalign.models.loading import IMAGE_FOLDERS, TEXT_FOLDERS, fingerprint, load_pipeline
 from flowalign.models.quantised import Kind, quantise, weight_quantiser
@@ -24,14 +25,6 @@ NEGATIVE = "neg."
 """Key prefix of the unconditional branch in a Conditioning."""
 SHARED = "cond."
 """Key prefix of the entries that both branches share, such as the latents of a reference image."""
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """Convert a dtype name to the torch dtype. Raises ValueError for an unknown name."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    if name not in known:
-        raise ValueError(f"a dtype is one of {', '.join(known)} (got {name!r}).")
-    return known[name]
 
 
 def _encode_after_release(prompts: Sequence[str], *others: Any, **also: Any) -> Conditioning:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowalign.policy.merge import can_merge, merged
 from flowalign.policy.tune import Tune
 from flowalign.tensors import is_sharded, local
-from flowalign.transfer import exchange
+from flowalign.transfer import swap
 
 Place = Literal["same", "cpu"]
 
@@ -128,7 +128,7 @@ class Policy(nn.Module):
         permanent = name in self.copies  # pinning a snapshot would take longer than it saves
         if permanent and self.device_of_frozen == "cpu" and any(p.is_cuda for p in self.trained().values()):
             self.copies[name].pin()  # type: ignore[operator]
-        exchange(*self._pairs(name))
+        swap(*self._pairs(name))
 
     @torch.no_grad()
     def follow(self, name: str, decay: float) -> None:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from flowalign.dtypes import torch_dtype
 from flowalign.rewards.base import FrameReward
 from flowalign.rewards.drawings import check_matching
 from flowalign.rewards.pixels import ImageTransform
 from flowalign.rewards.weights import load_json, load_model, load_tokenizer
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(eq=False)
@@ -38,8 +37,7 @@ class ModelReward(FrameReward):
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype of a reward model is one of {', '.join(DTYPES)} (got {self.dtype}).")
+        torch_dtype(self.dtype)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 (got {self.batch_size}).")
 
@@ -82,7 +80,7 @@ class ModelReward(FrameReward):
 
     @property
     def weights_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return torch_dtype(self.dtype)
 
     @cached_property
     def transform(self) -> ImageTransform:

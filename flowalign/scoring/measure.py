@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from flowalign.dtypes import torch_dtype
 from flowalign.rewards.base import Reward, RewardError
 from flowalign.scoring.inputs import RewardInput
 from flowalign.scoring.ramp import Ramp
@@ -39,7 +40,7 @@ class Measure:
         self.weight = weight
         self.batch_size = batch_size
         self.device = device
-        self.dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self.dtype: torch.dtype | None = torch_dtype(dtype) if dtype else None
         self.name = "reward"
         self.on_error: OnError = "stop"
         # A groupwise reward cannot score a single image, and an evaluation has one image per prompt.

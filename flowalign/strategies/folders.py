@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from flowalign.files import PARTIAL, replace
-from flowalign.tensors import Place, put_together, taken_apart
+from flowalign.tensors import KeyPath, join_tensors, split_tensors
 
 META = "meta.pt"
 SHARDED = ("state_dict", "optimizer_states")
@@ -30,15 +30,15 @@ def is_folder(path: str | Path) -> bool:
     return (Path(path) / META).is_file()
 
 
-def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[Place, Tensor]]:
+def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[KeyPath, Tensor]]:
     """Split a checkpoint into a frame, with meta tensors for those that may be sharded, and these tensors by place."""
-    frame, tensors = taken_apart({key: checkpoint[key] for key in SHARDED if key in checkpoint})
+    frame, tensors = split_tensors({key: checkpoint[key] for key in SHARDED if key in checkpoint})
     return {**checkpoint, **frame}, tensors
 
 
-def join(frame: dict[str, Any], tensors: dict[Place, Tensor]) -> dict[str, Any]:
+def join(frame: dict[str, Any], tensors: dict[KeyPath, Tensor]) -> dict[str, Any]:
     """Inverse of `split`."""
-    return {**frame, **put_together({key: frame[key] for key in SHARDED if key in frame}, tensors)}
+    return {**frame, **join_tensors({key: frame[key] for key in SHARDED if key in frame}, tensors)}
 
 
 def write(checkpoint: dict[str, Any], target: Path, first: bool) -> None:
@@ -64,12 +64,12 @@ def read_frame(folder: Path) -> dict[str, Any]:
     return torch.load(folder / META, map_location="cpu", weights_only=True)
 
 
-def read_into(folder: Path, targets: dict[Place, Tensor], alone: bool = False) -> None:
+def read_into(folder: Path, targets: dict[KeyPath, Tensor], alone: bool = False) -> None:
     """Read into these tensors, each rank its own shards; alone=True needs no other ranks."""
     dcp.load({_key(place): t for place, t in targets.items()}, checkpoint_id=folder, no_dist=alone)
 
 
-def read_split(path: Path) -> tuple[dict[str, Any], dict[Place, Tensor]]:
+def read_split(path: Path) -> tuple[dict[str, Any], dict[KeyPath, Tensor]]:
     """The frame of a file or folder, and the tensors of a file (mapped); read those of a folder with `read_into`."""
     if is_folder(path):
         return read_frame(path), {}
@@ -87,5 +87,5 @@ def read(path: str | Path) -> dict[str, Any]:
     return join(frame, tensors)
 
 
-def _key(place: Place) -> str:
+def _key(place: KeyPath) -> str:
     return "/".join(map(str, place))

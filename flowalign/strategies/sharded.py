@@ -24,7 +24,7 @@ from flowalign.models.base import FlowModel
 from flowalign.strategies import folders
 from flowalign.strategies.sequence import check_plan, split_sequences
 from flowalign.strategies.shard import shard
-from flowalign.tensors import Place, gathered, like, put_together, taken_apart
+from flowalign.tensors import KeyPath, gather_to_cpu, join_tensors, like, split_tensors
 
 
 class Sharded(ModelParallelStrategy):
@@ -59,7 +59,7 @@ class Sharded(ModelParallelStrategy):
         self.replicas, self.context, self.offload = replicas, context, offload
         self.gather_16, self.sync_each_micro, self.in_folders = gather_16, sync_each_micro, checkpoint == "folder"
         self._shards: DeviceMesh | None = None
-        self._source: tuple[Path, dict[Place, Tensor]] = Path(), {}
+        self._source: tuple[Path, dict[KeyPath, Tensor]] = Path(), {}
 
     # ------------------------------------------------------------ ranks
 
@@ -143,7 +143,7 @@ class Sharded(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state = inner.state_dict()
-        odd = [place[-1] for place, t in taken_apart(state["state"])[1].items() if not isinstance(t, DTensor)]
+        odd = [place[-1] for place, t in split_tensors(state["state"])[1].items() if not isinstance(t, DTensor)]
         if odd:
             raise ConfigError(
                 f"{type(inner).__name__} stores {odd[0]} in a form that cannot be gathered from shards: use "
@@ -153,7 +153,7 @@ class Sharded(ModelParallelStrategy):
 
     def _for_checkpoint(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state as it is for a folder; gathered on rank 0, and empty elsewhere, for a file."""
-        return state if self.in_folders else gathered(state, self.is_global_zero) or {}
+        return state if self.in_folders else gather_to_cpu(state, self.is_global_zero) or {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         path = Path(self.broadcast(str(filepath)))
@@ -202,12 +202,12 @@ class Sharded(ModelParallelStrategy):
             state = self._read(saved["state"], targets, ("optimizer_states", i, "state"))
             optimizer.load_state_dict({**saved, "state": state})
 
-    def _read(self, frame: Any, targets: Any, at: Place) -> Any:
+    def _read(self, frame: Any, targets: Any, at: KeyPath) -> Any:
         """`frame` with its meta tensors read into the layout of `targets`, which holds one target for each."""
         path, tensors = self._source
-        wanted, metas = taken_apart(targets, at)[1], taken_apart(frame, at)[1]
+        wanted, metas = split_tensors(targets, at)[1], split_tensors(frame, at)[1]
         if folders.is_folder(path):
             folders.read_into(path, wanted)
         else:
             wanted = {place: like(tensors.get(place, metas[place]), target) for place, target in wanted.items()}
-        return put_together(frame, wanted, at)
+        return join_tensors(frame, wanted, at)

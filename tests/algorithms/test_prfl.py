@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowalign.algorithms import PRFL, SFT
-from flowalign.points import below, beside, noised
+from flowalign.points import interleave, next_level, noised
 from flowalign.types import Point
 
 X0, NOISE = torch.tensor([[1.0], [-2.0]]), torch.tensor([[[0.5]], [[3.0]]])
@@ -70,14 +70,14 @@ def test_without_its_weight_no_given_picture_is_asked_for():
 def test_below_is_the_next_lower_level():
     sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
     assert torch.equal(
-        below(sigmas, torch.tensor([1.0, 0.7, 0.3, 0.9, 0.1, 0.0])), torch.tensor([0.7, 0.3, 0, 0.7, 0, 0])
+        next_level(sigmas, torch.tensor([1.0, 0.7, 0.3, 0.9, 0.1, 0.0])), torch.tensor([0.7, 0.3, 0, 0.7, 0, 0])
     )
 
 
 def test_both_kinds_of_points_of_a_sample_are_neighbours():
     sigma, noise = torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.zeros(2, 2, 1)
     own, real = noised(X0, sigma, noise, torch.ones(2)), noised(10 * X0, sigma, noise, torch.ones(2))
-    p = beside(own, real, samples=2)
+    p = interleave(own, real, samples=2)
     assert p.x0 is not None
     assert p.real is not None
     assert p.x0.flatten().tolist() == [1, 1, 10, 10, -2, -2, -20, -20]

@@ -123,7 +123,7 @@ def test_who_asks_for_an_end_is_told_how_long_it_will_take(tiny: Callable[..., D
     trainer.validate(module, verbose=False)
     left: list[float] = []
     module.between_batches = left.append
-    module.judge_test("old")
+    module.evaluate_test("old")
     assert len(left) == 4
     assert min(left[:3]) > 0
     assert left[3] == 0

@@ -31,14 +31,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from flowalign.alive import Alive
+from flowalign.alive import PeakMemory
 from flowalign.checks import check_signatures
 from flowalign.checks.signatures import locate
 from flowalign.cli import main
-from flowalign.decoding import of_decoding
+from flowalign.decoding import decoding_bytes
 from flowalign.dynamics import ODE
 from flowalign.media import save
-from flowalign.memory import peak_of_pass
+from flowalign.memory import simulate_pass
 from flowalign.models.base import FlowModel
 from flowalign.models.video import VideoModel
 from flowalign.policy import Lora
@@ -242,9 +242,9 @@ def test_a_decoding_takes_what_is_planned(family: Family):
     model = family.model
     x = torch.zeros(3, *model.latent_shape(**family.size))
     vae = model.pipe.vae
-    with Alive([x, *vae.parameters(), *vae.buffers()]) as alive:
+    with PeakMemory([x, *vae.parameters(), *vae.buffers()]) as alive:
         model.decode(x)
-    assert of_decoding(model, tuple(x.shape[1:]), 3, x.device) == pytest.approx(alive.peak, rel=0.001)
+    assert decoding_bytes(model, tuple(x.shape[1:]), 3, x.device) == pytest.approx(alive.peak, rel=0.001)
 
 
 @pytest.mark.slow
@@ -257,11 +257,11 @@ def test_a_pass_of_fake_tensors_takes_what_a_real_one_does(make: Callable[[str],
     model, shape, cond = family.model, family.model.latent_shape(**family.size), family.encode(slice(0, 1))
     Running(gradient_checkpointing=model.checkpointing_is_exact).apply(model)
     networks = nn.ModuleList(model.denoisers().values()).requires_grad_(True)
-    planned = peak_of_pass(model, shape, cond, nullcontext, 2)
+    planned = simulate_pass(model, shape, cond, nullcontext, 2)
     for p in networks.parameters():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     x, cond = torch.zeros(2, *shape), cond.repeat_interleave(2)
-    with Alive([x, *cond.values(), *networks.parameters(), *networks.buffers()]) as alive:
+    with PeakMemory([x, *cond.values(), *networks.parameters(), *networks.buffers()]) as alive:
         model.velocity(x, 0.5, cond).square().mean().backward()
     assert planned == pytest.approx(alive.peak, rel=0.1)
 

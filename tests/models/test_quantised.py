@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowalign.checks import ConfigError
 from flowalign.compatibility import check_groups
-from flowalign.memory import kept_for_backward, weights
+from flowalign.memory import saved_for_backward, weight_bytes
 from flowalign.models.quantised import SUPERBLOCK, Kind, QuantisedLinear, is_quantised, quantise, weight_quantiser
 from flowalign.models.sd3 import SD3
 from flowalign.policy import Lora, Policy
@@ -98,7 +98,7 @@ def test_the_bytes_are_codes_and_scales(kind: str):
     shapes = [m.weight.shape for b in whole.blocks() for m in b.modules() if isinstance(m, nn.Linear)]
     assert len(shapes) == sum(isinstance(m, QuantisedLinear) for b in held.blocks() for m in b.modules())
     packed = sum(PACKED[kind](s.numel(), s[0]) for s in shapes)
-    saved = weights(whole.pipe.transformer) - weights(held.pipe.transformer)
+    saved = weight_bytes(whole.pipe.transformer) - weight_bytes(held.pipe.transformer)
     assert saved == 4 * sum(s.numel() for s in shapes) - packed
     assert not any(is_quantised(p) for name, p in held.pipe.transformer.named_parameters() if "blocks" not in name)
 
@@ -169,7 +169,7 @@ def test_no_layer_keeps_its_whole_weight_for_the_backward_pass(kind: str):
     kept = []
     for model in (with_adapters(tiny_sd3()), with_adapters(tiny_sd3(kind))):
         cond = model.encode(["a circle"])
-        kept.append(kept_for_backward(model, torch.zeros(1, *model.latent_shape(16, 16)), cond, 1.0))
+        kept.append(saved_for_backward(model, torch.zeros(1, *model.latent_shape(16, 16)), cond, 1.0))
     assert kept[1] <= 1.02 * kept[0]
 
 
@@ -215,7 +215,7 @@ def test_a_run_trains_adapters_only_from_a_ratio_of_one(tiny: Callable[..., Dict
     assert all(".lora_" in name for name in live)
     assert any(p.abs().max() > 0 for name, p in live.items() if ".lora_B." in name)
     held = {line.name: line.size for line in module.memory_plan()}
-    assert held["denoisers"] == weights(recipe.model.pipe.transformer)
+    assert held["denoisers"] == weight_bytes(recipe.model.pipe.transformer)
     assert "adapted weights, merged" not in held
 
 
@@ -267,7 +267,7 @@ def test_a_checkpoint_goes_on_with_its_own_kind_of_base_only(tiny: Callable[...,
 
     last, cfg = fitted(tiny, "model.quantised=int8"), tiny("trainer.max_epochs=2")
     recipe = build_recipe(cfg)
-    with pytest.raises(ConfigError, match="model.quantised=null is: on .* with model.quantised=int8"):
+    with pytest.raises(ConfigError, match="model.quantised=int8, as it was then, .* model.quantised=null"):
         build_trainer(cfg, plan_accumulation(cfg, recipe)).fit(AlignModule(recipe), ckpt_path=last)
 
 

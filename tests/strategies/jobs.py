@@ -74,7 +74,7 @@ def run(job: Job) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", words)
     if job.rooms:
-        fitting._free_of_machine = partial(job.rooms.__getitem__, int(os.environ["RANK"]))
+        fitting._machine_available = partial(job.rooms.__getitem__, int(os.environ["RANK"]))
     Path(job.folder).mkdir(parents=True, exist_ok=True)
     kept: list[dict[str, float]] = []
     try:

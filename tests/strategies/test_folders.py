@@ -17,7 +17,7 @@ from flowalign.files import remove_partials
 from flowalign.lock import locked
 from flowalign.resuming import find_checkpoint, last_checkpoint
 from flowalign.strategies import folders
-from flowalign.tensors import put_together, taken_apart
+from flowalign.tensors import join_tensors, split_tensors
 
 
 @pytest.fixture
@@ -40,16 +40,16 @@ def checkpoint(epoch: int) -> dict[str, Any]:
 
 
 def same(one: Any, other: Any) -> bool:
-    frames, tensors = zip(*(taken_apart(nest) for nest in (one, other)), strict=True)
+    frames, tensors = zip(*(split_tensors(nest) for nest in (one, other)), strict=True)
     equal = all(torch.equal(t, tensors[1][place]) for place, t in tensors[0].items())
     return equal and tensors[0].keys() == tensors[1].keys() and str(frames[0]) == str(frames[1])
 
 
 def test_a_nest_comes_apart_and_together_again():
-    frame, tensors = taken_apart(checkpoint(1))
+    frame, tensors = split_tensors(checkpoint(1))
     assert ("optimizer_states", 0, "state", 0, "exp_avg") in tensors
-    assert all(t.is_meta for t in taken_apart(frame)[1].values())
-    assert same(put_together(frame, tensors), checkpoint(1))
+    assert all(t.is_meta for t in split_tensors(frame)[1].values())
+    assert same(join_tensors(frame, tensors), checkpoint(1))
     assert isinstance(frame["optimizer_states"][0]["param_groups"][0]["betas"], tuple)
 
 
