@@ -17,6 +17,7 @@ from flowalign.compatibility import check_groups
 from flowalign.models.sd3 import SD3
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.latent import Latent
+from flowalign.rewards.latent.data import Media, merge
 from flowalign.rewards.latent.head import Head
 from flowalign.rewards.latent.losses import accuracy, pairs, pointwise, preference, targets
 
@@ -177,6 +178,17 @@ def test_losses_by_hand():
     assert torch.equal(pointwise("regression", standard, standard), torch.zeros(2))
     with pytest.raises(ValueError, match=r"reach from -1 to 1: use loss=bradley_terry"):
         targets("bce", torch.tensor([-1.0, 1.0]))
+
+
+def test_a_latent_is_labelled_once_for_each_prompt_however_few_a_file_has():
+    media = Media(prompts=6, per_prompt=2, strangers=3, prompts_per_file=4)
+    parts = [{"x0": torch.zeros(2 * n, 1), "label": torch.ones(4, 2 * n)} for n in (4, 2)]
+    found = merge(parts, media)
+    examples = list(zip(found.latent.tolist(), found.prompt.tolist(), strict=True))
+    assert len(examples) == len(set(examples)) == 8 * 4 + 4 * 2
+    # Latents 2 i and 2 i + 1 are of prompt i, and a file has its own prompts only.
+    assert {(latent, latent // 2) for latent in range(12)} < set(examples)
+    assert all((latent < 8) == (prompt < 4) for latent, prompt in examples)
 
 
 def test_pairs_are_of_one_prompt_and_of_different_labels():

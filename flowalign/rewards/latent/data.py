@@ -116,15 +116,18 @@ class LatentMaker:
 
 def merge(parts: Sequence[dict[str, Tensor]], media: Media) -> Examples:
     """Examples of all files, without those that could not be scored."""
-    latent, prompt, first = [], [], 0
+    latent, prompt, labels, first = [], [], [], 0
     for part in parts:
-        strangers, n = part["label"].shape
+        prompts = part["label"].shape[1] // media.per_prompt
+        distinct = part["label"][:prompts]  # a last file of few prompts would come round to the own one again
+        shifts, n = distinct.shape
         own = torch.arange(n) // media.per_prompt
-        shifted = (own + torch.arange(strangers)[:, None]) % (n // media.per_prompt)
+        shifted = (own + torch.arange(shifts)[:, None]) % prompts
         prompt.append((shifted + first // media.per_prompt).flatten())
-        latent.append((torch.arange(n) + first).expand(strangers, n).flatten())
+        latent.append((torch.arange(n) + first).expand(shifts, n).flatten())
+        labels.append(distinct.flatten())
         first += n
-    label = torch.cat([part["label"].flatten() for part in parts])
+    label = torch.cat(labels)
     known = label.isfinite()
     x0 = torch.cat([part["x0"] for part in parts])
     return Examples(x0, torch.cat(latent)[known], torch.cat(prompt)[known], label[known])
