@@ -248,6 +248,13 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def random_sd3(sd3_folder: Path) -> tuple[str, ...]:
+    """Words of a run that are quicker than the embedded pipeline and its reward. What it paints is of no shape, and
+    more or less bright."""
+    return (f"model.pretrained={sd3_folder}", "model.max_sequence_length=4", "reward=brightness")
+
+
 @pytest.fixture(scope="session")
 def untaught() -> Callable[[Any, Path], Path]:
     """Writes a latent reward of random weights for a model's adapter: its first block, which it may change, and a

@@ -44,13 +44,13 @@ def settled(collector: Collector, gather: Callable[[Tensor], Tensor], epoch: int
 
 
 @pytest.fixture
-def collect(tiny: Callable[..., DictConfig]) -> Callable[..., Phase]:
+def collect(tiny: Callable[..., DictConfig], random_sd3: tuple[str, ...]) -> Callable[..., Phase]:
     """Two prompts × 4 pictures unless overrides say otherwise; the rewards of other ranks are those of the number."""
 
     def collected(
         *overrides: str, rank: int = 0, ranks: int = 1, epoch: int = 0, scorer: Scorer | None = None, **declared: Any
     ) -> Phase:
-        r = build_recipe(tiny("batch.group_size=4", "batch.micro=1", *overrides))
+        r = build_recipe(tiny("batch.group_size=4", "batch.micro=1", *random_sd3, *overrides))
         r.scorer = scorer or r.scorer
         for name, value in declared.items():
             setattr(r.algorithm, name, value)
