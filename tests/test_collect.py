@@ -233,7 +233,8 @@ def test_who_has_no_score_is_trained_on_only_where_its_group_has_too_few_others(
 
 
 def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
-    phase = collect("algo=nft", source="images")
+    words = ("algo=nft", "model.pretrained=tiny_sd3", "reward=shapes")  # which know them, as a random model does not
+    phase = collect(*words, source="images")
     got = phase.got
     assert got.calls == 0
     assert got.points.advantage.unique().tolist() == [1.0]
@@ -245,8 +246,8 @@ def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
     assert torch.allclose(collector.model.decode(x0[:1])[0], got.images[0], atol=0.3)
     scores = collector.scorer.rewards(collector.model.decode(x0), got.prompts)
     assert scores.mean() > 0.7  # they show what the prompts ask for
-    assert torch.equal(x0, required(collect("algo=nft", source="images").got.points.x0, "x0")[::3])
-    assert not torch.equal(x0, required(collect("algo=nft", source="images", epoch=1).got.points.x0, "x0")[::3])
+    assert torch.equal(x0, required(collect(*words, source="images").got.points.x0, "x0")[::3])
+    assert not torch.equal(x0, required(collect(*words, source="images", epoch=1).got.points.x0, "x0")[::3])
 
 
 def test_a_plan_that_grows_is_refused(collect: Callable[..., Phase]):

@@ -217,13 +217,12 @@ def options() -> Nodes:
 
 
 @pytest.fixture
-def random(sd3_folder: Path, sd3_reward: Path) -> Callable[[str], tuple[str, ...]]:
-    """The overrides that choose a random pipeline, which is quicker than the embedded one, and its latent reward for
-    an algorithm that follows one."""
+def random(random_sd3: tuple[str, ...], sd3_reward: Path) -> Callable[[str], tuple[str, ...]]:
+    """The overrides that choose a random pipeline, and its latent reward for an algorithm that follows one."""
 
     def chosen(algo: str) -> tuple[str, ...]:
-        own = (f"reward.objective.weights={sd3_reward}",) if algo == "prfl" else ()
-        return (f"model.pretrained={sd3_folder}", "model.max_sequence_length=4", *own)
+        *pipeline, reward = random_sd3
+        return (*pipeline, f"reward.objective.weights={sd3_reward}" if algo == "prfl" else reward)
 
     return chosen
 
