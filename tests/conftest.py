@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
@@ -58,9 +62,69 @@ def agrees() -> Callable[[Tensor, Tensor, float], bool]:
     return compare
 
 
-# ------------------------------------------------------------ composed configs
+# ------------------------------------------------------------ what is there once
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """The libraries are imported by now. Their half a million objects are no garbage: the collector, which would go
+    through them every few hundred configs, is to look at what the tests make."""
+    gc.collect()
+    gc.freeze()
+
+
+def as_it_is(file: Path) -> tuple[str, int, int] | None:
+    """Tells a file from others and from what it was before; None: there is none."""
+    return (str(file), file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def read_once() -> Iterator[None]:
+    """Hydra reads a YAML again only when it has changed: reading is two fifths of what a composition takes."""
+    from hydra._internal.config_repository import ConfigRepository
+
+    load = ConfigRepository.load_config
+    read: dict[Any, Any] = {}
+
+    def kept(self: ConfigRepository, config_path: str) -> Any:
+        sources = [(source.scheme(), source.path) for source in self.sources]
+        key = config_path, *sources, *(as_it_is(Path(path, f"{config_path}.yaml")) for _, path in sources)
+        if key not in read:
+            read[key] = load(self, config_path)
+        return copy.deepcopy(read[key])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ConfigRepository, "load_config", kept)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaded_once() -> Iterator[None]:
+    """The pipeline of a folder is loaded once, and whoever asks for it has a copy of their own, a third of the time."""
+    from flowalign.models import base, loading
+
+    loaded: dict[Any, Any] = {}
+
+    def kept(
+        name: str, pretrained: str, revision: Any, variant: Any, dtype: torch.dtype, arguments: dict, trained: Any = ()
+    ) -> Any:
+        whole = Path(loading.resolve(pretrained)).is_dir() and not loading._without_weights.get()
+        if not whole or any(arguments.values()):  # parts that are given are not ours to copy
+            return loading.load_pipeline(name, pretrained, revision, variant, dtype, arguments, trained)
+        files = loading.fingerprint(pretrained, revision, ("*", "."))
+        key = name, files, revision, variant, dtype, tuple(arguments), tuple(trained)
+        if key not in loaded:
+            loaded[key] = loading.load_pipeline(name, pretrained, revision, variant, dtype, arguments, trained)
+        return copy.deepcopy(loaded[key])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(base, "load_pipeline", kept)
+        yield
+
+
+# ------------------------------------------------------------ composed configs
+
 TINY = (
     "batch.prompts=2",
     "batch.group_size=2",
@@ -86,16 +150,45 @@ def settled(*overrides: str) -> list[str]:
     return list({word.partition("=")[0]: word for word in overrides}.values())
 
 
+@cache
+def choices(name: str, *words: str) -> DictConfig:
+    """What Hydra composes of choices of groups, which takes it a sixth of a second. Never handed out but as a copy."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(name, list(words))
+
+
+@cache
+def parsed(word: str) -> Override:
+    """A word of a command line, read by Hydra."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(word)
+
+
+def chooses(word: str) -> bool:
+    """Whether a word decides which files are read; Hydra sets the others' values when all is composed."""
+    key = word.partition("=")[0].lstrip("+~").partition("@")[0]
+    return key.startswith("hydra") or (ROOT / "conf" / key).is_dir()
+
+
+def composition(name: str, *words: str) -> DictConfig:
+    """A config of one's own, as Hydra composes it of these words; see choices."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    cfg = copy.deepcopy(choices(name, *(word for word in words if chooses(word))))
+    ConfigLoaderImpl._apply_overrides_to_config([parsed(word) for word in words if not chooses(word)], cfg)
+    return cfg
+
+
 @pytest.fixture
 def compose(tmp_path: Path) -> Callable[..., DictConfig]:
     """The config that a command line would compose, without Hydra's runtime node; outputs go to a temporary folder."""
 
     def composed(*overrides: str, name: str = "train", paths: bool = True) -> DictConfig:
-        from hydra import compose, initialize_config_dir
-
         folder = [f"paths.output_dir={tmp_path}"] if paths else []
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return compose(name, settled(*folder, *overrides))
+        return composition(name, *settled(*folder, *overrides))
 
     return composed
 
@@ -153,6 +246,13 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random_sd3")
     build().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def random_sd3(sd3_folder: Path) -> tuple[str, ...]:
+    """Words of a run that are quicker than the embedded pipeline and its reward. What it paints is of no shape, and
+    more or less bright."""
+    return (f"model.pretrained={sd3_folder}", "model.max_sequence_length=4", "reward=brightness")
 
 
 @pytest.fixture(scope="session")

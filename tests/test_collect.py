@@ -47,13 +47,13 @@ def settled(collector: Collector, gather: Callable[[Tensor], Tensor], epoch: int
 
 
 @pytest.fixture
-def collect(tiny: Callable[..., DictConfig]) -> Callable[..., Phase]:
+def collect(tiny: Callable[..., DictConfig], random_sd3: tuple[str, ...]) -> Callable[..., Phase]:
     """Two prompts × 4 pictures unless overrides say otherwise; the rewards of other ranks are those of the number."""
 
     def collected(
         *overrides: str, rank: int = 0, ranks: int = 1, epoch: int = 0, scorer: Scorer | None = None, **declared: Any
     ) -> Phase:
-        r = build_recipe(tiny("batch.group_size=4", "batch.micro=1", *overrides))
+        r = build_recipe(tiny("batch.group_size=4", "batch.micro=1", *random_sd3, *overrides))
         r.scorer = scorer or r.scorer
         for name, value in declared.items():
             setattr(r.algorithm, name, value)
@@ -236,7 +236,8 @@ def test_who_has_no_score_is_trained_on_only_where_its_group_has_too_few_others(
 
 
 def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
-    phase = collect("algo=nft", source="images")
+    words = ("algo=nft", "model.pretrained=tiny_sd3", "reward=shapes")  # which know them, as a random model does not
+    phase = collect(*words, source="images")
     got = phase.got
     assert got.calls == 0
     assert got.points.advantage.unique().tolist() == [1.0]
@@ -248,8 +249,8 @@ def test_real_pictures_replace_the_rollout(collect: Callable[..., Phase]):
     assert torch.allclose(collector.model.decode(x0[:1])[0], got.images[0], atol=0.3)
     scores = collector.scorer.rewards(collector.model.decode(x0), got.prompts)
     assert scores.mean() > 0.7  # they show what the prompts ask for
-    assert torch.equal(x0, required(collect("algo=nft", source="images").got.points.x0, "x0")[::3])
-    assert not torch.equal(x0, required(collect("algo=nft", source="images", epoch=1).got.points.x0, "x0")[::3])
+    assert torch.equal(x0, required(collect(*words, source="images").got.points.x0, "x0")[::3])
+    assert not torch.equal(x0, required(collect(*words, source="images", epoch=1).got.points.x0, "x0")[::3])
 
 
 def test_a_given_picture_is_encoded_once_however_many_members_learn_from_it(

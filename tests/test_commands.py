@@ -41,6 +41,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of another one, in mixed precision and judged by its average, with an option in a folder beside it: my_conf."""
+    folder = tmp_path_factory.mktemp("of_ones_own") / "run"
+    own = folder.parent / "my_conf"
+    (own / "credit").mkdir(parents=True)
+    (own / "credit" / "mine.yaml").write_text((ROOT / "conf" / "credit" / "rank.yaml").read_text())
+    words = ("trainer.precision=bf16-mixed", "tune=lora", "evaluation.weights=ema", "optimizer.lr=1e-2", "credit=mine")
+    settings = settled(*TINY, f"hydra.run.dir={folder}", *WORDS, *words)
+    done = command("train.py", "--config-dir", str(own), *settings)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (folder / "said.txt").write_text(done.stdout)
+    return folder
+
+
 # ------------------------------------------------------------ what a run leaves
 
 
@@ -89,15 +104,10 @@ def test_the_command_to_go_on_with_is_whole(trained: Path):
     assert {"'logger=[csv,tensorboard]'", f"ckpt_path={trained}/checkpoints/last.ckpt"} <= set(line.split())
 
 
-def test_the_command_to_go_on_with_keeps_ones_own_folder_of_configs(tmp_path: Path):
-    own = tmp_path / "my_conf"
-    (own / "credit").mkdir(parents=True)
-    (own / "credit" / "mine.yaml").write_text((ROOT / "conf" / "credit" / "rank.yaml").read_text())
-    words = settled(*TINY, f"hydra.run.dir={tmp_path / 'run'}", *WORDS, "credit=mine", "test=false")
-    done = command("train.py", "--config-dir", str(own), *words)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    line = next(line for line in done.stdout.splitlines() if line.startswith("resume "))
-    assert f" --config-dir {own} " in line
+def test_the_command_to_go_on_with_keeps_ones_own_folder_of_configs(of_ones_own: Path):
+    said = (of_ones_own / "said.txt").read_text().splitlines()
+    line = next(line for line in said if line.startswith("resume "))
+    assert f" --config-dir {of_ones_own.parent / 'my_conf'} " in line
     assert " credit=mine " in line
 
 
@@ -285,14 +295,13 @@ def test_evaluate_gives_the_figures_of_the_run_again(trained: Path, tmp_path: Pa
         assert Image.open(folder / "pictures.png").width > 64
 
 
-def test_evaluate_has_the_precision_and_the_weights_of_the_run(tmp_path: Path, say: Callable[..., Any]):
+def test_evaluate_has_the_precision_and_the_weights_of_the_run(
+    of_ones_own: Path, tmp_path: Path, say: Callable[..., Any]
+):
     from flowalign.cli import main
 
-    words = ("trainer.precision=bf16-mixed", "tune=lora", "evaluation.weights=ema", "optimizer.lr=1e-2")
-    done = train(tmp_path / "run", *WORDS, *words)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    figures = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
-    words = (f"ckpt={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}", f"to={tmp_path / 'judged'}")
+    figures = json.loads((of_ones_own / "summary.json").read_text())["final"]
+    words = (f"ckpt={of_ones_own / 'checkpoints' / 'last.ckpt'}", f"to={tmp_path / 'judged'}")
     assert say(main, "evaluate", *words)[0] == 0
     scores = json.loads((tmp_path / "judged" / "summary.json").read_text())["scores"]
     assert [scores[name] for name in ("reward", "quality")] == [

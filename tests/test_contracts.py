@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from flowalign.algorithms import Algorithm
@@ -22,7 +23,7 @@ from flowalign.geometry import PlanError
 from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, build_trainer, check, instantiate, plan_accumulation
 from flowalign.types import Point
-from tests.conftest import installed
+from tests.conftest import TINY, composition, installed, settled
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -87,6 +88,29 @@ def test_the_batch_plan_of_every_option_fits_with_every_algorithm(compose: Calla
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_the_configs_at_the_top_compose(compose: Callable[..., DictConfig], name: str):
     check_signatures(compose(name=name, paths=name == "train"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("algo=tempflow", "batch.group_size=8", "steps.branches=2"),
+        ("experiment=published_grpo", "algo.clip=3.0e-4", "callbacks=none", "logger=[csv,tensorboard]"),
+        ("~reward.held_out", "++resolution.train.frames=5", "+data.extra={a: [1, null]}", "seed=null"),
+        ("resolution='64'", "~logger", "task_name=${seed} apart", "hydra.verbose=true"),
+    ],
+)
+def test_the_composition_of_the_tests_is_that_of_hydra(words: tuple[str, ...]):
+    """With values set after the choices, and in the right order of words that have a say in both."""
+    from hydra import compose, initialize_config_dir
+
+    words = tuple(settled(*TINY, *words))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        theirs = compose("train", list(words))
+    for _ in range(2):  # what the first is done to, the second does not know of
+        ours = composition("train", *words)
+        assert OmegaConf.to_yaml(ours) == OmegaConf.to_yaml(theirs)
+        assert OmegaConf.is_struct(ours)
+        ours.seed, ours.algo.kl_beta = 99, 99.0
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -186,23 +210,19 @@ def advised(refusal: str) -> list[tuple[str, str]]:
 @pytest.fixture(scope="session")
 def options() -> Nodes:
     """The nodes of every dynamics and steps in the tiny geometry: to compose each combination would be slow."""
-    from hydra import compose, initialize_config_dir
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return {
-            "dynamics": {o: compose("train", [f"dynamics={o}"]).dynamics for o in DYNAMICS},
-            "steps": {o: compose("train", [f"steps={o}", *SMALL.get(o, ())]).steps for o in STEPS},
-        }
+    return {
+        "dynamics": {o: composition("train", f"dynamics={o}").dynamics for o in DYNAMICS},
+        "steps": {o: composition("train", f"steps={o}", *SMALL.get(o, ())).steps for o in STEPS},
+    }
 
 
 @pytest.fixture
-def random(sd3_folder: Path, sd3_reward: Path) -> Callable[[str], tuple[str, ...]]:
-    """The overrides that choose a random pipeline, which is quicker than the embedded one, and its latent reward for
-    an algorithm that follows one."""
+def random(random_sd3: tuple[str, ...], sd3_reward: Path) -> Callable[[str], tuple[str, ...]]:
+    """The overrides that choose a random pipeline, and its latent reward for an algorithm that follows one."""
 
     def chosen(algo: str) -> tuple[str, ...]:
-        own = (f"reward.objective.weights={sd3_reward}",) if algo == "prfl" else ()
-        return (f"model.pretrained={sd3_folder}", "model.max_sequence_length=4", *own)
+        *pipeline, reward = random_sd3
+        return (*pipeline, f"reward.objective.weights={sd3_reward}" if algo == "prfl" else reward)
 
     return chosen
 

@@ -10,11 +10,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from omegaconf import OmegaConf
@@ -236,23 +234,6 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def read_once() -> Iterator[None]:
-    """Every YAML is parsed once for all commands: parsing is a fifth of what they take."""
-    parsed: dict[str, Any] = {}
-    load = OmegaConf.load
-
-    def kept(file: Any) -> Any:
-        name = str(getattr(file, "name", file))
-        if name not in parsed:
-            parsed[name] = load(file)
-        return deepcopy(parsed[name])
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(OmegaConf, "load", kept)
-        yield
-
-
 def checked(cfg: DictConfig, multirun: bool) -> None:
     """What a run checks before anything is loaded, and what it would say once the networks are."""
     check(cfg)
@@ -266,7 +247,7 @@ def checked(cfg: DictConfig, multirun: bool) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_documented_command_is_accepted_or_refused_as_printed(
-    command: Command, beside: Path, read_once: None, monkeypatch: pytest.MonkeyPatch
+    command: Command, beside: Path, monkeypatch: pytest.MonkeyPatch
 ):
     for word, why in LEFT_OUT.items():
         if word in command.text:

@@ -1,4 +1,4 @@
-"""The LightningModule on the embedded model: what an epoch computes, counts, refuses and survives."""
+"""The LightningModule on a random model: what an epoch computes, counts, refuses and survives."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Run:
 
 
 @pytest.fixture
-def prepared(tiny: Callable[..., DictConfig]) -> Callable[..., Run]:
+def prepared(tiny: Callable[..., DictConfig], random_sd3: tuple[str, ...]) -> Callable[..., Run]:
     def prepare(*overrides: str) -> Run:
-        cfg = tiny("trainer.check_val_every_n_epoch=99", *overrides)
+        cfg = tiny("trainer.check_val_every_n_epoch=99", *random_sd3, *overrides)
         return Run(cfg, build_recipe(cfg))
 
     return prepare

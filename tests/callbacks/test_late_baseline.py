@@ -27,14 +27,15 @@ MOVING = ("optimizer.lr=0.003", "trainer.max_epochs=2")
 
 
 @pytest.fixture
-def trained(tiny: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., Run]:
+def trained(tiny: Callable[..., DictConfig], random_sd3: tuple[str, ...], tmp_path: Path) -> Callable[..., Run]:
     """A run up to the end of its training, in a folder of its own."""
 
     def train(*words: str, late: bool) -> Run:
         from flowalign.module import AlignModule
 
         folder = tmp_path / ("late" if late else "at_once")
-        cfg = tiny("callbacks=checkpoint", "logger=csv", f"paths.output_dir={folder}", *MOVING, *words)
+        settings = ("callbacks=checkpoint", "logger=csv", f"paths.output_dir={folder}", *MOVING)
+        cfg = tiny(*random_sd3, *settings, *words)
         recipe = build_recipe(cfg)
         module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
         summary = Summary(folder, 0, module)

@@ -25,12 +25,13 @@ Fit = Callable[..., AlignModule]
 
 
 @pytest.fixture
-def fit(tiny: Callable[..., DictConfig]) -> Fit:
+def fit(tiny: Callable[..., DictConfig], random_sd3: tuple[str, ...]) -> Fit:
     """Two epochs of three rollout batches, four of a frozen copy and four micro-batches."""
 
     def run(*overrides: str) -> AlignModule:
         words = ("algo=nft", "algo.kl_beta=0.1", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=99")
-        cfg = tiny(*words, "batch.prompts=3", "batch.micro=3", "batch.updates=2", "rollout.batch_size=2", *overrides)
+        sizes = ("batch.prompts=3", "batch.micro=3", "batch.updates=2", "rollout.batch_size=2")
+        cfg = tiny(*random_sd3, *words, *sizes, *overrides)
         recipe = build_recipe(cfg)
         module, trainer = AlignModule(recipe), build_trainer(cfg, plan_accumulation(cfg, recipe))
         trainer.fit(module)
