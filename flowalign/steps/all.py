@@ -10,7 +10,7 @@ class All(Steps):
     """
 
     def __init__(self, trained: float = 0.99, noisy: float = 1.0) -> None:
-        self.trained, self.noisy = check_share(trained), check_share(noisy)
+        self.trained, self.noisy = check_share(trained), check_share(noisy, "noisy")
         if trained > noisy:
             raise ValueError(f"only noisy steps can be trained on: use trained ≤ noisy (got {trained} and {noisy}).")
 

@@ -71,13 +71,13 @@ def window(start: int, stop: int, num_steps: int) -> StepPlan:
     return StepPlan(noisy=tuple(i in chosen for i in range(num_steps)), trained=chosen)
 
 
-def check_share(trained: float) -> float:
-    """Return the fraction of the schedule that may be trained on; ValueError if it is outside (0, 1]."""
-    if not 0 < trained <= 1:
+def check_share(share: float, name: str = "trained") -> float:
+    """Return a fraction of the schedule; ValueError if it is outside (0, 1]."""
+    if not 0 < share <= 1:
         raise ValueError(
-            f"the trained share of the steps lies in (0, 1]; 0.99 leaves out the last one (got {trained})."
+            f"{name} is a share of the steps and lies in (0, 1]; 0.99 leaves out the last one (got {share})."
         )
-    return trained
+    return share
 
 
 def leading(num_steps: int, trained: float) -> int:
