@@ -1,4 +1,4 @@
-"""Algorithms: one page each."""
+"""Algorithms, one file each."""
 
 from flowalign.algorithms.awm import AWM
 from flowalign.algorithms.base import Algorithm

@@ -1,4 +1,4 @@
-"""Advantage-weighted matching, AWM (arXiv:2509.25050): policy gradient with flow matching in place of a likelihood."""
+"""Advantage-weighted matching, AWM (arXiv:2509.25050): policy gradient with flow matching instead of a likelihood."""
 
 from typing import ClassVar, Literal, get_args
 
@@ -14,11 +14,12 @@ Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 
 
 class AWM(Algorithm):
-    """PPO's clipped term with log p = -weighting(|v - (eps - x0)|^2) and advantages in ±advantage_max.
+    """PPO's clipped loss with log p = -weighting(|v - (eps - x0)|^2) and advantages in ±advantage_max.
 
-    With ratio="exp_first" every noised point has its ratio, with "sum_first" every sample, from the mean of its log p.
-    ema_beta penalises the way from "anchor", a copy that follows quickly. On policy the ratio is 1 and the old log p
-    the live one; off_policy=True takes that of "old", for several updates per rollout (frozen.old.decay.kind=0).
+    ratio="exp_first" computes one ratio per noised point, "sum_first" one per sample, from the mean of its log p.
+    ema_beta penalises the distance to "anchor", a copy that follows the live weights quickly. On policy, the old log p
+    is the live one and the ratio is 1. off_policy=True takes the old log p from "old", for several updates per rollout
+    (frozen.old.decay.kind=0).
     """
 
     point: ClassVar[Literal["transition", "noised"]] = "noised"
@@ -37,7 +38,7 @@ class AWM(Algorithm):
         power: float = 0.25,
         off_policy: bool = False,
     ) -> None:
-        """kl: weight of both penalties over noise levels; power: exponent of "ghuber", 1 being "t"."""
+        """kl: how both penalties are weighted across noise levels; power: exponent of "ghuber", where 1 equals "t"."""
         super().__init__(kl_beta, adv_clip)
         if weighting not in get_args(Weighting):
             raise ValueError(f"weighting is one of {', '.join(get_args(Weighting))} (got {weighting!r}).")
@@ -61,16 +62,16 @@ class AWM(Algorithm):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """As in the base class, with "old" off policy and "anchor" for its penalty."""
+        """The copies of the base class, plus "old" if off policy and "anchor" if ema_beta > 0."""
         return (*self.made_rollout, *(("anchor",) if self.ema_beta > 0 else ()), *super().frozen)
 
     @property
     def made_rollout(self) -> tuple[str, ...]:
-        """See the base class; the old log p is theirs."""
+        """The copy "old" if off policy, since it computes the old log p."""
         return ("old",) if self.off_policy else ()
 
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the base class; p is a noised point."""
+        """Loss and metrics at a noised point."""
         log_p = self.log_prob(p, v)
         log_old = self.log_prob(p, p.frozen["old"]) if self.off_policy else log_p.detach()
         if self.ratio == "sum_first":
@@ -87,7 +88,7 @@ class AWM(Algorithm):
         return self.penalised(p, v, loss, metrics)
 
     def log_prob(self, p: Point, v: Tensor) -> Tensor:
-        """Stand-in for the log-likelihood of the sample, (B,) in float64, which falls with the matching error m."""
+        """Surrogate log-likelihood of the sample, (B,) in float64; it decreases with the matching error m."""
         m, t = matching(p, v), p.sigma.double()
         if self.weighting == "uniform":
             return -m
@@ -95,13 +96,13 @@ class AWM(Algorithm):
             return -m * t
         if self.weighting == "t2":
             return -m * t**2
-        m = m + 1e-10  # where a root still has a slope
+        m = m + 1e-10  # keeps the gradient of the root finite
         if self.weighting == "huber":
             return -(m**0.5 - 1e-5) * t
         return -(m**self.power - 1e-10**self.power) * t / self.power
 
     def penalty(self, p: Point, v: Tensor) -> Tensor:
-        """See the base class; with kl="elbo" over twice the variance 0.49 t / (1 - t) of Flow-SDE's noise rate."""
+        """|v - v_ref|^2, (B,); with kl="elbo" divided by 2 g^2 with Flow-SDE's noise rate g^2 = 0.49 t / (1 - t)."""
         return self._distance(p, v, "reference")
 
     def _distance(self, p: Point, v: Tensor, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which rows of a micro-batch may be compared: the samples of a group, mixed with the same noise at the same level."""
+"""Rows of a micro-batch that can be compared: samples of one group with the same noise at the same noise level."""
 
 import torch
 
@@ -7,9 +7,9 @@ from flowalign.types import Point, required
 
 
 def compared(p: Point) -> Groups:
-    """The rows of p, a noised point, by credit group and draw; only those that are in the loss count.
+    """Group the rows of p, a noised point, by credit group, noise level and noise; rows outside the loss do not count.
 
-    One number of a noise tells it from every other one.
+    The first element of a noise tensor identifies it.
     """
     first = required(p.eps, "eps").flatten(1)[:, 0]
     keys = torch.stack([required(p.group, "group").double(), p.sigma.double(), first.double()], dim=1)

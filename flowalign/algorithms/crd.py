@@ -1,4 +1,4 @@
-"""Centred reward distillation, CRD (arXiv:2603.14128): the reward that the policy implies should be the given one."""
+"""Centred reward distillation, CRD (arXiv:2603.14128): fit the reward implied by the policy to the given one."""
 
 from typing import ClassVar, Literal
 
@@ -15,15 +15,16 @@ from flowalign.types import Point
 class CRD(Algorithm):
     """|beta r_c - a_c|^2 adv_clip / beta with r = error of the old policy - error of the live one, and a in [0, 1].
 
-    Both are centred, by means over the micro-batch without gradient: what is left of r are differences, which need no
-    normalising constant. temperature=None takes plain means; otherwise the loss is the mean of two, centred on the
-    good samples, softmax(a / temperature), and on the bad ones, softmax(-a / temperature).
+    r is the implied reward, a the mapped advantage. Both are centred by a mean over the micro-batch, without gradient:
+    this leaves differences of r, which need no normalising constant. temperature=None uses plain means. Otherwise the
+    loss averages two terms, one centred on the good samples by the weights softmax(a / temperature), one on the bad
+    samples by softmax(-a / temperature).
     """
 
     point: ClassVar[Literal["transition", "noised"]] = "noised"
     samples_with: ClassVar[str | None] = "sampling"
     consults: ClassVar[tuple[str, ...]] = ("old",)
-    least_micro: ClassVar[int] = 2  # a row alone is its own centre
+    least_micro: ClassVar[int] = 2  # a single row is its own centre
 
     def __init__(
         self,
@@ -35,8 +36,9 @@ class CRD(Algorithm):
         kl_beta: float = 0.1,
         kl_floor: float = 1e-4,
     ) -> None:
-        """adv_range: the |advantage| that makes a 0 or 1, adv_clip unless given. temperature 0: softmax over a > 0,
-        and a plain mean. The penalty weighs kl_floor for the worst sample (a = 0) up to kl_beta for the best."""
+        """adv_range: the |advantage| at which a is 0 or 1; None: adv_clip. temperature=0: one term uses softmax(a) over
+        a > 0, the other a plain mean. The penalty has weight kl_floor for the worst sample (a = 0), rising to kl_beta
+        for the best."""
         super().__init__(kl_beta, adv_clip)
         self.adv_range = adv_clip if adv_range is None else adv_range
         if min(beta, self.adv_range) <= 0:
@@ -52,24 +54,24 @@ class CRD(Algorithm):
 
     @property
     def micro_matters(self) -> bool:
-        """The centres are means over it."""
+        """True: the centres are means over the micro-batch."""
         return True
 
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the base class; p is a noised point."""
-        a = self._wanted(p)
+        """Loss and metrics at a noised point."""
+        a = self._target(p)
         r = adaptive(v_error(p, p.frozen["old"])) - adaptive(v_error(p, v))
         loss = self.adv_clip / self.beta * self.contrast(r, a, p.counts)
         drift = mean_dims((at_least_float32(v) - p.frozen["old"]) ** 2)
         return self.penalised(p, v, loss, {"r": a, "implied_reward": r, "v_drift": drift})
 
     def contrast(self, r: Tensor, a: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Distance of the implied reward r (B,) from the wanted one a (B,), both centred: (B,).
+        """Distance between the implied reward r (B,) and its target a (B,), both centred: (B,).
 
-        Only the rows that count, (B,) bool, have a part in the centres; None: all.
+        counts: (B,) bool, the rows that contribute to the centres; None: all.
         """
         counts = torch.ones_like(a, dtype=torch.bool) if counts is None else counts
-        parts = [self._distance(self.beta * (r - w @ r.detach()), a - w @ a) for w in self._centres(a, counts)]
+        parts = [self._distance(self.beta * (r - w @ r.detach()), a - w @ a) for w in self._centre_weights(a, counts)]
         return torch.stack(parts).mean(dim=0)
 
     def _distance(self, r: Tensor, a: Tensor) -> Tensor:
@@ -77,23 +79,25 @@ class CRD(Algorithm):
             return (r - a) ** 2
         return binary_cross_entropy_with_logits(r, a.sigmoid(), reduction="none")
 
-    def _centres(self, a: Tensor, counts: Tensor) -> list[Tensor]:
+    def _centre_weights(self, a: Tensor, counts: Tensor) -> list[Tensor]:
+        """Weights (B,) of the mean that centres each term of the loss."""
         plain = counts.to(a) / counts.sum().clamp(min=1)
         if self.temperature is None:
             return [plain]
         if self.temperature > 0:
-            return [_softmax(a / self.temperature, counts, plain), _softmax(-a / self.temperature, counts, plain)]
-        return [_softmax(a, counts & (a > 0), plain), plain]
+            scaled = a / self.temperature
+            return [_masked_softmax(scaled, counts, plain), _masked_softmax(-scaled, counts, plain)]
+        return [_masked_softmax(a, counts & (a > 0), plain), plain]
 
     def penalty(self, p: Point, v: Tensor) -> Tensor:
-        """See the base class; light on bad samples, so that the policy may leave them, heavy on good ones."""
+        """Distance to the reference, (B,), scaled down for bad samples so that the policy may leave them."""
         floor = min(1.0, self.kl_floor / self.kl_beta)
-        return (floor + self._wanted(p) * (1 - floor)) * super().penalty(p, v)
+        return (floor + self._target(p) * (1 - floor)) * super().penalty(p, v)
 
-    def _wanted(self, p: Point) -> Tensor:
+    def _target(self, p: Point) -> Tensor:
         return optimality(self.clipped(p.advantage), self.adv_range).double()
 
 
-def _softmax(x: Tensor, among: Tensor, otherwise: Tensor) -> Tensor:
-    """Softmax over the rows `among`, 0 elsewhere; `otherwise` if these are none. All (B,)."""
-    return torch.where(among.any(), x.masked_fill(~among, -torch.inf).softmax(0), otherwise)
+def _masked_softmax(x: Tensor, mask: Tensor, fallback: Tensor) -> Tensor:
+    """Softmax over the rows of `mask`, 0 elsewhere; `fallback` if the mask is empty. All (B,)."""
+    return torch.where(mask.any(), x.masked_fill(~mask, -torch.inf).softmax(0), fallback)

@@ -14,8 +14,9 @@ from flowalign.types import Point
 class DGPO(Algorithm):
     """sigmoid(S) A d with d the matching error and S the mean over the group of beta A (d - d_ref), without gradient.
 
-    The weight is small for a group that already prefers its better samples. A row whose ratio exp(d_old - d) has left
-    1 ± clip in the direction of its advantage has no gradient. The members of a group share noise and noise levels.
+    The weight sigmoid(S) is small if the policy already prefers the better samples of the group. A row has no gradient
+    once its ratio exp(d_old - d) has left 1 ± clip in the direction of its advantage. The members of a group share
+    noise and noise levels.
     """
 
     point: ClassVar[Literal["transition", "noised"]] = "noised"
@@ -32,12 +33,12 @@ class DGPO(Algorithm):
         self.clip = clip
 
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the base class; p is a noised point whose micro-batch holds whole groups."""
+        """Loss and metrics at a noised point. The micro-batch holds whole groups."""
         group, A = compared(p), self.clipped(p.advantage)
         d, d_ref, d_old = (matching(p, u) for u in (v, p.frozen["reference"], p.frozen["old"]))
         weight = torch.where(group.valid, group.mean(self.beta * A * (d.detach() - d_ref)), 0).sigmoid()
         drift = (d_old - d.detach()).exp() - 1
-        far = torch.where(A > 0, drift > self.clip, drift < -self.clip)
-        loss = weight * A * torch.where(far, d.detach(), d)
-        metrics = {"group_weight": weight, "clip_fraction": far.to(d.dtype), "matching": d, "advantage": A}
+        outside = torch.where(A > 0, drift > self.clip, drift < -self.clip)
+        loss = weight * A * torch.where(outside, d.detach(), d)
+        metrics = {"group_weight": weight, "clip_fraction": outside.to(d.dtype), "matching": d, "advantage": A}
         return self.penalised(p, v, loss, metrics)

@@ -1,6 +1,6 @@
-"""How wrong a velocity is at a noised point. All in float64: near sigma = 0 an error and its scale both vanish.
+"""Errors of a velocity at a noised point. All are float64, because near sigma = 0 an error and its scale both vanish.
 
-Differences are taken in float32 or better, whatever their terms are kept in.
+Differences are computed in float32 or better, whatever the precision of their terms.
 """
 
 from torch import Tensor
@@ -16,21 +16,21 @@ def v_error(p: Point, v: Tensor) -> Tensor:
 
 
 def x0_error(p: Point, v: Tensor) -> Tensor:
-    """The sample that v predicts, less the true one, (B, …)."""
+    """Clean sample predicted by v minus the true one, (B, …)."""
     x, x0 = at_least_float32(p.x), at_least_float32(required(p.x0, "x0"))
     return (x0_from(x, at_least_float32(v), p.sigma) - x0).double()
 
 
 def matching(p: Point, v: Tensor) -> Tensor:
-    """|v - (eps - x0)|^2, mean over dims, (B,): the loss of flow matching."""
+    """|v - (eps - x0)|^2, mean over dims, (B,): the flow matching loss."""
     return mean_dims(v_error(p, v) ** 2)
 
 
 def size(error: Tensor) -> Tensor:
-    """Mean absolute error, (B,), without gradient and never 0: what adaptive losses divide by."""
+    """Mean absolute error, (B,), detached and at least 1e-5: the denominator of adaptive losses."""
     return mean_dims(error.detach().abs()).clamp(min=1e-5)
 
 
 def adaptive(error: Tensor) -> Tensor:
-    """error^2 over its own size, mean over dims, (B,): all noise levels weigh alike."""
+    """error^2 divided by its own size, mean over dims, (B,), which gives all noise levels the same weight."""
     return mean_dims(error**2) / size(error)

@@ -1,4 +1,4 @@
-"""Flow-DPPO (arXiv:2606.11025): the trust region is the divergence of the step, which is known, not its noisy ratio."""
+"""Flow-DPPO (arXiv:2606.11025): trust region on the exact divergence of a step instead of its noisy ratio."""
 
 import math
 from typing import ClassVar, Literal
@@ -12,7 +12,7 @@ from flowalign.types import Point, required
 
 
 class FlowDPPO(GRPO):
-    """-A ρ, but 0 where KL(old step, live step) ≥ threshold and ρ still moves away from 1 in the direction of A.
+    """-A ρ, but 0 where KL(old step, live step) ≥ threshold and ρ has moved away from 1 in the direction of A.
 
     The divergence is |μ - μ_old|^2 / 2 S^2, mean over dims.
     """
@@ -29,11 +29,11 @@ class FlowDPPO(GRPO):
     ) -> None:
         super().__init__(dynamics, math.inf, adv_clip, kl_beta, kl)
         if threshold <= 0:
-            raise ValueError(f"threshold is the trusted divergence of a step, hence positive (got {threshold}).")
+            raise ValueError(f"threshold is the trusted divergence of a step and must be positive (got {threshold}).")
         self.threshold = threshold
 
     def surrogate(self, p: Point, A: Tensor, ratio: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """See the class."""
+        """The policy term, and whether the step has left the trust region, both (B,)."""
         divergence = self.dynamics.gaussian_kl(mean.detach(), required(p.mean, "mean"), std)
-        far = (divergence >= self.threshold) & (A * (ratio - 1) > 0)
-        return torch.where(far, 0.0, -A * ratio), far
+        outside = (divergence >= self.threshold) & (A * (ratio - 1) > 0)
+        return torch.where(outside, 0.0, -A * ratio), outside

@@ -1,4 +1,4 @@
-"""Flow-GRPO (arXiv:2505.05470): clipped policy gradient on replayed transitions."""
+"""Flow-GRPO (arXiv:2505.05470): clipped policy gradient on recorded transitions."""
 
 from typing import ClassVar, Literal
 
@@ -11,10 +11,10 @@ from flowalign.types import Point, required
 
 
 class GRPO(Algorithm):
-    """max(-A ρ, -A clamp(ρ, 1 - clip, 1 + clip)) + kl_beta KL, with ρ the density of a recorded step, live over old.
+    """max(-A ρ, -A clamp(ρ, 1 - clip, 1 + clip)) + kl_beta KL with ρ the density of a recorded step, live over old.
 
     The log-density is a mean over dims, hence clip ranges as small as 1e-4 (Flow-SDE) or 1e-5 (CPS).
-    A variant overrides `log_ratio`, `surrogate` or `weight`.
+    Variants override `log_ratio`, `surrogate` or `weight`.
     """
 
     point: ClassVar[Literal["transition", "noised"]] = "transition"
@@ -28,7 +28,7 @@ class GRPO(Algorithm):
         kl_beta: float = 0.0,
         kl: Literal["x", "gaussian", "v"] = "x",
     ) -> None:
-        """kl: "x", the published penalty of the dynamics; "gaussian", that of the step; "v", |v - v_ref|^2."""
+        """kl: "x", the published penalty of the dynamics; "gaussian", the KL of the step; "v", |v - v_ref|^2."""
         super().__init__(kl_beta, adv_clip)
         if not dynamics.stochastic:
             raise ValueError(
@@ -41,7 +41,7 @@ class GRPO(Algorithm):
                 f"(got {type(dynamics).__name__}); GRPO takes any stochastic dynamics."
             )
         if clip <= 0:
-            raise ValueError(f"clip is the half-width of the ratio's trusted range, hence positive (got {clip}).")
+            raise ValueError(f"clip is the half-width of the trusted ratio range and must be positive (got {clip}).")
         if kl not in ("x", "gaussian", "v"):
             raise ValueError(f'kl is "x", "gaussian" or "v" (got {kl!r}).')
         self.dynamics = dynamics
@@ -50,20 +50,20 @@ class GRPO(Algorithm):
 
     @property
     def silent_at_zero(self) -> bool:
-        """See the base class: but for the penalty, the loss is the advantage times something."""
+        """True without the penalty, since the policy term is proportional to the advantage."""
         return self.kl_beta == 0
 
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the base class; p is a transition point."""
+        """Loss and metrics at a transition point."""
         mean, std = self._moments(p, v)
         log_ratio = self.log_ratio(p, mean, std)
         ratio = log_ratio.exp()
         A = self.clipped(p.advantage)
-        policy, far = self.surrogate(p, A, ratio, mean, std)
+        policy, outside = self.surrogate(p, A, ratio, mean, std)
         metrics = {
             "ratio": ratio,
-            "clip_fraction": far.to(ratio.dtype),
-            # Not ρ - 1 - log ρ: with ratios this close to 1 that difference is all rounding in float32.
+            "clip_fraction": outside.to(ratio.dtype),
+            # Not ρ - 1 - log ρ: with ratios this close to 1, that is only rounding error in float32.
             "approx_kl": 0.5 * log_ratio**2,
             "advantage": A,
         }
@@ -74,12 +74,12 @@ class GRPO(Algorithm):
         return self.dynamics.log_prob(required(p.x_next, "x_next"), mean, std) - required(p.log_prob, "log_prob")
 
     def surrogate(self, p: Point, A: Tensor, ratio: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """The policy term, and whether the step has left the range in which its ratio is trusted, both (B,)."""
+        """The policy term, and whether the ratio has left the range in which it is trusted, both (B,)."""
         del p, mean, std
         return pessimistic(A, ratio, self.clip), (ratio - 1).abs() > self.clip
 
     def weight(self, p: Point, std: Tensor) -> Tensor:
-        """Factor ≥ 0 of the policy term for each step, (B,)."""
+        """Weight ≥ 0 of the policy term of each step, (B,)."""
         del std
         return torch.ones_like(p.advantage)
 
@@ -87,7 +87,7 @@ class GRPO(Algorithm):
         return self.dynamics.moments(p.x, v, p.sigma, required(p.sigma_next, "sigma_next"), p.sigma_max)
 
     def penalty(self, p: Point, v: Tensor) -> Tensor:
-        """See the base class; which distance is a matter of `kl`."""
+        """Distance to the reference chosen by `kl`, (B,)."""
         if self.kl == "v":
             return super().penalty(p, v)
         mean, std = self._moments(p, v)

@@ -1,4 +1,4 @@
-"""PRFL (HY-Video-PRFL): the gradient of a reward of noisy latents through one step, beside flow matching."""
+"""PRFL (HY-Video-PRFL): the gradient of a reward on noisy latents through one step, combined with flow matching."""
 
 from typing import ClassVar, Literal
 
@@ -14,8 +14,8 @@ from flowalign.types import Point, required
 class PRFL(Algorithm):
     """scale · max(margin - r(x', σ'), 0), where x' is one step of the flow from x at σ to the next lower level σ'.
 
-    The reward r judges the noisy latent itself, so that nothing is walked to its end or decoded for its gradient. With
-    sft_weight > 0 every other point is a given picture of the prompt, whose loss is flow matching.
+    The reward r judges the noisy latent itself, so its gradient needs neither further steps nor decoding. With
+    sft_weight > 0 every other point is a given image of the prompt, whose loss is flow matching.
     """
 
     point: ClassVar[Literal["transition", "noised"]] = "noised"
@@ -25,28 +25,28 @@ class PRFL(Algorithm):
         super().__init__(kl_beta)
         if scale <= 0 or sft_weight < 0:
             raise ValueError(
-                "scale weighs the reward and must be positive, sft_weight flow matching, where 0 switches it off "
+                "scale weighs the reward and must be positive; sft_weight must be ≥ 0, where 0 disables flow matching "
                 f"(got {scale} and {sft_weight})."
             )
         self.scale, self.margin, self.sft_weight = scale, margin, sft_weight
         self.source = "both" if sft_weight > 0 else "rollout"
 
     def lands(self, p: Point, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See the base class: the Euler step to the next level."""
+        """The Euler step to the next lower level: states (B, …) and noise levels (B,)."""
         sigma_next = required(p.sigma_next, "sigma_next")
         x = at_least_float32(p.x)
         return x + (expand(sigma_next, x) - expand(p.sigma, x)) * v, sigma_next
 
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the base class; p is a noised point with the reward of where v lands."""
+        """Loss and metrics at a noised point that carries the reward of the state that `lands` returns."""
         reward = required(p.reward, "reward")
         real = torch.zeros_like(reward, dtype=torch.bool) if p.real is None else p.real
         error = matching(p, v).to(reward)
         loss = torch.where(real, self.sft_weight * error, self.scale * (self.margin - reward).clamp(min=0))
-        metrics = {"landing": _over(reward, ~real), "matching": _over(error, real)}
+        metrics = {"landing": _mean_filled(reward, ~real), "matching": _mean_filled(error, real)}
         return self.penalised(p, v, loss, {name: m for name, m in metrics.items() if m is not None})
 
 
-def _over(value: Tensor, rows: Tensor) -> Tensor | None:
-    """value (B,) with the mean of `rows` in all others, so that the mean of all is that of these; None without any."""
+def _mean_filled(value: Tensor, rows: Tensor) -> Tensor | None:
+    """value (B,) with all rows outside `rows` set to the mean over `rows`, which keeps that mean; None without any."""
     return torch.where(rows, value, value[rows].mean()) if rows.any() else None

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on given pictures or videos: plain flow matching, the loss of pretraining."""
+"""Supervised fine-tuning on given images or videos: plain flow matching, the pretraining loss."""
 
 from typing import ClassVar, Literal
 
@@ -10,7 +10,7 @@ from flowalign.types import Point
 
 
 class SFT(Algorithm):
-    """|v - (eps - x0)|^2, mean over dims; kl_beta keeps the network near the one that it started from."""
+    """|v - (eps - x0)|^2, mean over dims; kl_beta > 0 keeps the network close to the initial one."""
 
     point: ClassVar[Literal["transition", "noised"]] = "noised"
     source: Literal["rollout", "images", "both"] = "images"
@@ -19,6 +19,6 @@ class SFT(Algorithm):
         super().__init__(kl_beta)
 
     def loss(self, p: Point, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """See the base class; p is a noised point."""
+        """Loss and metrics at a noised point."""
         loss = matching(p, v)
         return self.penalised(p, v, loss, {"matching": loss})

@@ -1,4 +1,4 @@
-"""Rewards and groups to advantages: one kind of credit each."""
+"""Credit: from rewards and groups to advantages, one kind per file."""
 
 from flowalign.credit.base import Credit, Groups, group_stats
 from flowalign.credit.best import Best

@@ -1,4 +1,4 @@
-"""What every kind of credit does alike: missing scores, groups, and their statistics. All in float64."""
+"""Base class of credit, with the handling of missing scores, groups and their statistics. All in float64."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 
 
 class Credit(ABC):
-    """Rewards and groups to advantages. N samples, R rewards; a group is what is compared with each other."""
+    """Maps rewards to advantages. N samples, R rewards; the samples of a group are compared with each other."""
 
     def __call__(
         self, rewards: Tensor, group: Tensor, valid: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
         """rewards (N,) or (N, R), group ids (N,), weights (R,) or None for ones → advantages (N,) in float64.
 
-        A sample that lacks a score (NaN, or valid=False) is left out of every statistic and gets 0. A reward of weight
-        0 is not looked at. A group with nothing to compare, for fewer than two scores or equal ones, gets exactly 0.
+        A sample with a missing score (NaN, or valid=False) is excluded from all statistics and gets 0. A reward with
+        weight 0 is ignored, and so are its NaNs. A group with fewer than two scores, or equal ones, gets exactly 0.
         """
         return self._credit(*prepare(rewards, group, valid, weights))
 
     @abstractmethod
     def _credit(self, rewards: Tensor, weights: Tensor, groups: Groups) -> Tensor:
-        """rewards (N, R) with 0 for what is missing, weights (R,) → advantages (N,)."""
+        """rewards (N, R) with 0 for missing scores, weights (R,) → advantages (N,)."""
 
     def stats(
         self, rewards: Tensor, group: Tensor, valid: Tensor | None = None, weights: Tensor | None = None
     ) -> dict[str, float]:
-        """Diagnostics of this kind of credit, by name; none unless a subclass has some."""
+        """Diagnostics of this kind of credit by metric name; empty by default."""
         del rewards, group, valid, weights
         return {}
 
@@ -38,7 +38,7 @@ class Credit(ABC):
 def prepare(
     rewards: Tensor, group: Tensor, valid: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Groups]:
-    """Rewards (N, R) in float64 with 0 for the missing ones, weights (R,), both without rewards of weight 0; groups."""
+    """Drop rewards with weight 0. Return rewards (N, R) in float64, 0 where missing, weights (R,), and groups."""
     r = rewards.double().reshape(len(rewards), -1)
     w = torch.ones_like(r[0]) if weights is None else weights.to(r)
     if w.shape != r.shape[1:]:
@@ -47,7 +47,7 @@ def prepare(
         raise ValueError("every reward has weight 0, so there is nothing to give credit for.")
     r, w = r[:, w != 0], w[w != 0]
     if bool(r.isinf().any()):
-        raise ValueError("a reward is infinite; a reward function says NaN for a sample that it cannot score.")
+        raise ValueError("a reward is infinite; a reward function returns NaN for a sample that it cannot score.")
     scored = ~r.isnan().any(dim=1)
     groups = Groups.of(group, scored if valid is None else scored & valid)
     return torch.where(groups.valid[:, None], r, 0.0), w, groups
@@ -55,22 +55,22 @@ def prepare(
 
 @dataclass(frozen=True)
 class Groups:
-    """Who belongs together, and statistics of x (N,) within each group: (N,) too, everybody has those of its own."""
+    """Groups of N samples. A statistic of x (N,) within groups is (N,) too: each sample gets that of its group."""
 
     member: Tensor
-    """(N,) group numbers 0..G-1."""
+    """(N,) group index of each sample, 0..G-1."""
     valid: Tensor
-    """(N,) the samples that count."""
+    """(N,) bool: the samples that count in the statistics."""
 
     @staticmethod
     def of(ids: Tensor, valid: Tensor | None = None) -> Groups:
-        """Groups by any numbers ids (N,); everybody counts unless valid (N,) says otherwise."""
+        """Groups of equal `ids` (N,), which may be any numbers. All samples count unless `valid` (N,) is given."""
         member = torch.unique(ids, return_inverse=True)[1]
         return Groups(member, torch.ones_like(member, dtype=torch.bool) if valid is None else valid)
 
     @property
     def number(self) -> int:
-        """G."""
+        """Number of groups, G."""
         return int(self.member.max()) + 1
 
     def everyone(self) -> Groups:
@@ -83,34 +83,34 @@ class Groups:
         return total.index_add_(0, self.member, torch.where(self.valid, x, 0))[self.member]
 
     def count(self) -> Tensor:
-        """Number of samples that count, float64 too: 1 / of an integer tensor would be float32."""
+        """Number of samples that count, in float64: 1 / an integer tensor would be float32."""
         return self.sum(torch.ones_like(self.member, dtype=torch.float64))
 
     def mean(self, x: Tensor) -> Tensor:
-        """Mean over the group; NaN where nobody counts."""
+        """Mean over the group; NaN if no sample of it counts."""
         return self.sum(x) / self.count()
 
     def std(self, x: Tensor, ddof: int = 0) -> Tensor:
-        """Deviation within the group, of the population or (ddof=1) unbiased."""
+        """Standard deviation within the group, of the population or unbiased (ddof=1)."""
         return (self.sum((x - self.mean(x)) ** 2) / (self.count() - ddof)).sqrt()
 
     def average(self, x: Tensor) -> Tensor:
-        """Mean over the groups, (), of a statistic of theirs; without those in which nobody counts."""
+        """Mean over groups, (), of a group statistic x (N,); groups in which no sample counts are left out."""
         share = 1 / self.count()[self.valid]
         return (x[self.valid] * share).sum() / share.sum()
 
     def low(self, x: Tensor) -> Tensor:
-        """Smallest of the group."""
+        """Minimum of the group."""
         start = torch.zeros(self.number, dtype=x.dtype, device=x.device)
         at = self.member[self.valid]
         return start.scatter_reduce(0, at, x[self.valid], "amin", include_self=False)[self.member]
 
     def high(self, x: Tensor) -> Tensor:
-        """Largest of the group."""
+        """Maximum of the group."""
         return -self.low(-x)
 
     def alive(self, x: Tensor) -> Tensor:
-        """(N,) bool: the sample counts and two of its group differ. Exact, unlike a std, which may be rounding."""
+        """(N,) bool: the sample counts and x differs within its group. Exact, unlike a std, which may be rounding."""
         return self.valid & (self.high(x) > self.low(x))
 
 
@@ -118,19 +118,19 @@ def standardised(x: Tensor, groups: Groups, pool: Groups, eps: float, floor: boo
     """(x - group mean) / (std of the pool + eps), or over max(std, eps) with floor; 0 in a group without spread."""
     std = pool.std(x, ddof)
     scale = std.clamp(min=eps) if floor else std + eps
-    # torch.where, not a product with a mask: the branch left out may hold 0/0.
+    # torch.where, not a product with a mask: the unselected branch may hold 0/0.
     return torch.where(groups.alive(x), (x - groups.mean(x)) / scale, 0.0)
 
 
 def weighted(rewards: Sequence[Tensor] | Tensor, weights: Tensor) -> Tensor:
-    """Σ_k w_k r_k of R tensors (N,). Term by term, so that equal samples have equal sums to the last bit."""
+    """Σ_k w_k r_k of R tensors (N,), added term by term so that equal samples have equal sums to the last bit."""
     return sum((w * r for w, r in zip(weights, rewards, strict=True)), start=weights.new_zeros(()))
 
 
 def group_stats(
     rewards: Tensor, group: Tensor, valid: Tensor | None = None, weights: Tensor | None = None
 ) -> dict[str, float]:
-    """Diagnostics of the weighted sum: mean, mean deviation within a group, share of groups without any."""
+    """Statistics of the weighted sum: mean, mean std within a group, fraction of groups without spread."""
     r, w, groups = prepare(rewards, group, valid, weights)
     total = weighted(r.T, w)
     return {

@@ -1,4 +1,4 @@
-"""The energies of FlowAWR: how much more often than by chance a sample should be made."""
+"""The energies of FlowAWR: how much more often than by chance a sample should be generated."""
 
 from typing import Literal
 
@@ -12,9 +12,9 @@ from flowalign.credit.group import GroupCredit
 class Energies(Credit):
     """E = K (p - 1/K), at most `clip`, with p the softmax over a group of size K of the advantage / temperature.
 
-    E is in [-1, K - 1]: 0 leaves a sample alone, 1 aims at it, -1 away from it. gate="hard" divides p - 1/K by its
-    deviation within the group instead of 1/K, so that a rare success stands out. With several rewards,
-    aggregate="rewards" adds them up first and "energies" takes the mean of w_k E_k.
+    E is in [-1, K - 1]: 0 leaves a sample alone, 1 targets it, -1 moves away. gate="hard" divides p - 1/K by its
+    standard deviation within the group instead of by 1/K, so that a rare success stands out. With several rewards,
+    aggregate="rewards" sums them first and "energies" takes the mean of w_k E_k.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Energies(Credit):
         if gate not in ("soft", "hard"):
             raise ValueError(f'gate is "soft" or "hard" (got {gate!r}).')
         if aggregate not in ("rewards", "energies"):
-            raise ValueError(f'several rewards meet as aggregate="rewards" or "energies" (got {aggregate!r}).')
+            raise ValueError(f'aggregate is "rewards" or "energies" (got {aggregate!r}).')
         if min(temperature, clip, adv_clip) <= 0:
             raise ValueError(f"temperature and clips must be positive (got {temperature}, {clip}, {adv_clip}).")
         self.gate = gate
@@ -43,7 +43,7 @@ class Energies(Credit):
     def __call__(
         self, rewards: Tensor, group: Tensor, valid: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
-        """See the base class. Rewards of weight 0 count in the mean: a weight that sinks to 0 ends without a jump."""
+        """See `Credit`. Rewards with weight 0 count in the mean, so a weight that decays to 0 causes no jump."""
         number = rewards[0].numel() if self.aggregate == "energies" else 1
         return super().__call__(rewards, group, valid, weights) / number
 
@@ -55,12 +55,12 @@ class Energies(Credit):
     def _energy(self, r: Tensor, groups: Groups) -> Tensor:
         K = groups.count()
         e = self.probability(r, groups) - 1 / K
-        # 1e-4 and 1e-2: the method's code, against groups whose probabilities hardly differ.
+        # 1e-4 and 1e-2 as in the authors' code, for groups whose probabilities hardly differ.
         E = K * e if self.gate == "soft" else e / (groups.std(e) + 1e-4).clamp(min=1e-2)
         return torch.where(groups.alive(r), E.clamp(-self.clip, self.clip), 0.0)
 
     def probability(self, r: Tensor, groups: Groups) -> Tensor:
-        """p (N,), which adds up to 1 over what counts in a group."""
+        """p (N,), which sums to 1 over the samples of a group that count."""
         A = self.advantage._credit(r[:, None], r.new_ones(1), groups)
         a = A.clamp(-self.adv_clip, self.adv_clip) / self.temperature
         weight = (a - groups.high(a)).exp()
@@ -69,10 +69,10 @@ class Energies(Credit):
     def stats(
         self, rewards: Tensor, group: Tensor, valid: Tensor | None = None, weights: Tensor | None = None
     ) -> dict[str, float]:
-        """Mean over groups of 1 / Σ p^2, the number of samples that carry the weight, and of that over K.
+        """Effective sample size 1 / Σ p^2, mean over groups, and the same divided by K.
 
-        Of the weighted sum of the rewards. A group without spread has all of its samples; nearer to 1 than to K means
-        that one sample decides for its group.
+        For the weighted sum of the rewards. A group without spread has K; a value closer to 1 than to K means that one
+        sample dominates its group.
         """
         r, w, groups = prepare(rewards, group, valid, weights)
         size = 1 / groups.sum(self.probability(weighted(r.T, w), groups) ** 2)

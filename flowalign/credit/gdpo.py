@@ -1,4 +1,4 @@
-"""GDPO: every reward normalised on its own, so that none drowns the others, and their sum once more."""
+"""GDPO: normalises each reward on its own, so that none dominates the others, and then their sum."""
 
 from torch import Tensor
 
@@ -6,9 +6,9 @@ from flowalign.credit.base import Credit, Groups, standardised, weighted
 
 
 class GDPO(Credit):
-    """c / std(c) with c = Σ_k w_k (r_k - group mean) / group std, the last std over the whole epoch.
+    """c / std(c) with c = Σ_k w_k (r_k - group mean) / group std, and std(c) over the whole epoch.
 
-    eps is added to both deviations (FlowAWR: 1e-4), or is their smallest value with floor (Flow-Factory: 1e-6).
+    eps is added to both standard deviations (FlowAWR: 1e-4) or, with floor, is their minimum (Flow-Factory: 1e-6).
     """
 
     def __init__(self, eps: float = 1e-6, floor: bool = True) -> None:
@@ -17,5 +17,5 @@ class GDPO(Credit):
 
     def _credit(self, rewards: Tensor, weights: Tensor, groups: Groups) -> Tensor:
         c = weighted([standardised(r, groups, groups, self.eps, self.floor) for r in rewards.T], weights)
-        # The codes subtract a mean of c again, of the group or of all; both are 0 already, but for rounding.
+        # Published code also subtracts the mean of c, over the group or over all; both are 0 up to rounding.
         return standardised(c, groups, groups.everyone(), self.eps, self.floor)

@@ -1,4 +1,4 @@
-"""Advantages as deviations from the mean of the group."""
+"""Advantages as deviations from the group mean."""
 
 from typing import Literal
 
@@ -10,9 +10,9 @@ from flowalign.credit.base import Credit, Groups, standardised, weighted
 class GroupCredit(Credit):
     """(r - mean of its group) / (std + eps), as in Flow-GRPO (arXiv:2505.05470).
 
-    std="group" is the deviation within the group; std="global" that of the raw rewards of the whole epoch, differences
-    between prompts included, which keeps small differences within a group small. Several rewards are added up first
-    (aggregate="rewards"), or each gets its advantage, and those are added up (aggregate="advantages", as in MixGRPO).
+    std="group" is the standard deviation within the group. std="global" is that of the raw rewards of the whole epoch,
+    including differences between prompts; it keeps small differences within a group small. With several rewards,
+    aggregate="rewards" sums them first, and "advantages" sums the advantages of each, as in MixGRPO.
     """
 
     def __init__(
@@ -23,11 +23,11 @@ class GroupCredit(Credit):
         aggregate: Literal["rewards", "advantages"] = "rewards",
         floor: bool = False,
     ) -> None:
-        """ddof: 0 for the population's deviation, 1 for the unbiased; floor: divide by max(std, eps) instead."""
+        """ddof: 0 for the population std, 1 for the unbiased one; floor: divide by max(std, eps) instead."""
         if std not in ("group", "global"):
-            raise ValueError(f'credit is normalised by std="group" or std="global" (got {std!r}).')
+            raise ValueError(f'std is "group" or "global" (got {std!r}).')
         if aggregate not in ("rewards", "advantages"):
-            raise ValueError(f'several rewards meet as aggregate="rewards" or "advantages" (got {aggregate!r}).')
+            raise ValueError(f'aggregate is "rewards" or "advantages" (got {aggregate!r}).')
         self.std = std
         self.eps = eps
         self.ddof = ddof

@@ -1,4 +1,4 @@
-"""Logarithms for the rewards that vary most (PaCo-GRPO, arXiv:2512.04784): a loud one should not drown the rest."""
+"""Logarithms of the rewards that vary most, so that they do not dominate the others (PaCo-GRPO, arXiv:2512.04784)."""
 
 from typing import Literal
 
@@ -12,8 +12,8 @@ from flowalign.credit.group import GroupCredit
 class LogTame(Credit):
     """A reward whose std / mean over the epoch is above `threshold` becomes log(1 + r); then GroupCredit of the sum.
 
-    threshold: "mean" or "median" of that quotient over the rewards, or a number. PaCo's code takes the tamed sum itself
-    for the advantage; here it is normalised within the group like any other reward.
+    threshold: "mean" or "median" of that ratio over the rewards, or a number. PaCo's code uses the tamed sum itself as
+    the advantage; here it is normalised like any other reward.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class LogTame(Credit):
         return self.then._credit(self.tamed(rewards, groups), weights, groups)
 
     def tamed(self, rewards: Tensor, groups: Groups) -> Tensor:
-        """rewards (N, R), the loud ones in logarithms."""
+        """rewards (N, R), with log(1 + r) for those whose std / mean is above the threshold."""
         epoch = groups.everyone()
         h = torch.stack([epoch.std(r)[0] / (epoch.mean(r)[0] + 1e-6) for r in rewards.T])
-        loud = h > self._limit(h)
-        if bool((rewards[:, loud] <= -1).any()):
-            raise ValueError(f"log(1 + r) needs rewards above -1 (lowest: {float(rewards[:, loud].min()):.3g}).")
-        return torch.where(loud, rewards.log1p(), rewards)
+        high = h > self._limit(h)
+        if bool((rewards[:, high] <= -1).any()):
+            raise ValueError(f"log(1 + r) needs rewards above -1 (lowest: {float(rewards[:, high].min()):.3g}).")
+        return torch.where(high, rewards.log1p(), rewards)
 
     def _limit(self, h: Tensor) -> Tensor | float:
         if isinstance(self.threshold, str):

@@ -1,4 +1,4 @@
-"""Ranks instead of rewards (PaCo-GRPO, arXiv:2512.04784): what counts is the order, not the distance."""
+"""Ranks instead of rewards (PaCo-GRPO, arXiv:2512.04784): only their order counts, not their distances."""
 
 from typing import Literal
 
@@ -13,7 +13,7 @@ class Rank(Credit):
     """Each reward becomes its rank in the group, 0 (worst) to 1 (best); then GroupCredit of their weighted sum.
 
     Equal rewards share the mean of their ranks. ties="order" ranks them in the order of the samples, as PaCo's code
-    does, so that a group of equal pictures has winners and losers.
+    does, so that a group of equal images has winners and losers.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class Rank(Credit):
         ties: Literal["shared", "order"] = "shared",
     ) -> None:
         if ties not in ("shared", "order"):
-            raise ValueError(f'equal rewards are ranked as ties="shared" or "order" (got {ties!r}).')
+            raise ValueError(f'ties is "shared" or "order" (got {ties!r}).')
         self.then = GroupCredit(std, eps, floor=True)
         self.ties: Literal["shared", "order"] = ties
 
@@ -33,12 +33,12 @@ class Rank(Credit):
 
 
 def ranked(r: Tensor, groups: Groups, ties: Literal["shared", "order"] = "shared") -> Tensor:
-    """Rank of r within its group over (size - 1), (N,) in [0, 1]; 0 for what does not count."""
+    """Rank of r within its group over (size - 1), (N,) in [0, 1]; 0 for samples that do not count."""
     member, rank = groups.member[groups.valid], torch.zeros_like(r)
     keys = torch.stack([member.to(r.dtype), r[groups.valid]], dim=1)
-    if ties == "order":  # a third key, by which no two are equal
+    if ties == "order":  # a third key, which breaks all ties
         keys = torch.cat([keys, torch.arange(len(keys), dtype=r.dtype, device=r.device)[:, None]], dim=1)
-    # Classes of equal keys, in the order of group and score: a class sits behind all smaller ones.
+    # Classes of equal keys, sorted by group and score: a class comes after all smaller ones.
     _, tie, sizes = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
     middle = sizes.cumsum(0) - (sizes + 1) / 2
     size = torch.bincount(member, minlength=groups.number)

@@ -1,4 +1,4 @@
-"""Dynamics of the walk: one file each."""
+"""Dynamics of a sampling step, one file each."""
 
 from flowalign.dynamics.base import Dynamics, Step
 from flowalign.dynamics.cps import CPS

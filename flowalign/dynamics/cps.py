@@ -10,10 +10,10 @@ from flowalign.flow import eps_from, mean_dims, x0_from
 
 
 class CPS(Dynamics):
-    """Replaces a part of the predicted noise by fresh noise, so that the total amount of noise at sigma_next is exact.
+    """Replaces part of the predicted noise with fresh noise, keeping the total amount of noise at sigma_next exact.
 
-    eta = 0 keeps all of the predicted noise (the ODE), eta = 1 none of it. Between 1 and 2 the amount of fresh noise
-    falls again: eta and 2 - eta are the same dynamics. Published eta: 0.7 and 0.8; 1.2 to 1.8 for Qwen-Image.
+    eta = 0 keeps all of the predicted noise (the ODE), eta = 1 none. Between 1 and 2 the amount of fresh noise falls
+    again: eta and 2 - eta are the same dynamics. Published eta: 0.7 and 0.8; 1.2 to 1.8 for Qwen-Image.
     """
 
     still_at_end = True
@@ -33,13 +33,13 @@ class CPS(Dynamics):
         return mean, c
 
     def log_prob(self, y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """-|y - mean|^2, mean over dims, (B,): the method drops scale and constants, hence its own clip ranges."""
+        """-|y - mean|^2, mean over dims, (B,). The method drops scale and constants, hence its own clip ranges."""
         del std
         return mean_dims(-((y.detach() - mean) ** 2))
 
     def kl(
         self, mean: Tensor, mean_ref: Tensor, std: Tensor, sigma: float | Tensor, sigma_next: float | Tensor
     ) -> Tensor:
-        """|mean - mean_ref|^2, mean over dims, (B,): without a denominator either."""
+        """|mean - mean_ref|^2, mean over dims, (B,), also without a denominator."""
         del std, sigma, sigma_next
         return mean_dims((mean - mean_ref) ** 2)

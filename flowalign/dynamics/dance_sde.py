@@ -7,12 +7,12 @@ from flowalign.dynamics.sde import SDE
 
 
 class DanceSDE(SDE):
-    """Constant noise rate eta, hence also noise in the last steps, which decide on details. Published eta: 0.3."""
+    """Constant noise rate eta, hence noise also in the last steps, which determine details. Published eta: 0.3."""
 
     def __init__(self, eta: float = 0.3) -> None:
         super().__init__(eta)
 
     def rate(self, s: Tensor, s_max: Tensor | None) -> Tensor:
-        """See the base class."""
+        """The constant eta, (B, 1, …)."""
         del s_max
         return torch.full_like(s, self.eta)

@@ -7,18 +7,18 @@ from flowalign.dynamics.sde import SDE
 
 
 class FlowSDE(SDE):
-    """Noise rate eta sqrt(sigma / (1 - sigma)): much noise where the picture is decided, none at its end.
+    """Noise rate eta sqrt(sigma / (1 - sigma)): high where the image is decided, 0 at the end.
 
-    Published eta: 0.7 for SD3.5 with 10 steps, 0.9 for FLUX with 6. The rate is infinite at sigma = 1, where
-    sigma_max, the second entry of the schedule, stands in for sigma. It may be left out where sigma < 1; that is then
-    checked, which makes a GPU wait.
+    Published eta: 0.7 for SD3.5 with 10 steps, 0.9 for FLUX with 6. The rate is infinite at sigma = 1, where it uses
+    sigma_max, the second entry of the schedule, instead of sigma. sigma_max may be omitted if sigma < 1; this is then
+    checked, at the cost of a GPU synchronisation.
     """
 
     def __init__(self, eta: float = 0.7) -> None:
         super().__init__(eta)
 
     def rate(self, s: Tensor, s_max: Tensor | None) -> Tensor:
-        """See the base class. Only here is sigma = 1 replaced: the drift uses sigma itself."""
+        """Noise rate g, (B, 1, …). Only the rate replaces sigma = 1; the drift uses sigma itself."""
         return self.eta * torch.sqrt(s / (1 - _below_one(s, s_max)))
 
 

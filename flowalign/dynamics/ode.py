@@ -1,4 +1,4 @@
-"""The deterministic walk."""
+"""Deterministic sampling."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ class ODE(Dynamics):
         return x + dt * v, torch.zeros_like(dt)
 
     def log_prob(self, y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Refused: a deterministic step has no density."""
+        """Raise TypeError: a deterministic step has no density."""
         raise TypeError(
             "steps of the ODE are deterministic and have no density; use FlowSDE, DanceSDE or CPS, or algo=nft."
         )

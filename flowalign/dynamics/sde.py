@@ -1,4 +1,4 @@
-"""The stochastic differential equations which share the marginals of the flow, one for every noise rate."""
+"""Stochastic differential equations with the marginals of the flow, one for each noise rate."""
 
 import math
 from abc import abstractmethod
@@ -10,14 +10,14 @@ from flowalign.dynamics.base import Dynamics
 
 
 class SDE(Dynamics):
-    """Euler-Maruyama step of dx = (v + g^2/2 eps_hat / sigma) dsigma + g dw. A subclass writes the noise rate g.
+    """Euler-Maruyama step of dx = (v + g^2/2 eps_hat / sigma) dsigma + g dw. Subclasses implement the noise rate g.
 
-    The score of the marginal at sigma is -eps_hat / sigma with eps_hat = x + (1 - sigma) v, so that the extra drift
-    takes out just as much variance as the noise brings in.
+    The score of the marginal at sigma is -eps_hat / sigma with eps_hat = x + (1 - sigma) v, so the extra drift
+    removes exactly as much variance as the noise adds.
     """
 
     def __init__(self, eta: float) -> None:
-        """eta: amount of noise; 0 is the ODE."""
+        """eta: amount of noise; 0 gives the ODE."""
         if not (0 <= eta < math.inf):
             raise ValueError(f"{type(self).__name__} needs a finite eta ≥ 0, usually 0.3 to 1.2 (got {eta}).")
         self.eta = eta

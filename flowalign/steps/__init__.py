@@ -1,4 +1,4 @@
-"""Choices of the stochastic and trained steps: one file each."""
+"""Choices of the stochastic and trained steps, one file each."""
 
 from flowalign.steps.all import All
 from flowalign.steps.base import StepPlan, Steps

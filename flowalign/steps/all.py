@@ -4,18 +4,18 @@ from flowalign.steps.base import StepPlan, Steps, check_share, leading
 
 
 class All(Steps):
-    """Noise on every step; all but the last are trained, since the last one says nearly nothing about the image.
+    """Noise on every step; all but the last are trained on, since the last says almost nothing about the image.
 
-    noisy < 1 leaves the last steps to the solver: what noise they add stays in the picture, and the reward sees it.
+    noisy < 1 leaves the last steps to the solver: noise added there stays in the image, where the reward sees it.
     """
 
     def __init__(self, trained: float = 0.99, noisy: float = 1.0) -> None:
-        self.trained, self.noisy = check_share(trained), check_share(noisy)
+        self.trained, self.noisy = check_share(trained), check_share(noisy, "noisy")
         if trained > noisy:
             raise ValueError(f"only noisy steps can be trained on: use trained ≤ noisy (got {trained} and {noisy}).")
 
     def __call__(self, epoch: int, num_steps: int) -> StepPlan:
-        """The same plan every epoch."""
+        """Return the same plan in every epoch."""
         del epoch
         noisy = leading(num_steps, self.noisy)
         return StepPlan(

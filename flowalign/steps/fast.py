@@ -1,4 +1,4 @@
-"""A few neighbouring stochastic steps at a place drawn anew every epoch (Flow-GRPO-Fast)."""
+"""A few consecutive stochastic steps at a position drawn anew every epoch (Flow-GRPO-Fast)."""
 
 import torch
 
@@ -7,10 +7,10 @@ from flowalign.steps.base import StepPlan, Steps, window
 
 
 class Fast(Steps):
-    """`width` successive steps within low .. high-1 are stochastic and trained, the others follow the solver.
+    """`width` consecutive steps within low .. high-1 are stochastic and trained on; the others follow the solver.
 
-    high unset is half of the schedule, as published, or as much as one window needs. The method's code draws a place
-    for each batch and process, which are here all of an epoch.
+    If unset, high is half of the schedule, as published, or as much as one window needs. The authors' code draws a
+    position for each batch and process; here it is the same throughout an epoch.
     """
 
     def __init__(self, width: int, seed: int, low: int = 0, high: int | None = None) -> None:
@@ -22,7 +22,7 @@ class Fast(Steps):
         self.high = high
 
     def __call__(self, epoch: int, num_steps: int) -> StepPlan:
-        """A place that depends on (seed, epoch) alone."""
+        """Return a window whose position depends on (seed, epoch) only."""
         high = max(num_steps // 2, self.low + self.width) if self.high is None else self.high
         high = min(high, num_steps)
         if self.low + self.width > high:

@@ -7,10 +7,10 @@ from flowalign.flow import shifted, unshifted
 
 
 def shorten(sigmas: Tensor, last: int, share: float, shift: float) -> Tensor:
-    """The schedule (T+1,) up to the end of step `last`, then evenly in the unshifted time to 0: (last + M + 1,).
+    """Keep the schedule (T+1,) up to the end of step `last`, then space evenly in unshifted time to 0: (last + M + 1,).
 
-    M = max(2, int(share (T - last))) points from sigmas[last + 1] on, which are M - 1 steps. The method's code also
-    allows a single point, which is a picture with noise left in it.
+    M = max(2, int(share (T - last))) points from sigmas[last + 1] on, hence M - 1 steps. The authors' code also
+    allows a single point, which leaves noise in the image.
     """
     if last < 0 or last + 2 == len(sigmas):  # no stochastic step, or none after it
         return sigmas

@@ -14,15 +14,16 @@ Strategy = Literal["progressive", "random", "decay", "exp_decay"]
 
 
 class Window(Steps):
-    """`width` successive steps are stochastic and trained; the others follow the solver.
+    """`width` consecutive steps are stochastic and trained on; the others follow the solver.
 
     The window starts at the noisy side, stays for `stay` epochs (MixGRPO's iterations: one rollout each) and moves by
-    `stride`; the last `skip` steps are never trained. decay: a stay shrinks linearly from `stay` to `stay_min`;
-    exp_decay: by exp(-rate) a step beyond `threshold`; random: a place drawn every epoch. A stride of `width` makes
-    windows that do not overlap, a stride of 0 one that does not move (Flash*).
+    `stride`; the last `skip` steps are never trained on. Strategy "decay" shrinks the stay linearly from `stay` to
+    `stay_min`, "exp_decay" by exp(-rate) per step beyond `threshold`; "random" draws a position every epoch. With a
+    stride of `width` windows do not overlap; with a stride of 0 the window does not move (Flash*).
 
-    Windows are always full, and after the last one the first follows. With parity=True they are those of the method's
-    code, where a window shrinks at the end of the schedule and then is empty for a whole stay.
+    Windows are always full. After the last position the window returns to the first, or with roll_back=False stays.
+    parity=True reproduces the authors' code, where a window shrinks at the end of the schedule and is then empty for a
+    whole stay.
     """
 
     replayed = True
@@ -43,8 +44,8 @@ class Window(Steps):
         tail_solver: Solver | None = None,
         parity: bool = False,
     ) -> None:
-        """tail: the share of the steps after the window which MixGRPO-Flash keeps; None keeps all. tail_solver: what
-        takes them, None for DPM() of second order."""
+        """tail: fraction of the steps after the window to keep, as in MixGRPO-Flash; None: all. tail_solver: the solver
+        of these steps; None: DPM() of second order."""
         if strategy not in get_args(Strategy):
             raise ValueError(f"a window moves by {', '.join(get_args(Strategy))} (got strategy={strategy!r}).")
         for name, value, least in (("width", width, 1), ("stay", stay, 1), ("stay_min", stay_min, 1)):
@@ -62,22 +63,22 @@ class Window(Steps):
         self.tail, self.tail_solver, self.parity = tail, tail_solver or DPM(), parity
 
     def __call__(self, epoch: int, num_steps: int) -> StepPlan:
-        """Where the window is after `epoch` moves, found by replaying them."""
+        """Return the window of an epoch, found by replaying the moves of all earlier epochs."""
         steps = num_steps - self.skip
         if steps < self.width:
             raise ValueError(
                 f"a window of {self.width} does not fit into {num_steps} steps of which the last {self.skip} are not "
                 f"trained: use steps.width={max(steps, 1)}, or rollout.num_steps={self.width + self.skip}."
             )
-        start = self._drawn(epoch, steps) if self.strategy == "random" else self._moved(epoch, steps)
+        start = self._random_start(epoch, steps) if self.strategy == "random" else self._start(epoch, steps)
         plan = window(start, min(start + self.width, steps), num_steps)
         return replace(plan, tail=self.tail, tail_solver=self.tail_solver)
 
-    def _drawn(self, epoch: int, steps: int) -> int:
+    def _random_start(self, epoch: int, steps: int) -> int:
         generator = keyed_generator(self.seed, epoch, 0, CHOICE)
         return int(torch.randint(0, steps - self.width + 1, (), generator=generator))
 
-    def _moved(self, epochs: int, steps: int) -> int:
+    def _start(self, epochs: int, steps: int) -> int:
         end = steps if self.parity else steps - self.width
         start = stayed = 0
         for _ in range(epochs):
@@ -89,7 +90,7 @@ class Window(Steps):
         return start
 
     def _stay(self, start: int, steps: int) -> int:
-        """Epochs at one place."""
+        """Number of epochs at position `start`."""
         if self.strategy == "decay":
             done = start / steps
             return max(self.stay_min, int(self.stay * (1 - done) + self.stay_min * done))

@@ -21,10 +21,10 @@ def test_only_a_far_step_that_goes_on_is_stopped(transition, gradient, dynamics,
     divergence = dynamics.gaussian_kl(mean, p.mean, std)
     threshold = divergence.detach().sort().values[1:3].mean().item()
     loss, metrics = FlowDPPO(dynamics, threshold).loss(p, moved)
-    far = (divergence > threshold) if along == 1 else torch.zeros(4, dtype=torch.bool)
-    assert metrics["clip_fraction"].tolist() == far.tolist()
+    outside = (divergence > threshold) if along == 1 else torch.zeros(4, dtype=torch.bool)
+    assert metrics["clip_fraction"].tolist() == outside.tolist()
     alive = torch.autograd.grad(loss.sum(), moved)[0].flatten(1).any(dim=1)
-    assert alive.tolist() == (~far).tolist()
+    assert alive.tolist() == (~outside).tolist()
 
 
 def test_an_impossible_threshold_is_refused():

@@ -28,5 +28,7 @@ def test_a_schedule_with_nothing_to_train_is_refused():
 
 @pytest.mark.parametrize("share", [0.0, 1.1])
 def test_an_impossible_share_is_refused(share):
-    with pytest.raises(ValueError, match="lies in"):
+    with pytest.raises(ValueError, match="trained is a share of the steps and lies in"):
         All(share)
+    with pytest.raises(ValueError, match="noisy is a share of the steps and lies in"):
+        All(noisy=share)
