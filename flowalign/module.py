@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, as_config_errors
@@ -26,13 +25,13 @@ from flowalign.forward import Forward
 from flowalign.guards import FiniteGuard, check_ratio, checked_loss
 from flowalign.loggers import external_run_ids
 from flowalign.memory import GIB
-from flowalign.models.quantised import is_quantised
 from flowalign.points import subsample_weights
 from flowalign.policy import Policy
 from flowalign.policy.fingerprint import weights_fingerprint
 from flowalign.recipe import Recipe
 from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
+from flowalign.strategies.replicated import exclude_from_sync
 from flowalign.strategies.sequence import check_tokens
 from flowalign.strategies.sharded import Sharded
 from flowalign.tensors import full_tensor
@@ -102,7 +101,7 @@ class AlignModule(Forward):
                 merge=r.running.merge_adapters and str(self.trainer.precision).startswith("32"),
             )  # fmt: skip
             r.running.apply(r.model, rows_vary=r.optimisation.skip_zero)
-        self._keep_from_ddp()
+        exclude_from_sync(self)
 
     def _finish_networks(self) -> None:
         """Cast and shard the prepared denoisers, before they are copied."""
@@ -112,16 +111,6 @@ class AlignModule(Forward):
                 denoiser.double()
         if isinstance(self.trainer.strategy, Sharded):
             self.trainer.strategy.shard(self.recipe.model)
-
-    def _keep_from_ddp(self) -> None:
-        """Exclude quantised weights and buffers from DDP's synchronisation.
-
-        DDP cannot broadcast quantised weights, and would send buffers (position tables) before every step, although
-        every rank has read the same files.
-        """
-        names = [name for name, p in self.named_parameters() if is_quantised(p)]
-        names += [name for name, _ in self.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
 
     def setup(self, stage: str) -> None:
         del stage

@@ -261,7 +261,7 @@ def test_a_fused_step_is_that_of_the_loop(fit: Fit, precision: str):
 def test_a_default_that_another_optimiser_does_not_know_is_refused_with_the_way_out(tiny: Callable[..., DictConfig]):
     words = ["optimizer._target_=torch.optim.Adamax"]
     with pytest.raises(
-        ConfigError, match=r"^optimizer\.fused: Adamax has no parameter fused; .*; ~optimizer\.fused takes"
+        ConfigError, match=r"^optimizer\.fused: Adamax has no parameter fused; .*; ~optimizer\.fused removes it"
     ):
         check_signatures(tiny(*words))
     check_signatures(tiny(*words, "~optimizer.fused"))

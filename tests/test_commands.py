@@ -384,7 +384,7 @@ WRONG = [
     (("schedule.floor=2",), "in [0, 1]"),
     (("trainer.max_epochs=abc",), "trainer.max_epochs"),
     (("trainer.check_val_every_n_epoch=abc",), "trainer.check_val_every_n_epoch"),
-    (("encoding.keep_gib=-1",), "0 GiB or more"),
+    (("encoding.keep_gib=-1",), "keep_gib at least 0"),
     (("optimisation.max_skipped=-1",), "bounds are 0 or more"),
     (("tune=lora", "tune.alpha=-3"), "must be positive"),
     (("trainer.precision=16-true",), "use trainer.precision=16-mixed"),

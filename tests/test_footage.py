@@ -157,7 +157,7 @@ def test_videos_lie_beside_the_prompts_and_the_number_says_which(tmp_path: Path)
 @pytest.mark.parametrize(("line", "video", "sentence"), [
     ({}, True, r"prompts.jsonl:2: no video to learn from: give every line a `video` \(a file or a folder of frames"),
     ({"image": "a.png"}, True, r"prompts.jsonl:2: no video .* beside the prompt file, not an `image`\)"),
-    ({"video": "a.gif"}, False, r"prompts.jsonl:2: no picture .*a path beside the prompt file, not a `video`\)"),
+    ({"video": "a.gif"}, False, r"prompts.jsonl:2: no image .*a path beside the prompt file, not a `video`\)"),
     ({"video": 3}, True, "prompts.jsonl:2: no video"),
     ({"videos": []}, True, "prompts.jsonl:2: no video"),
     ({"video": "b.gif"}, True, "prompts.jsonl:2: there is no video .*b.gif"),

@@ -23,7 +23,7 @@ from flowalign.run import build_recipe
         (("algo=crd", "batch.micro=1"), r"batch.micro=1 leaves .* nothing can be learnt: use batch.micro=2\.$"),
         (("algo=awm", "algo.off_policy=true", "frozen.old.decay.kind=2"), r"frozen.old for the weights .*decay.kind=0"),
         (("algo=awm", "algo.off_policy=true", "frozen.old.every=step", "+frozen.old.interval=2"), "and no interval"),
-        (("dynamics=cps", "dynamics.eta=1.3"), r"^dynamics: CPS needs eta in \[0, 1\] \(got 1.3\)"),
+        (("dynamics=cps", "dynamics.eta=2.3"), r"^dynamics: CPS needs eta in \[0, 2\) \(got 2.3\)"),
         (("credit=energies", "credit.clip=0"), "^credit: temperature and clips must be positive"),
         (("times=stratified", "times.share=0.05"), r"times.share=0.05 of 10 steps leaves no noise level: use a larger"),
         (("algo=mixgrpo", "steps.parity=true", "steps.stay=1"), r"2 steps of a picture in epoch 0 and 1 in epoch 7"),

@@ -105,7 +105,7 @@ def test_what_states_are_kept_in_is_no_matter_of_autocast(keep_in: torch.dtype, 
 
     def joined() -> Rollout:
         noises = (Noise(5, 0, range(start, start + 2), SHAPE) for start in (0, 2))
-        return join([walk(field, SIGMAS, All()(0, 4), FlowSDE(0.7), Euler(), n, keep_in=keep_in) for n in noises])
+        return join([walk(field, SIGMAS, All()(0, 4), FlowSDE(0.7), Euler(), n, state_dtype=keep_in) for n in noises])
 
     plain = joined()
     with torch.autocast("cpu", autocast):
