@@ -12,7 +12,10 @@ class All(Steps):
     def __init__(self, trained: float = 0.99, noisy: float = 1.0) -> None:
         self.trained, self.noisy = check_share(trained), check_share(noisy, "noisy")
         if trained > noisy:
-            raise ValueError(f"only noisy steps can be trained on: use trained ≤ noisy (got {trained} and {noisy}).")
+            raise ValueError(
+                f"only noisy steps can be trained on, so trained={trained} cannot exceed noisy={noisy}: use "
+                f"steps.trained={noisy}, or a larger steps.noisy."
+            )
 
     def __call__(self, epoch: int, num_steps: int) -> StepPlan:
         """Return the same plan in every epoch."""

@@ -30,5 +30,7 @@ def test_a_schedule_with_nothing_to_train_is_refused():
 def test_an_impossible_share_is_refused(share):
     with pytest.raises(ValueError, match="trained is a share of the steps and lies in"):
         All(share)
+    with pytest.raises(ValueError, match=r"trained=0.99 cannot exceed noisy=0.5: use steps.trained=0.5"):
+        All(noisy=0.5)
     with pytest.raises(ValueError, match="noisy is a share of the steps and lies in"):
         All(noisy=share)
