@@ -284,7 +284,7 @@ def cache(bench: Bench) -> Iterator[Outcome]:
     files[0].write_bytes(data)
     second = bench.folder / "cached_again"
     ended = forked.run(second, f"encoding.cache={kept}")
-    again = ended.said.count("is made again")
+    again = ended.said.count("is encoded again")
     equal = forked.same_end(second, whole)
     assert first.codes == (0,), first.said[-3000:]
     yield bench.row(f"prompt cache: {again} of {len(files)} damaged files made again", [ended], equal=equal)
