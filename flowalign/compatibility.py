@@ -181,14 +181,14 @@ def _check_quantised(cfg: DictConfig) -> None:
 
 
 def _check_running(cfg: DictConfig) -> None:
-    """What a family cannot do is known before its weights are loaded."""
+    """Check what the model family supports, before its weights are loaded."""
     if (running := _instantiate_or_none(cfg.running)) is not None:
         with as_config_errors():
             running.check_family(locate(cfg.model["_target_"]))
 
 
 def _check_average(cfg: DictConfig) -> None:
-    """Live weights are no average of themselves."""
+    """Check that the copy to be evaluated is an average, not the live weights."""
     copy = cfg.evaluation.weights
     if copy != "live" and OmegaConf.select(cfg, f"frozen.{copy}.every") == "always":
         raise ConfigError(f"frozen.{copy}.every=always is no average: use evaluation.weights=live.")

@@ -79,8 +79,8 @@ class Geometry:
 
     together: the rows that share a micro-batch (Algorithm.together). members: samples of each group that are trained
     on, None for all. whole: all samples of a group go to the same rank, as they also do if the loss couples groups or
-    if `members` is set. trunk: the group size is a multiple of it (StepPlan.trunk). least: smallest
-    number of points of a micro-batch.
+    if `members` is set. trunk: the group size is a multiple of it (StepPlan.trunk). least: smallest number
+    of points of a micro-batch (Algorithm.least_micro).
     """
 
     batch: Batch

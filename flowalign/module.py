@@ -66,9 +66,8 @@ class AlignModule(Forward):
             r.data["train"].require_images(video=r.model.modality == "video")
         except ValueError as error:
             raise ConfigError(f"{error}, or {otherwise}.") from error
-        with (
-            as_config_errors()
-        ):  # a size that cannot be rendered or a video that is too short, before the baseline runs
+        # An impossible size or a video that is too short is reported here, not in the first rollout.
+        with as_config_errors():
             r.data["train"].images([0], [1], *r.train_size.area)
 
     # ------------------------------------------------------------ building

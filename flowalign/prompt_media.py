@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
-from flowalign.footage import footage
+from flowalign.footage import footage, read_video
 from flowalign.pixels import tensor_of
 
 if TYPE_CHECKING:
@@ -62,11 +62,11 @@ def check_videos(prompt: Prompt) -> None:
             footage(path)
 
 
-def load_video(prompt: Prompt, number: int, reading: Callable[[Path], Tensor]) -> Tensor:
-    """Apply `reading` to the prompt's video; with several, to the one at `number` modulo their count."""
+def load_video(prompt: Prompt, number: int, frames: int, size: tuple[int, int]) -> Tensor:
+    """The prompt's video, (F, 3, H, W) in [0, 1]; with several, the one at `number` modulo their count."""
     videos = video_paths(prompt)
     with _naming_line(prompt):
-        return reading(videos[number % len(videos)])
+        return read_video(videos[number % len(videos)], frames, size)
 
 
 def other_kind_hint(prompt: Prompt, key: str) -> str:

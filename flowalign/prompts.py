@@ -6,7 +6,7 @@ import heapq
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowalign.footage import read_video
 from flowalign.prompt_media import check_videos, load_images, load_video, other_kind_hint, video_paths
 
 ASSETS = Path(__file__).parent / "assets"
@@ -157,8 +156,7 @@ class PromptSet:
         chosen = [(self.prompts[i], number) for i, number in zip(indices, numbers, strict=True)]
         if frames is None:
             return torch.stack([self._image(*choice, height, width) for choice in chosen])
-        read = partial(read_video, frames=frames, size=(height, width))
-        return torch.stack([load_video(*choice, read) for choice in chosen])
+        return torch.stack([load_video(*choice, frames, (height, width)) for choice in chosen])
 
     def variant(self, index: int, number: int, video: bool = False) -> int:
         """The smallest number that chooses the same image or video of a prompt as `number` does."""

@@ -57,7 +57,7 @@ class Running:
             check_compiler(device)
 
     def check_family(self, family: FlowModel | type[FlowModel]) -> None:
-        """Raises ValueError for what a family cannot do whatever its weights are, so that these need not be there."""
+        """Raise ValueError for settings that a model family does not support. Needs no weights."""
         if self.gradient_checkpointing and not family.checkpointing_is_exact:
             name = (family if isinstance(family, type) else type(family)).__name__
             raise ValueError(

@@ -202,6 +202,6 @@ def join(parts: Sequence[Rollout]) -> Rollout:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """torch.cat, without autocast, which refuses to join what is kept in another 16-bit type than its own."""
+    """torch.cat without autocast, which rejects tensors of a 16-bit dtype other than its own."""
     with torch.autocast(parts[0].device.type, enabled=False):
         return torch.cat(list(parts))

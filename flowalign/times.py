@@ -31,7 +31,7 @@ class Times(ABC):
         return max(1, int(0.99 * num_steps)) if self.num is None else self.num
 
     def check(self, num_steps: int) -> None:
-        """Raises ValueError, before anything is sampled, for a schedule of which `draw` could take nothing."""
+        """Raise ValueError for a schedule from which `draw` could take no level. Called before sampling."""
         del num_steps
 
     def __call__(self, seed: int, epoch: int, keys: Sequence[int] | Tensor, sigmas: Tensor) -> Tensor:
