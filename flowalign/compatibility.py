@@ -61,7 +61,6 @@ def check_groups(cfg: DictConfig) -> None:
     _check_strategy(cfg)
     _check_quantised(cfg)
     _check_running(cfg)
-    _check_average(cfg)
     _check_noise(cfg, algorithm, dynamics)
     _check_extremes(cfg, algorithm)
     _check_kept(cfg, algorithm)
@@ -185,13 +184,6 @@ def _check_running(cfg: DictConfig) -> None:
     if (running := _instantiate_or_none(cfg.running)) is not None:
         with as_config_errors():
             running.check_family(locate(cfg.model["_target_"]))
-
-
-def _check_average(cfg: DictConfig) -> None:
-    """Check that the copy to be evaluated is an average, not the live weights."""
-    copy = cfg.evaluation.weights
-    if copy != "live" and OmegaConf.select(cfg, f"frozen.{copy}.every") == "always":
-        raise ConfigError(f"frozen.{copy}.every=always is no average: use evaluation.weights=live.")
 
 
 def _check_noise(cfg: DictConfig, algorithm: Any, dynamics: Any) -> None:

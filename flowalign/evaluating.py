@@ -79,6 +79,14 @@ class Evaluating(LightningModule):
         # Lightning enters the precision context only for steps. Outside it, log-probabilities would differ from theirs.
         return self.trainer.precision_plugin.forward_context()
 
+    def _compute_dtype(self) -> torch.dtype:
+        """The dtype of the denoisers' matrix products."""
+        device = self.trainer.strategy.root_device.type
+        with self._precision():
+            if torch.is_autocast_enabled(device):
+                return torch.get_autocast_dtype(device)
+        return next(iter(self.recipe.model.denoisers().values())).dtype  # type: ignore[return-value]
+
     def val_dataloader(self) -> Positions:
         return self._positions("val")
 

@@ -28,7 +28,7 @@ from flowalign.memory import GIB
 from flowalign.points import subsample_weights
 from flowalign.policy import Policy
 from flowalign.policy.fingerprint import weights_fingerprint
-from flowalign.recipe import Recipe
+from flowalign.recipe import Recipe, check_copies
 from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
 from flowalign.strategies.replicated import exclude_from_sync
@@ -77,23 +77,16 @@ class AlignModule(Forward):
         if self.policy is not None:  # Lightning calls this for every fit, validate and test
             return
         r = self.recipe
-        judged = [] if r.evaluation.copy is None else [r.evaluation.copy]
-        asked = (r.consulted - r.same_as_live).union(judged)
+        with as_config_errors():
+            check_copies(r.algorithm, r.evaluation, r.frozen)
+        asked = (r.consulted - r.same_as_live) | {r.evaluation.copy}
         kept = [name for name in r.frozen if name in asked]
-        missing = sorted(asked - set(kept) - {"reference"})
-        if missing:
-            raise ConfigError(
-                f"the run consults {missing}, but `frozen` does not say how they follow the live weights: leave "
-                f"{' and '.join(f'frozen.{name}' for name in missing)} as by default."
-            )
-        if any(r.frozen[name].every == "always" for name in kept):
-            raise ConfigError(f"frozen.{r.evaluation.copy}.every=always is no average: use evaluation.weights=live.")
         copies = [*kept, *(["reference"] if "reference" in r.algorithm.frozen else [])]
         strategy = self.trainer.strategy
         # If sharded, only rank 0 has read the weights.
         self.base = strategy.broadcast(weights_fingerprint(r.model.denoisers()))
         with as_config_errors():
-            r.running.check(strategy.root_device)
+            r.running.check(strategy.root_device, self._compute_dtype())
             self.policy = Policy(
                 r.model.denoisers(), r.tune, r.model.lora_targets, copies, r.device_of_frozen, self._finish_networks,
                 # A 16-bit merged weight would round away what the adapters have learnt.

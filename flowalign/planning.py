@@ -46,11 +46,10 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 def check_plan(cfg: DictConfig) -> None:
     """Raise ConfigError for an invalid part of a batch plan, or for a plan that does not fit, naming the nearest."""
-    from flowalign.recipe import batch_plan
+    from flowalign.recipe import batch_plan, check_copies
 
     check_signatures({group: cfg[group] for group in (*PLAN_GROUPS.values(), *CHECKED_GROUPS, "frozen")})
-    for group in CHECKED_GROUPS:
-        instantiate(cfg[group])
+    checked = {group: instantiate(cfg[group]) for group in CHECKED_GROUPS}
     frozen = {name: instantiate(node) for name, node in cfg.frozen.items() if node is not None}
     parts = {field: instantiate(cfg[group]) for field, group in PLAN_GROUPS.items()}
     for name in parts["algorithm"].made_rollout:
@@ -59,6 +58,8 @@ def check_plan(cfg: DictConfig) -> None:
                 f"algo takes frozen.{name} for the weights that made the rollout, and it lags behind them, so that the "
                 f"importance ratio could never be 1: use frozen.{name}.decay.kind=0 (and no interval)."
             )
+    with as_config_errors():
+        check_copies(parts["algorithm"], checked["evaluation"], frozen)
     scorer = SimpleNamespace(groupwise=any(map(_is_groupwise, objective(cfg.reward))))
     with as_config_errors():
         geometry = batch_plan(SimpleNamespace(**parts, scorer=scorer), replicas(cfg))  # type: ignore[arg-type]

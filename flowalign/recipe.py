@@ -85,13 +85,30 @@ class Recipe:
     @property
     def consulted(self) -> set[str]:
         """Names of the frozen copies that the loss and the rollouts use."""
-        return {*self.algorithm.frozen, self.algorithm.samples_with} - {None}  # type: ignore[return-value]
+        return _consulted(self.algorithm)
 
     @property
     def same_as_live(self) -> set[str]:
         """The consulted copies that equal the live weights whenever they are used, so none is kept or evaluated."""
         steps = self.batch.updates * self.batch.passes
         return {name for name in self.consulted if name in self.frozen and self.frozen[name].stays_live(steps)}
+
+
+def _consulted(algorithm: Algorithm) -> set[str]:
+    return {*algorithm.frozen, algorithm.samples_with} - {None}  # type: ignore[return-value]
+
+
+def check_copies(algorithm: Algorithm, evaluation: Evaluation, frozen: Mapping[str, Follow]) -> None:
+    """Raise ValueError unless `frozen` says how each copy follows that the loss, rollouts and evaluations use."""
+    evaluated = set() if evaluation.copy is None else {evaluation.copy}
+    missing = sorted((_consulted(algorithm) | evaluated) - frozen.keys() - {"reference"})
+    if missing:
+        raise ValueError(
+            f"the run consults {missing}, but `frozen` does not say how they follow the live weights: leave "
+            f"{' and '.join(f'frozen.{name}' for name in missing)} as by default."
+        )
+    if any(frozen[name].every == "always" for name in evaluated):
+        raise ValueError(f"frozen.{evaluation.copy}.every=always is no average: use evaluation.weights=live.")
 
 
 class Planned(Protocol):

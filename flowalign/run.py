@@ -47,7 +47,9 @@ def compose_config(*words: str) -> DictConfig:
     """Compose the config of `train.py` with these overrides; raises ConfigError where `train.py` would."""
     words = tuple(preflight(words, CONF, "train", also=check_groups))
     with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        return hydra.compose("train", list(words))
+        cfg = hydra.compose("train", list(words))
+    check_plan(cfg)
+    return cfg
 
 
 def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flowalign.attention import use_float32_attention_on_cpu
+from flowalign.checks.suggest import suggest
 from flowalign.heap import keep_freed
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Running:
     merge_adapters: bool = True
     """Merge adapters into the weights while nothing is trained; only in float32 and for unsharded weights."""
     attention: str | None = None
-    """Name of a diffusers attention backend, e.g. flash, _flash_3, sage; None: PyTorch's own."""
+    """Name of a diffusers attention backend with a backward pass, e.g. flash, xformers; None: PyTorch's own."""
     vae_tiling: bool = False
     """Decode large images tile by tile. Seams are blended, hence pixels differ slightly."""
     vae_slicing: bool = False
@@ -49,21 +50,27 @@ class Running:
         """Whether attention is PyTorch's own, for which FLOPs and memory can be counted."""
         return (self.attention or "native").lstrip("_").startswith("native")
 
-    def check(self, device: torch.device) -> None:
-        """Raise ValueError if something that this device needs is not installed."""
+    def check(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise ValueError if something does not work on this device, or with networks that compute in this dtype."""
         if self.compile:
             from flowalign.compiling import check_compiler
 
             check_compiler(device)
+        if self.attention is not None:
+            from flowalign.models.backends import check_gradient
+
+            check_gradient(self.attention, device, dtype)
 
     def check_family(self, family: FlowModel | type[FlowModel]) -> None:
         """Raise ValueError for settings that a model family does not support. Needs no weights."""
+        name = (family if isinstance(family, type) else type(family)).__name__
         if self.gradient_checkpointing and not family.checkpointing_is_exact:
-            name = (family if isinstance(family, type) else type(family)).__name__
             raise ValueError(
                 f"{name} predicts something else under gradient checkpointing, since diffusers then drops "
                 "its attention mask: use running.gradient_checkpointing=false."
             )
+        if self.attention is not None:
+            _check_backend(self.attention, name, family.takes_attention_backend)
 
     def apply(self, model: FlowModel, rows_vary: bool = False) -> None:
         """Apply the settings to a pipeline that the policy has prepared.
@@ -76,7 +83,9 @@ class Running:
             if self.gradient_checkpointing:
                 denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
             if self.attention is not None:
-                denoiser.set_attention_backend(self.attention)  # type: ignore[operator]
+                from flowalign.models.backends import set_backend
+
+                set_backend(denoiser, self.attention)
         if self.keep_freed:
             keep_freed()
         if self.compile:
@@ -94,6 +103,16 @@ class Running:
                 getattr(model.pipe.vae, switch)()
         if self.vae_channels_last:
             _channels_last(model)
+
+
+def _check_backend(name: str, family: str, any_backend: bool) -> None:
+    from flowalign.models.backends import backends, check_installed, check_kernel
+
+    if name not in (known := backends()):
+        raise ValueError(f"running.attention={name} is no attention backend of diffusers; {suggest(name, known)}")
+    if not any_backend:
+        check_kernel(name, family)
+    check_installed(name)
 
 
 def _channels_last(model: FlowModel) -> None:

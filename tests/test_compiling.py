@@ -77,9 +77,9 @@ def test_without_a_compiler_a_run_is_refused_before_its_first_batch(tiny: Callab
 
 def test_a_device_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("flowalign.compiling.has_triton", lambda: False)
-    Running().check(torch.device("cuda"))
+    Running().check(torch.device("cuda"), torch.float32)
     with pytest.raises(ValueError, match="needs Triton on a GPU"):
-        Running(compile=True).check(torch.device("cuda"))
+        Running(compile=True).check(torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ class AuraFlow(FlowModel):
 
     pipeline = "AuraFlowPipeline"
     evenly = False
+    takes_attention_backend = False
     default_max_sequence_length = 256
     default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -66,6 +66,8 @@ class FlowModel(ABC):
     """Whether prompts come with images: to be edited, or as the first frame of a video."""
     checkpointing_is_exact: ClassVar[bool] = True
     """Whether gradient checkpointing leaves the prediction unchanged."""
+    takes_attention_backend: ClassVar[bool] = True
+    """Whether an attention backend of diffusers, once set, is used by the denoiser's layers."""
     one_text_length: ClassVar[bool] = True
     """Whether all prompts have the same number of tokens; otherwise a batch is padded to its longest prompt."""
 

@@ -15,6 +15,7 @@ class Lumina2(FlowModel):
     """Guidance preserves the norm of each row of each latent channel, as the pipeline does by default."""
 
     pipeline = "Lumina2Pipeline"
+    takes_attention_backend = False
     default_max_sequence_length = 256
     default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -17,6 +17,7 @@ class Sana(FlowModel):
 
     pipeline = "SanaPipeline"
     evenly = False
+    takes_attention_backend = False
     default_max_sequence_length = 300
     default_lora_targets = ("to_q", "to_k", "to_v")
 

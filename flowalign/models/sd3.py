@@ -17,6 +17,7 @@ class SD3(FlowModel):
 
     pipeline = "StableDiffusion3Pipeline"
     evenly = False
+    takes_attention_backend = False
     default_max_sequence_length = 256  # T5 tokens; without T5 they are this many zeros
     default_lora_targets = tuple(
         f"attn.{name}"

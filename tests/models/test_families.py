@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowalign.alive import PeakMemory
 from flowalign.checks import check_signatures
@@ -591,3 +593,36 @@ def test_a_video_model_trains_by_command_and_its_sample_plays(
         main()
     assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "a.mp4"))[0] == TINY["WanPipeline"].FRAMES
     assert Image.open(tmp_path / "a.gif").n_frames > 1
+
+
+class Operators(TorchDispatchMode):
+    """Counts the calls of every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chosen_attention_kernel_reaches_the_layers(make: Callable[[str], Family], kind: str):
+    family = make(kind)
+    model, cond = family.model, family.encode()
+    x = torch.randn(2, *model.latent_shape(**family.size), generator=torch.Generator().manual_seed(1))
+
+    def run() -> tuple[Tensor, int]:
+        with torch.no_grad(), Operators() as operators:
+            v = model.velocity(x, torch.tensor([0.95, 0.2]), cond, 1.0)
+        return v, operators.calls["_scaled_dot_product_flash_attention_for_cpu"]
+
+    plain, fused = run()
+    Running(attention="_native_math").apply(model)
+    same, left = run()
+    assert fused > 0
+    assert left <= (1 if kind == "HunyuanVideo" else 0)  # the layer that refines its text tokens has a fixed kernel
+    assert distance(same, plain) < 1e-4 * float(plain.abs().max())
+    processors = [m.processor for d in model.denoisers().values() for m in d.modules() if hasattr(m, "processor")]
+    assert any(hasattr(p, "_attention_backend") for p in processors) == model.takes_attention_backend
