@@ -84,6 +84,29 @@ def test_videos_become_latents_and_back_as_the_vae_alone_does_it(
     assert back.std() > 0.001
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layers_that_need_float32_keep_it_beside_text_encoders_and_vaes_of_any_type(wan_folder: Path, dtype: str):
+    network = Wan(str(wan_folder), dtype=dtype, train_dtype="bfloat16").pipe.transformer
+    types = {name: p.dtype for name, p in network.named_parameters()}
+    assert types["scale_shift_table"] == types["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
+    assert types["proj_out.weight"] == torch.bfloat16
+
+
+def test_embedded_guidance_is_rounded_as_in_the_pipeline(tmp_path: Path):
+    hunyuan_video.build().save_pretrained(tmp_path)
+    settings = {"max_sequence_length": hunyuan_video.MODEL["max_sequence_length"]}
+    model = HunyuanVideo(str(tmp_path), dtype="bfloat16", train_dtype="bfloat16", **settings)
+    scales: list[torch.Tensor] = []
+    model.pipe.transformer.register_forward_pre_hook(
+        lambda _, args, named: scales.append(named["guidance"].float()), with_kwargs=True
+    )
+    model.pipe.set_progress_bar_config(disable=True)
+    model.pipe("a", height=32, width=48, num_frames=5, num_inference_steps=1, output_type="latent", **settings)
+    with torch.no_grad():
+        model.velocity(torch.zeros(1, *model.latent_shape(32, 48, 5)), 0.5, model.encode(["a"]))
+    assert torch.equal(*scales)
+
+
 def test_one_denoiser_and_two_experts_are_not_confused(wan_folder: Path, experts_folder: Path):
     with pytest.raises(ValueError, match="has 1 denoiser.* drives 2"):
         WanTwoExperts(str(wan_folder))
