@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from flowalign.models.video import VideoModel
 from flowalign.models.wan import Wan, WanTwoExperts
 from flowalign.types import Conditioning
 from tests.models.tiny import hunyuan_video, ltx_video, wan2_1, wan2_2
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,11 @@ def test_embedded_guidance_is_rounded_as_in_the_pipeline(tmp_path: Path):
     with torch.no_grad():
         model.velocity(torch.zeros(1, *model.latent_shape(32, 48, 5)), 0.5, model.encode(["a"]))
     assert torch.equal(*scales)
+
+
+def test_ltx_videos_are_written_at_the_rate_that_the_network_is_told(compose: Callable[..., DictConfig]):
+    cfg = compose("model=ltx_video")
+    assert cfg.resolution.train.fps == cfg.resolution.eval.fps == cfg.model.frame_rate
 
 
 def test_one_denoiser_and_two_experts_are_not_confused(wan_folder: Path, experts_folder: Path):
