@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,23 @@ def test_embedded_guidance_is_rounded_as_in_the_pipeline(tmp_path: Path):
 def test_ltx_videos_are_written_at_the_rate_that_the_network_is_told(compose: Callable[..., DictConfig]):
     cfg = compose("model=ltx_video")
     assert cfg.resolution.train.fps == cfg.resolution.eval.fps == cfg.model.frame_rate
+
+
+def test_a_tokenizer_that_is_published_only_in_sentencepiece_format_is_read(tmp_path: Path):
+    pytest.importorskip("sentencepiece")
+    from sentencepiece import sentencepiece_model_pb2 as sentencepiece_format
+
+    ltx_video.build().save_pretrained(tmp_path)
+    expected = LTXVideo(str(tmp_path)).encode(["a red circle"])["tokens"]
+    stored = tmp_path / "tokenizer" / "tokenizer.json"
+    spm = sentencepiece_format.ModelProto()
+    spm.trainer_spec.model_type, spm.trainer_spec.unk_id = spm.trainer_spec.UNIGRAM, 2
+    for i, (piece, score) in enumerate(json.loads(stored.read_text())["model"]["vocab"]):
+        kind = (spm.SentencePiece.CONTROL, spm.SentencePiece.CONTROL, spm.SentencePiece.UNKNOWN)
+        spm.pieces.add(piece=piece, score=score, type=kind[i] if i < 3 else spm.SentencePiece.NORMAL)
+    stored.with_name("spiece.model").write_bytes(spm.SerializeToString())
+    stored.unlink()
+    assert torch.equal(LTXVideo(str(tmp_path)).encode(["a red circle"])["tokens"], expected)
 
 
 def test_one_denoiser_and_two_experts_are_not_confused(wan_folder: Path, experts_folder: Path):
