@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_layers_that_need_float32_keep_it_beside_text_encoders_and_vaes_of_any_t
 
 def test_embedded_guidance_is_rounded_as_in_the_pipeline(tmp_path: Path):
     hunyuan_video.build().save_pretrained(tmp_path)
-    settings = {"max_sequence_length": hunyuan_video.MODEL["max_sequence_length"]}
+    settings: dict[str, Any] = hunyuan_video.MODEL
     model = HunyuanVideo(str(tmp_path), dtype="bfloat16", train_dtype="bfloat16", **settings)
     scales: list[torch.Tensor] = []
     model.pipe.transformer.register_forward_pre_hook(
@@ -119,9 +119,7 @@ def test_ltx_videos_are_written_at_the_rate_that_the_network_is_told(compose: Ca
 
 
 def test_a_tokenizer_that_is_published_only_in_sentencepiece_format_is_read(tmp_path: Path):
-    pytest.importorskip("sentencepiece")
-    from sentencepiece import sentencepiece_model_pb2 as sentencepiece_format
-
+    sentencepiece_format = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
     ltx_video.build().save_pretrained(tmp_path)
     expected = LTXVideo(str(tmp_path)).encode(["a red circle"])["tokens"]
     stored = tmp_path / "tokenizer" / "tokenizer.json"
