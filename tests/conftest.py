@@ -107,13 +107,13 @@ def loaded_once() -> Iterator[None]:
     loaded: dict[Any, Any] = {}
 
     def kept(
-        name: str, pretrained: str, revision: Any, variant: Any, dtype: torch.dtype, arguments: dict, trained: Any = ()
+        name: str, pretrained: str, revision: Any, variant: Any, dtype: torch.dtype, arguments: dict, trained: dict
     ) -> Any:
         whole = Path(loading.resolve(pretrained)).is_dir() and not loading._without_weights.get()
         if not whole or any(arguments.values()):  # parts that are given are not ours to copy
             return loading.load_pipeline(name, pretrained, revision, variant, dtype, arguments, trained)
         files = loading.fingerprint(pretrained, revision, ("*", "."))
-        key = name, files, revision, variant, dtype, tuple(arguments), tuple(trained)
+        key = name, files, revision, variant, dtype, tuple(arguments), tuple(trained.items())
         if key not in loaded:
             loaded[key] = loading.load_pipeline(name, pretrained, revision, variant, dtype, arguments, trained)
         return copy.deepcopy(loaded[key])

@@ -101,11 +101,12 @@ class FlowModel(ABC):
         quantiser = None if quantised is None else weight_quantiser(quantised)  # before loading: it may raise
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
+        trained = dict.fromkeys(self.denoiser_names, torch_dtype(train_dtype))
         self.pipe = load_pipeline(
-            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent), self.denoiser_names
+            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent), trained
         )
         for denoiser in self.denoisers().values():
-            if denoiser.dtype != torch_dtype(train_dtype):  # diffusers warns of every cast, even a no-op
+            if denoiser.dtype != torch_dtype(train_dtype):  # one without weights
                 denoiser.to(torch_dtype(train_dtype))
             denoiser.eval().requires_grad_(False)
         if quantised is not None and quantiser is not None:

@@ -70,7 +70,10 @@ class Flux2Klein(FlowModel):
 
 
 class Flux2(Flux2Klein):
-    """Guidance-distilled: `embedded_guidance` is the pipeline's guidance_scale, and `guidance` is usually off."""
+    """Guidance-distilled: `embedded_guidance` is the pipeline's guidance_scale, and `guidance` is usually off.
+
+    The tokenizer of the published checkpoint is a processor for images too, which needs torchvision.
+    """
 
     pipeline = "Flux2Pipeline"
     default_embedded_guidance = 4.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -70,12 +70,13 @@ def load_pipeline(
     variant: str | None,
     dtype: torch.dtype,
     arguments: dict[str, Any],
-    trained: Sequence[str] = (),
+    trained: Mapping[str, torch.dtype],
 ) -> Any:
     """Load a diffusers pipeline of class `name`. HF_HOME and HF_HUB_OFFLINE apply, as diffusers itself reads them.
 
-    Raises ValueError if `pretrained` does not exist, is incomplete or holds another pipeline class. Within
-    `without_weights` the `trained` components have meta parameters.
+    trained: the components that are trained, and the dtypes to read them in; `dtype` is that of the others. Raises
+    ValueError if `pretrained` does not exist, is incomplete or holds another pipeline class. Within `without_weights`
+    the trained components have meta parameters, in float32.
     """
     import diffusers
 
@@ -104,7 +105,8 @@ def load_pipeline(
         if _without_weights.get():
             config = pipeline.load_config(where, revision=revision)
             arguments = arguments | {part: _meta_component(where, config, part, revision) for part in trained}
-        return pipeline.from_pretrained(where, revision=revision, variant=variant, dtype=dtype, **arguments)
+        dtypes = {"default": dtype, **trained}
+        return pipeline.from_pretrained(where, revision=revision, variant=variant, dtype=dtypes, **arguments)
 
 
 TEXT_FOLDERS = ("text_encoder*", "tokenizer*")

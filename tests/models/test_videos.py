@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +19,9 @@ from flowalign.models.video import VideoModel
 from flowalign.models.wan import Wan, WanTwoExperts
 from flowalign.types import Conditioning
 from tests.models.tiny import hunyuan_video, ltx_video, wan2_1, wan2_2
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,49 @@ def test_videos_become_latents_and_back_as_the_vae_alone_does_it(
     torch.testing.assert_close(model.decode(z), back, atol=1e-5, rtol=1e-5)
     assert (z - alone).abs().max() > 0.01  # the network uses another scale
     assert back.std() > 0.001
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_layers_that_need_float32_keep_it_beside_text_encoders_and_vaes_of_any_type(wan_folder: Path, dtype: str):
+    network = Wan(str(wan_folder), dtype=dtype, train_dtype="bfloat16").pipe.transformer
+    types = {name: p.dtype for name, p in network.named_parameters()}
+    assert types["scale_shift_table"] == types["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
+    assert types["proj_out.weight"] == torch.bfloat16
+
+
+def test_embedded_guidance_is_rounded_as_in_the_pipeline(tmp_path: Path):
+    hunyuan_video.build().save_pretrained(tmp_path)
+    settings: dict[str, Any] = hunyuan_video.MODEL
+    model = HunyuanVideo(str(tmp_path), dtype="bfloat16", train_dtype="bfloat16", **settings)
+    scales: list[torch.Tensor] = []
+    model.pipe.transformer.register_forward_pre_hook(
+        lambda _, args, named: scales.append(named["guidance"].float()), with_kwargs=True
+    )
+    model.pipe.set_progress_bar_config(disable=True)
+    model.pipe("a", height=32, width=48, num_frames=5, num_inference_steps=1, output_type="latent", **settings)
+    with torch.no_grad():
+        model.velocity(torch.zeros(1, *model.latent_shape(32, 48, 5)), 0.5, model.encode(["a"]))
+    assert torch.equal(*scales)
+
+
+def test_ltx_videos_are_written_at_the_rate_that_the_network_is_told(compose: Callable[..., DictConfig]):
+    cfg = compose("model=ltx_video")
+    assert cfg.resolution.train.fps == cfg.resolution.eval.fps == cfg.model.frame_rate
+
+
+def test_a_tokenizer_that_is_published_only_in_sentencepiece_format_is_read(tmp_path: Path):
+    sentencepiece_format = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    ltx_video.build().save_pretrained(tmp_path)
+    expected = LTXVideo(str(tmp_path)).encode(["a red circle"])["tokens"]
+    stored = tmp_path / "tokenizer" / "tokenizer.json"
+    spm = sentencepiece_format.ModelProto()
+    spm.trainer_spec.model_type, spm.trainer_spec.unk_id = spm.trainer_spec.UNIGRAM, 2
+    for i, (piece, score) in enumerate(json.loads(stored.read_text())["model"]["vocab"]):
+        kind = (spm.SentencePiece.CONTROL, spm.SentencePiece.CONTROL, spm.SentencePiece.UNKNOWN)
+        spm.pieces.add(piece=piece, score=score, type=kind[i] if i < 3 else spm.SentencePiece.NORMAL)
+    stored.with_name("spiece.model").write_bytes(spm.SerializeToString())
+    stored.unlink()
+    assert torch.equal(LTXVideo(str(tmp_path)).encode(["a red circle"])["tokens"], expected)
 
 
 def test_one_denoiser_and_two_experts_are_not_confused(wan_folder: Path, experts_folder: Path):
