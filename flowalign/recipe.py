@@ -13,7 +13,7 @@ from flowalign.conditioner import Encoding
 from flowalign.credit import Credit
 from flowalign.dynamics import Dynamics
 from flowalign.evaluation import Evaluation
-from flowalign.geometry import Batch, Geometry
+from flowalign.geometry import Batch, Geometry, nearest_of
 from flowalign.models.base import FlowModel
 from flowalign.policy import Tune
 from flowalign.policy.follow import Follow
@@ -126,17 +126,12 @@ class Planned(Protocol):
 def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
     """The batch plan of one rank. An image's points are its recorded steps or its re-noised states."""
     algorithm, num_steps = recipe.algorithm, recipe.rollout.num_steps
-    if recipe.batch.micro == "auto" and algorithm.micro_matters:
-        raise ValueError(
-            f"batch.micro=auto would let the device choose the result, since {type(algorithm).__name__} takes means "
-            "over a micro-batch here: give batch.micro a number."
-        )
     replays = algorithm.point == "transition"
     plan = recipe.steps(0, num_steps) if replays else None
     if not replays:
         recipe.times.check(num_steps)
     sources = 2 if algorithm.source == "both" else 1
-    return Geometry(
+    geometry = Geometry(
         recipe.batch,
         recipe.times.count(num_steps) * sources if plan is None else plan.points,
         world_size,
@@ -146,3 +141,9 @@ def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:
         trunk=1 if plan is None else plan.trunk,
         least=algorithm.least_micro,
     )
+    if recipe.batch.micro == "auto" and algorithm.micro_matters:
+        raise ValueError(
+            f"batch.micro=auto would let the device choose the result, since {type(algorithm).__name__} takes means "
+            f"over a micro-batch here: choose a number, for example batch.micro={nearest_of(geometry.micros(), 16)}."
+        )
+    return geometry

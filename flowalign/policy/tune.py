@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import nn
 
+from flowalign.checks.suggest import suggest
 from flowalign.policy.adapters import load_adapters
 
 
@@ -48,6 +49,7 @@ class Lora:
     def __call__(self, denoiser: nn.Module, targets: Sequence[str], name: str) -> None:
         from peft import LoraConfig
 
+        _check_targets(denoiser, self.targets or ())
         denoiser.requires_grad_(False)
         config = LoraConfig(
             r=self.rank,
@@ -63,6 +65,22 @@ class Lora:
         for parameter in denoiser.parameters():
             if parameter.requires_grad:  # adapters train in float32 even on a bfloat16 base
                 parameter.data = parameter.data.float()
+
+
+def _check_targets(denoiser: nn.Module, targets: Sequence[str]) -> None:
+    """Raise ValueError for a target that is no module's name or the end of one; peft ignores it beside others."""
+    modules = dict(denoiser.named_modules())
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in modules):
+            linear = {_short(name) for name, module in modules.items() if isinstance(module, nn.Linear)}
+            hint = suggest(_short(target), linear)
+            raise ValueError(f"tune.targets: {type(denoiser).__name__} has no layer {target}; {hint}")
+
+
+def _short(name: str) -> str:
+    """The last part of a module's name, or the last two for one in a list: to_q, to_out.0."""
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdecimal() else parts[-1:])
 
 
 class Full:

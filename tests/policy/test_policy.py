@@ -187,6 +187,11 @@ def test_adapters_that_cannot_learn_are_refused(arguments: dict[str, Any], sente
         Lora(**arguments)
 
 
+def test_a_target_without_layers_is_refused_though_others_have_some(transformer: Any):
+    with pytest.raises(ValueError, match=r"has no layer attn.to_kk; did you mean to_k\?"):
+        Lora(targets=["attn.to_q", "attn.to_kk"])(transformer, (), "transformer")
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_copies_on_the_cpu_stay_there_and_do_the_same(transformer: Any, kind: str):
     from copy import deepcopy
