@@ -66,7 +66,8 @@ def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mappi
         return f"unknown option {key}: {owner} is a value, not a section; did you mean {owner}={way[-1]}?"
     group, _, leaf = key.partition(".")
     if group in chosen and (having := compose.options_with(group, leaf)):
-        return f"{group}={chosen[group]} has no {leaf}, but {' and '.join(f'{group}={o}' for o in having[:3])} have one"
+        others = " and ".join(f"{group}={option}" for option in having[:3])
+        return f"{group}={chosen[group]} has no {leaf}, but {others} {'have' if having[1:] else 'has'} one"
     return f"unknown option {key}; {suggest_key(node, key, compose.groups())}"
 
 

@@ -31,6 +31,7 @@ WRONG = {
     "algo.kl_bta=0": "unknown option algo.kl_bta; did you mean algo.kl_beta?",
     "alog=nft": "unknown option alog; did you mean algo?",
     "kl_beta=0": "unknown option kl_beta; did you mean algo.kl_beta?",
+    "algo.clip=1": "algo=nft has no clip, but algo=grpo has one",
     "num_steps=4": "did you mean rollout.num_steps or evaluation.num_steps?",
     "seed.x=3": "seed is a value, not a section; did you mean seed=42?",
     "~loger": "unknown option loger; did you mean logger?",
