@@ -123,8 +123,8 @@ def _check_numbers(cfg: DictConfig) -> None:
     rate, trainer = cfg.optimizer.get("lr", 0.0), cfg.trainer
     if type(rate) not in (int, float) or not 0 <= rate < math.inf:
         raise ConfigError(f"optimizer.lr is a number from 0 on (got {rate}).")
-    if isinstance(cfg.seed, int) and cfg.seed < 0:  # other types are rejected by the annotation
-        raise ConfigError(f"seed is a number from 0 on (got {cfg.seed}).")
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:  # NumPy's generator takes no larger one
+        raise ConfigError(f"seed is a whole number from 0 to {2**32 - 1} (got {cfg.seed}).")
     if isinstance(every := trainer.check_val_every_n_epoch, int) and every < 1:
         raise ConfigError(
             f"trainer.check_val_every_n_epoch={every} counts epochs, from 1 on: a number above trainer.max_epochs "
