@@ -77,9 +77,17 @@ class Composer:
         return [group for group in self.repository.get_group_options("", ObjectType.GROUP) if group != "hydra"]
 
     def can_be_merged(self, group: str) -> bool:
-        """Whether several options can be combined: not if each describes one object, as an algorithm does."""
-        configs = [self.repository.load_config(f"{group}/{option}") for option in self.options(group)]
-        return not any("_target_" in loaded.config for loaded in configs if loaded is not None)
+        """Whether several options can be combined: not if each describes one object, or all set the same keys."""
+        seen: set[str] = set()
+        for loaded in (self.repository.load_config(f"{group}/{option}") for option in self.options(group)):
+            config: dict[str, Any] = {} if loaded is None else plain(loaded.config)
+            if loaded is not None and loaded.header.get("package") == "_global_":
+                config = {"_target_": 0} if "_target_" in (config.get(group) or {}) else {}
+            keys = config.keys() - {"defaults"}
+            if "_target_" in keys or seen & keys:
+                return False
+            seen |= keys
+        return True
 
 
 @contextmanager

@@ -71,6 +71,9 @@ WRONG = {
     # several values
     "logger=csv,tensorboard": "write logger=[csv,tensorboard] to have them together, or add -m",
     "algo=nft,grpo": "algo=nft,grpo gives several values: add -m",
+    "resolution=64,128": "gives several values: add -m to run one job for each",
+    # options that exclude each other
+    "algo=[nft,grpo]": "algo=[nft,grpo] would mix options that exclude each other: choose one, or write algo=nft,grpo",
 }
 
 
