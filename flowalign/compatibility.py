@@ -23,6 +23,13 @@ OPTIONS = {"FlowSDE": "flow_sde", "DanceSDE": "dance_sde", "CPS": "cps", "ODE": 
 
 LOGGERS = {"Wandb": "wandb", "MLFlow": "mlflow"}
 """Loggers that need a package of this name, which is also the name of their extra and of their option."""
+SET_BY_THE_RUN = {
+    "accumulate_grad_batches": "it follows from the batch plan, so choose batch.updates and batch.micro instead",
+    "callbacks": "use the group callbacks=… instead",
+    "logger": "use the group logger=… instead",
+    "plugins": "its checkpoint plugin is the only one; trainer.precision and trainer.strategy choose the others",
+}
+"""Arguments of the Trainer by what to use instead of them."""
 
 
 def choice(group: str, cfg: DictConfig) -> str:
@@ -57,6 +64,7 @@ def check_groups(cfg: DictConfig) -> None:
         )
     _check_loggers(cfg)
     _check_numbers(cfg)
+    _check_trainer(cfg)
     _check_precision(cfg)
     _check_strategy(cfg)
     _check_quantised(cfg)
@@ -135,6 +143,13 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"schedule.kind={cfg.schedule.kind} falls towards the end of the run, and trainer.max_epochs=-1 has none: "
             "use schedule.kind=constant, or set trainer.max_steps."
         )
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Refuse arguments of the Trainer that a run sets itself: the given ones would be ignored."""
+    for key, instead in SET_BY_THE_RUN.items():
+        if key in cfg.trainer:
+            raise ConfigError(f"trainer.{key} is set by the run: {instead}.")
 
 
 def _check_precision(cfg: DictConfig) -> None:
