@@ -405,6 +405,8 @@ WRONG = [
     (("trainer.accumulate_grad_batches=4",), "it follows from the batch plan, so choose batch.updates"),
     (("+trainer.accumulate_grad_batches=4",), "it follows from the batch plan, so choose batch.updates"),
     (("+trainer.logger=false",), "use the group logger=…"),
+    (("tune.rank=8",), "tune=full has no rank, but tune=lora has one"),
+    (("algo.clip=1e-5",), "algo=nft has no clip, but algo="),
     (("seed=-1",), "seed is a whole number from 0 to 4294967295"),
     (("seed=1.5",), "seed is a whole number from 0 to 4294967295 (got 1.5)"),
     (("seed=4294967296",), "seed is a whole number from 0 to 4294967295"),

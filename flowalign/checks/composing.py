@@ -62,12 +62,13 @@ class Composer:
 
     def options_with(self, group: str, key: str) -> list[str]:
         """Options of a group whose own file sets `key`."""
-        loaded = {option: self.repository.load_config(f"{group}/{option}") for option in self.options(group)}
-        return [
-            option
-            for option, found in loaded.items()
-            if found is not None and OmegaConf.select(found.config, key, default=None) is not None
-        ]
+        having = []
+        for option in self.options(group):
+            if (found := self.repository.load_config(f"{group}/{option}")) is not None:
+                inside = f"{group}.{key}" if found.header.get("package") == "_global_" else key
+                if OmegaConf.select(found.config, inside, default=None) is not None:
+                    having.append(option)
+        return having
 
     def configs(self) -> list[str]:
         """Valid values of --config-name."""
