@@ -81,7 +81,7 @@ class Composer:
         """Whether several options can be combined: not if each describes one object, or all set the same keys."""
         seen: set[str] = set()
         for loaded in (self.repository.load_config(f"{group}/{option}") for option in self.options(group)):
-            config: dict[str, Any] = {} if loaded is None else plain(loaded.config)
+            config: Any = {} if loaded is None else OmegaConf.to_container(loaded.config)
             if loaded is not None and loaded.header.get("package") == "_global_":
                 config = {"_target_": 0} if "_target_" in (config.get(group) or {}) else {}
             keys = config.keys() - {"defaults"}
