@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "reward-server": reward_server,
 }
+HELP = {"-h", "--help", "help"}
 BOOLEANS = {"true": True, "false": False}
 
 
@@ -63,8 +64,9 @@ def _word(key: str, parameter: inspect.Parameter) -> str:
     return f"{key}=…" if parameter.default is parameter.empty else f"[{key}={parameter.default}]"
 
 
-def _help() -> None:
-    for command, function in COMMANDS.items():
+def _help(*names: str) -> None:
+    for command in names:
+        function = COMMANDS[command]
         parameters = inspect.signature(function).parameters.items()
         words = [_word(key, parameter) for key, parameter in parameters]
         print(f"flowalign {command} {' '.join(words)}\n    {(function.__doc__ or '').strip()}")
@@ -73,14 +75,19 @@ def _help() -> None:
 def main() -> None:
     """Run a command; a user error ends with one sentence and exit code 2."""
     name, *words = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help", "help"):
-        _help()
+    if name in HELP:
+        _help(*COMMANDS)
+        return
+    if name in COMMANDS and not HELP.isdisjoint(words):
+        _help(name)
         return
     silence_libraries()
     add_cwd_to_path()
     try:
         if name not in COMMANDS:
-            raise ValueError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}.")
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {close[0]}? There" if close else "there"
+            raise ValueError(f"there is no command {name!r}; {hint} are {', '.join(COMMANDS)}.")
         COMMANDS[name](**parse(name, words))
     except (ValueError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)

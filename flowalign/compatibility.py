@@ -23,6 +23,13 @@ OPTIONS = {"FlowSDE": "flow_sde", "DanceSDE": "dance_sde", "CPS": "cps", "ODE": 
 
 LOGGERS = {"Wandb": "wandb", "MLFlow": "mlflow"}
 """Loggers that need a package of this name, which is also the name of their extra and of their option."""
+SET_BY_THE_RUN = {
+    "accumulate_grad_batches": "it follows from the batch plan, so choose batch.updates and batch.micro instead",
+    "callbacks": "use the group callbacks=… instead",
+    "logger": "use the group logger=… instead",
+    "plugins": "its checkpoint plugin is the only one; trainer.precision and trainer.strategy choose the others",
+}
+"""Arguments of the Trainer by what to use instead of them."""
 
 
 def choice(group: str, cfg: DictConfig) -> str:
@@ -57,6 +64,7 @@ def check_groups(cfg: DictConfig) -> None:
         )
     _check_loggers(cfg)
     _check_numbers(cfg)
+    _check_trainer(cfg)
     _check_precision(cfg)
     _check_strategy(cfg)
     _check_quantised(cfg)
@@ -122,8 +130,8 @@ def _check_numbers(cfg: DictConfig) -> None:
     rate, trainer = cfg.optimizer.get("lr", 0.0), cfg.trainer
     if type(rate) not in (int, float) or not 0 <= rate < math.inf:
         raise ConfigError(f"optimizer.lr is a number from 0 on (got {rate}).")
-    if isinstance(cfg.seed, int) and cfg.seed < 0:  # other types are rejected by the annotation
-        raise ConfigError(f"seed is a number from 0 on (got {cfg.seed}).")
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:  # NumPy's generator takes no larger one
+        raise ConfigError(f"seed is a whole number from 0 to {2**32 - 1} (got {cfg.seed}).")
     if isinstance(every := trainer.check_val_every_n_epoch, int) and every < 1:
         raise ConfigError(
             f"trainer.check_val_every_n_epoch={every} counts epochs, from 1 on: a number above trainer.max_epochs "
@@ -134,6 +142,13 @@ def _check_numbers(cfg: DictConfig) -> None:
             f"schedule.kind={cfg.schedule.kind} falls towards the end of the run, and trainer.max_epochs=-1 has none: "
             "use schedule.kind=constant, or set trainer.max_steps."
         )
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    """Refuse arguments of the Trainer that a run sets itself: the given ones would be ignored."""
+    for key, instead in SET_BY_THE_RUN.items():
+        if key in cfg.trainer:
+            raise ConfigError(f"trainer.{key} is set by the run: {instead}.")
 
 
 def _check_precision(cfg: DictConfig) -> None:

@@ -47,6 +47,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if line:
                 prompts.append(parse(line, source))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source}: this is not UTF-8 ({error.reason}): save the file as UTF-8") from error
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
     if not prompts:
@@ -62,7 +64,9 @@ def _parse_json(line: str, source: str) -> Prompt:
     record = json.loads(line)
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    text, negative = record.pop("prompt", None), record.pop("negative_prompt", None)
+    if "prompt" not in record:
+        raise ValueError(f"a line needs a `prompt`; the keys of this one are: {', '.join(record) or 'none'}")
+    text, negative = record.pop("prompt"), record.pop("negative_prompt", None)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"`prompt` must be a non-empty text, got {text!r}")
     if not isinstance(negative, str | None):
@@ -98,7 +102,10 @@ class PromptSet:
         for i, prompt in enumerate(prompts):
             if balance is not None and balance not in prompt.metadata:
                 known = ", ".join(sorted(prompt.metadata)) or "none"
-                raise ValueError(f"{prompt.source}: no {balance!r} to balance by; the keys of this prompt are: {known}")
+                raise ValueError(
+                    f"{prompt.source}: no {balance!r} to balance by; the keys of this prompt are: {known} "
+                    "(data=folder does not balance unless it is told to, and balance=null switches it off)"
+                )
             classes.setdefault(
                 json.dumps(prompt.metadata[balance], sort_keys=True) if balance is not None else None, []
             ).append(i)
@@ -121,9 +128,10 @@ class PromptSet:
         found = next((file for name in candidates if (file := _resolve(name)) is not None), None)
         if found is None:
             embedded = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
-            siblings = sorted(p.name for p in Path(path).expanduser().parent.glob("*") if p.suffix in SUFFIXES)
+            wanted = Path(path).expanduser()
+            siblings = sorted(p.name for p in wanted.parent.glob("*") if p.suffix in SUFFIXES or p.stem == wanted.name)
             nearby = f"its folder has {', '.join(siblings[:8])}; " if siblings else ""
-            suffixes = "" if Path(path).suffix in SUFFIXES else " (.txt or .jsonl)"
+            suffixes = "" if wanted.suffix in SUFFIXES else " (.txt or .jsonl)"
             raise ValueError(f"there is no prompt file {path}{suffixes}; {nearby}embedded ones are {embedded}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit keeps the first prompts of a file and must be at least 1 (got {limit})")

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lightning import Trainer
 
     from flowalign.module import AlignModule
+    from flowalign.prompts import PromptSet
     from flowalign.recipe import Recipe
     from flowalign.scoring import Scorer
     from flowalign.size import Size
@@ -52,8 +53,17 @@ def compose_config(*words: str) -> DictConfig:
     return cfg
 
 
-def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
-    """Instantiate every part of a run from its config group, except a scorer that is passed in."""
+Data = dict[str, "PromptSet"]
+"""The prompts of each stage."""
+
+
+def read_data(cfg: DictConfig) -> Data:
+    """Read the prompt files of every stage."""
+    return {stage: instantiate(cfg.data[stage]) for stage in ("train", "val", "test")}
+
+
+def build_recipe(cfg: DictConfig, scorer: Scorer | None = None, data: Data | None = None) -> Recipe:
+    """Instantiate every part of a run from its config group, except a scorer and prompts that are passed in."""
     from flowalign.models.loading import without_weights
     from flowalign.recipe import Recipe
 
@@ -69,7 +79,7 @@ def build_recipe(cfg: DictConfig, scorer: Scorer | None = None) -> Recipe:
         credit=make(cfg.credit),
         scorer=run_scorer,
         tune=make(cfg.tune),
-        data={stage: make(cfg.data[stage]) for stage in ("train", "val", "test")},
+        data=data or read_data(cfg),
         batch=make(cfg.batch),
         rollout=make(cfg.rollout),
         evaluation=make(cfg.evaluation),
@@ -186,12 +196,13 @@ def assemble(cfg: DictConfig, ckpt_path: str | None, cleanup: ExitStack) -> tupl
     from flowalign.module import AlignModule
 
     with as_config_errors():
+        data = read_data(cfg)  # before the rewards, whose networks may take minutes
         scorer = instantiate(cfg.reward)
         cleanup.callback(scorer.close)
         scorer.check()  # before the model is loaded, so that a broken reward is reported at once
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        recipe = build_recipe(cfg, scorer)
+        recipe = build_recipe(cfg, scorer, data)
         module = AlignModule(recipe)
         trainer = build_trainer(cfg, plan_accumulation(cfg, recipe))
     if trainer.fast_dev_run:  # type: ignore[attr-defined]

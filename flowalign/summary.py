@@ -174,7 +174,9 @@ class Summary:
         ends = {"trainer.max_epochs": trainer.max_epochs or -1, "trainer.max_steps": trainer.max_steps}
         replaced = {"ckpt_path": str(last)} | {key: str(2 * end) for key, end in ends.items() if end > 0}
         words = [*_without(self.overrides, replaced), *("=".join(item) for item in replaced.items())]
-        program = "flowalign-train" if Path(sys.argv[0]).name == "flowalign-train" else "python train.py"
+        script = Path(sys.argv[0])
+        programs = {"flowalign-train": "flowalign-train", "train.py": f"python {shlex.quote(str(script))}"}
+        program = programs.get(script.name, "python train.py")
         return f"{program} {shlex.join(words)}"
 
     def _table(self, trainer: Trainer) -> None:

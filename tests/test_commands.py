@@ -278,6 +278,21 @@ def test_a_card_tells_base_recipe_curve_and_rewards(trained: Path, tmp_path: Pat
     assert curve == f"| reward | {summary['baseline']['val/reward']:.3f} | {summary['final']['val/reward']:.3f} |"
 
 
+def test_a_card_needs_no_held_out_rewards(trained: Path, tmp_path: Path, say: Callable[..., Any]):
+    """Most options of the group have none; and a Measure stands for the reward inside it."""
+    from flowalign.cli import main
+
+    state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    del state["flowalign"]["config"]["reward"]["held_out"]
+    jpeg = {"_target_": "flowalign.rewards.jpeg.Jpeg"}
+    state["flowalign"]["config"]["reward"]["objective"] = {
+        "size": {"_target_": "flowalign.scoring.Measure", "reward": jpeg, "weight": 2.0},
+    }
+    torch.save(state, tmp_path / "bare.ckpt")
+    assert say(main, "export", f"ckpt={tmp_path / 'bare.ckpt'}", f"to={tmp_path / 'export'}")[0] == 0
+    assert "| reward | Jpeg; watched beside it: nothing |" in (tmp_path / "export" / "README.md").read_text()
+
+
 def test_evaluate_gives_the_figures_of_the_run_again(trained: Path, tmp_path: Path, say: Callable[..., Any]):
     from flowalign.cli import main
 
@@ -326,6 +341,16 @@ def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
     assert Image.open(tmp_path / "p_compare.png").height > 2 * 132
 
 
+def test_help_is_of_one_command_where_one_is_named(say: Callable[..., Any]):
+    from flowalign.cli import main
+
+    code, out, _ = say(main, "sample", "--help")
+    assert code == 0
+    assert out.startswith("flowalign sample ckpt=…")
+    assert "flowalign export" not in out
+    assert "flowalign export" in say(main, "--help")[1]
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -345,7 +370,7 @@ def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
         (("sample", "ckpt={last}", "prompt=a", "steps=few"), "steps takes a int, and not 'few'"),
         (("sample", "ckpt={last}", "prompt=a", "size=70"), "the nearest is 72×72"),
         (("export", "ckpt={last}", "to=x", "weights=ema"), "the checkpoint holds live, old, reference, base"),
-        (("exports",), "there is no command 'exports'"),
+        (("exports",), "there is no command 'exports'; did you mean export? There are sample, evaluate"),
     ],
 )
 def test_a_mistaken_command_ends_with_one_sentence(
@@ -374,7 +399,17 @@ WRONG = [
     (("dynamics.eta=0.3,0.7", "dynamics=cps"), "add -m"),
     (("algo=grpo", "optimisation.guidance=4"), "rollout.guidance"),
     (("algo.adv_mode=some",), "adv_mode"),
-    (("seed=-1",), "seed is a number from 0 on"),
+    (("reward=[pickscore,hpsv2]",), "several rewards are one option: docs/rewards.md#several-rewards"),
+    (("model=[tiny_sd3,sana]",), "would mix options that exclude each other"),
+    (("data=folder,shapes",), "data=folder,shapes gives several values: add -m"),
+    (("trainer.accumulate_grad_batches=4",), "it follows from the batch plan, so choose batch.updates"),
+    (("+trainer.accumulate_grad_batches=4",), "it follows from the batch plan, so choose batch.updates"),
+    (("+trainer.logger=false",), "use the group logger=…"),
+    (("tune.rank=8",), "tune=full has no rank, but tune=lora has one"),
+    (("algo.clip=1e-5",), "algo=nft has no clip, but algo="),
+    (("seed=-1",), "seed is a whole number from 0 to 4294967295"),
+    (("seed=1.5",), "seed is a whole number from 0 to 4294967295 (got 1.5)"),
+    (("seed=4294967296",), "seed is a whole number from 0 to 4294967295"),
     (("optimizer.lr=abc",), "optimizer.lr is a number"),
     (("evaluation.num_val=0",), "num_val is a number of images"),
     (("frozen.old.decay=2",), "decay.kind=0, 1 or 2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from flowalign.checks import ConfigError
 from flowalign.planning import check_plan, devices, replicas
-from flowalign.run import build_recipe
+from flowalign.run import assemble, build_recipe
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,12 @@ def test_a_copy_that_lags_is_no_obstacle_where_it_did_not_make_the_rollout(compo
 def test_prompts_that_are_not_there_are_refused_before_the_model_is_loaded(compose: Callable[..., Any], tmp_path: Path):
     with pytest.raises(ConfigError, match=r"^data.train: there is no prompt file"):
         build_recipe(compose("data=folder", f"data.folder={tmp_path}", f"model.pretrained={tmp_path}/no_model"))
+
+
+def test_prompts_are_read_before_the_networks_of_the_rewards(compose: Callable[..., Any], tmp_path: Path):
+    reward = ("reward=pickscore", f"reward.objective.pretrained={tmp_path}/no_reward")
+    with ExitStack() as cleanup, pytest.raises(ConfigError, match=r"^data.train: there is no prompt file"):
+        assemble(compose("data=folder", f"data.folder={tmp_path}", *reward), None, cleanup)
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_the_fixed_choice_begins_with_itself_and_cycles_evenly():
 
 
 def test_a_prompt_without_the_key_to_balance_by_is_named():
-    with pytest.raises(ValueError, match=r"p.jsonl:2: no 'tag'.*include"):
+    with pytest.raises(ValueError, match=r"p.jsonl:2: no 'tag'.*include.*balance=null"):
         PromptSet([Prompt("a", metadata={"include": []}, source="p.jsonl:2")], balance="tag")
     with pytest.raises(ValueError, match="at least one"):
         PromptSet([])
@@ -188,6 +188,25 @@ def test_a_folder_of_prompt_files_needs_no_suffixes(tmp_path):
         match=r"no prompt file .*/dev .\.txt or \.jsonl.; its folder has test.jsonl, train.txt, val.txt; embedded",
     ):
         PromptSet.read(f"{tmp_path}/dev")
+
+
+def test_a_file_of_another_kind_is_named_where_prompts_are_missing(tmp_path):
+    (tmp_path / "train.csv").write_text("prompt\na\n")
+    with pytest.raises(ValueError, match=r"no prompt file .*/train .\.txt or \.jsonl.; its folder has train.csv;"):
+        PromptSet.read(f"{tmp_path}/train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", b'{"text": "a", "tag": 1}', "a.jsonl:1: a line needs a `prompt`; .* are: text, tag"),
+        ("a.txt", "a\n\u00fc".encode("latin-1"), r"a.txt:2: this is not UTF-8 \(.*\): save the file as UTF-8"),
+    ],
+)
+def test_an_unreadable_line_says_what_is_missing(tmp_path, name: str, content: bytes, sentence: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        read_prompts(tmp_path / name)
 
 
 def test_a_folder_of_flow_grpo_is_read_as_it_is(tmp_path):

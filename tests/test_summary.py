@@ -39,6 +39,22 @@ def test_the_command_to_go_on_with_ends_later_than_the_run(epochs: int, steps: i
     )
 
 
+@pytest.mark.parametrize(
+    ("script", "program"),
+    [
+        ("train.py", "python train.py"),
+        ("/some where/train.py", "python '/some where/train.py'"),
+        ("/bin/flowalign-train", "flowalign-train"),
+    ],
+)
+def test_the_command_to_go_on_with_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch, script: str, program: str):
+    """It works from where the run was started, which need not be the checkout."""
+    monkeypatch.setattr("sys.argv", [script])
+    trainer: Any = SimpleNamespace(max_epochs=2, max_steps=-1)
+    summary = Summary(Path(), 0, SimpleNamespace(), [])  # type: ignore[arg-type]
+    assert summary._resume_command(Path("last.ckpt"), trainer).startswith(f"{program} ckpt_path=last.ckpt ")
+
+
 @pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
 def test_the_trace_of_an_error_is_in_the_log_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: RunMode):
     """Of a run alone the terminal has it from Python, which ends with it; a sweep goes on."""

@@ -12,6 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from flowalign.module import AlignModule
 from flowalign.report import Report
 
+MOSTLY_EQUAL = 0.9
+"""Share of groups without a difference in reward above which an epoch's line shows it: hardly anything is learnt."""
+
 
 class Bars(Report):
     """A rich progress bar for each phase, with its latest values beside it."""
@@ -65,6 +68,8 @@ class PhaseProgress(Callback):
         shown = [f"reward {pl_module.stats['reward_mean']:.3f}"] if "reward_mean" in pl_module.stats else []
         if pl_module.stats.get("reward_nan_fraction"):
             shown.append(f"not scored {pl_module.stats['reward_nan_fraction']:.1%}")
+        if pl_module.stats.get("zero_std_fraction", 0) > MOSTLY_EQUAL:
+            shown.append(f"groups of equal rewards {pl_module.stats['zero_std_fraction']:.1%}")
         for key, name in (
             ("train/loss", "loss"),
             ("train/ratio", "ratio"),

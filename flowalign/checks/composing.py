@@ -62,12 +62,13 @@ class Composer:
 
     def options_with(self, group: str, key: str) -> list[str]:
         """Options of a group whose own file sets `key`."""
-        loaded = {option: self.repository.load_config(f"{group}/{option}") for option in self.options(group)}
-        return [
-            option
-            for option, found in loaded.items()
-            if found is not None and OmegaConf.select(found.config, key, default=None) is not None
-        ]
+        having = []
+        for option in self.options(group):
+            if (found := self.repository.load_config(f"{group}/{option}")) is not None:
+                inside = f"{group}.{key}" if found.header.get("package") == "_global_" else key
+                if OmegaConf.select(found.config, inside, default=None) is not None:
+                    having.append(option)
+        return having
 
     def configs(self) -> list[str]:
         """Valid values of --config-name."""
@@ -77,9 +78,17 @@ class Composer:
         return [group for group in self.repository.get_group_options("", ObjectType.GROUP) if group != "hydra"]
 
     def can_be_merged(self, group: str) -> bool:
-        """Whether several options can be combined: not if each describes one object, as an algorithm does."""
-        configs = [self.repository.load_config(f"{group}/{option}") for option in self.options(group)]
-        return not any("_target_" in loaded.config for loaded in configs if loaded is not None)
+        """Whether several options can be combined: not if each describes one object, or all set the same keys."""
+        seen: set[str] = set()
+        for loaded in (self.repository.load_config(f"{group}/{option}") for option in self.options(group)):
+            config: Any = {} if loaded is None else OmegaConf.to_container(loaded.config)
+            if loaded is not None and loaded.header.get("package") == "_global_":
+                config = {"_target_": 0} if "_target_" in (config.get(group) or {}) else {}
+            keys = config.keys() - {"defaults"}
+            if "_target_" in keys or seen & keys:
+                return False
+            seen |= keys
+        return True
 
 
 @contextmanager

@@ -14,6 +14,10 @@ from flowalign.checks.suggest import listing, nearest, suggest
 
 # Hydra plugins add these options; without the plugin the option does not exist.
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "sweep", "optuna": "sweep"}
+# Options of Lightning that people know, and that a run derives.
+DERIVED = {
+    "trainer.accumulate_grad_batches": "it follows from the batch plan, so choose batch.updates and batch.micro instead"
+}
 MISPLACED_OVERRIDE = re.compile(r"Could not override '[\w/]+@\w+\.")
 """Hydra's message for `override /group` in a file that lacks `# @package _global_`."""
 
@@ -66,7 +70,10 @@ def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mappi
         return f"unknown option {key}: {owner} is a value, not a section; did you mean {owner}={way[-1]}?"
     group, _, leaf = key.partition(".")
     if group in chosen and (having := compose.options_with(group, leaf)):
-        return f"{group}={chosen[group]} has no {leaf}, but {' and '.join(f'{group}={o}' for o in having[:3])} have one"
+        others = " and ".join(f"{group}={option}" for option in having[:3])
+        return f"{group}={chosen[group]} has no {leaf}, but {others} {'have' if having[1:] else 'has'} one"
+    if key in DERIVED:
+        return f"unknown option {key}: {DERIVED[key]}"
     return f"unknown option {key}; {suggest_key(node, key, compose.groups())}"
 
 

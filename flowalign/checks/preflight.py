@@ -82,6 +82,7 @@ def _exit(error: ConfigError) -> NoReturn:
 
 
 def _check_run(compose: Composer, overrides: Sequence[Override], also: Check | None) -> None:
+    _check_merges(compose, overrides)
     cfg = _composed(compose, overrides)
     _check_interpolations(cfg)
     _check_complete(cfg)
@@ -94,6 +95,20 @@ def _check_run(compose: Composer, overrides: Sequence[Override], also: Check | N
         except ValueError as error:
             raise ConfigError(one_line(error)) from error
     check_signatures(task)
+
+
+def _check_merges(compose: Composer, overrides: Sequence[Override]) -> None:
+    """Reject several options of a group whose options describe one object each: Hydra would mix their keys."""
+    for override in overrides:
+        named = override.value()
+        if not isinstance(named, list) or len(named) < 2 or not chooses(compose, override):
+            continue
+        if not compose.can_be_merged(group := override.key_or_group):
+            several = "; several rewards are one option: docs/rewards.md#several-rewards" if group == "reward" else ""
+            raise ConfigError(
+                f"{short(override)} would mix options that exclude each other: choose one, or write "
+                f"{group}={','.join(map(str, named))} with -m to run one job for each{several}"
+            )
 
 
 def _composed(compose: Composer, overrides: Sequence[Override]) -> DictConfig:

@@ -11,6 +11,7 @@ from torch import nn
 from flowalign.commands.saved import SavedRun, load_run
 from flowalign.curves import curves
 from flowalign.models.loading import resolve
+from flowalign.planning import objective
 
 
 def export(ckpt: str, to: str, weights: str = "", merge: bool = False) -> None:
@@ -96,18 +97,21 @@ def _load_line(denoiser: str, lora: bool, by_pipeline: bool) -> str:
 def _facts(saved: SavedRun) -> dict[str, str]:
     config, judged = saved.config, saved.config.evaluation.sampling
     algorithm, dynamics = (config[part]["_target_"].rsplit(".", 1)[-1] for part in ("algo", "dynamics"))
-    objective = config.reward.objective
-    rewards = [objective] if "_target_" in objective else objective.values()
+    rewards = [node["_target_"].rsplit(".", 1)[-1] for node in objective(config.reward)]
     size = saved.size()
     return {
         "base": f"`{saved.model.pretrained}`" + (f", in {kind}" if (kind := saved.model.quantised) else ""),
         "recipe": f"{algorithm} with {dynamics}, {saved.epoch} epochs of {config.batch.prompts} prompts × "
         f"{config.batch.group_size}, seed {config.seed}; whole in flowalign.json",
         "weights": saved.weights,
-        "reward": f"{', '.join(r['_target_'].rsplit('.', 1)[-1] for r in rewards)}; watched beside it: "
-        f"{', '.join(config.reward.held_out or {}) or 'nothing'}",
+        "reward": f"{', '.join(rewards)}; watched beside it: {', '.join(_held_out(saved)) or 'nothing'}",
         "judged with": f"{judged.num_steps} steps, guidance {judged.guidance}, {size.height}×{size.width}",
     }
+
+
+def _held_out(saved: SavedRun) -> list[str]:
+    """Names of the rewards that were only measured; most options of the group have none."""
+    return list(saved.config.reward.get("held_out") or {})
 
 
 def _curve(saved: SavedRun) -> str:
@@ -115,7 +119,7 @@ def _curve(saved: SavedRun) -> str:
     folder = saved.path.parents[1] if len(saved.path.parents) > 1 else saved.path.parent
     if not (folder / ".hydra" / "config.yaml").is_file():
         return "The run's folder was not at hand."
-    measures = ["reward", *(saved.config.reward.held_out or {})]
+    measures = ["reward", *_held_out(saved)]
     found = {name.removeprefix("val/"): points for name, points in curves(folder, "val/").items()}
     found = {name: found[name] for name in measures if name in found}
     if not found:

@@ -31,6 +31,7 @@ WRONG = {
     "algo.kl_bta=0": "unknown option algo.kl_bta; did you mean algo.kl_beta?",
     "alog=nft": "unknown option alog; did you mean algo?",
     "kl_beta=0": "unknown option kl_beta; did you mean algo.kl_beta?",
+    "algo.clip=1": "algo=nft has no clip, but algo=grpo has one",
     "num_steps=4": "did you mean rollout.num_steps or evaluation.num_steps?",
     "seed.x=3": "seed is a value, not a section; did you mean seed=42?",
     "~loger": "unknown option loger; did you mean logger?",
@@ -70,6 +71,9 @@ WRONG = {
     # several values
     "logger=csv,tensorboard": "write logger=[csv,tensorboard] to have them together, or add -m",
     "algo=nft,grpo": "algo=nft,grpo gives several values: add -m",
+    "resolution=64,128": "gives several values: add -m to run one job for each",
+    # options that exclude each other
+    "algo=[nft,grpo]": "algo=[nft,grpo] would mix options that exclude each other: choose one, or write algo=nft,grpo",
 }
 
 
