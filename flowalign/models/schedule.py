@@ -43,8 +43,11 @@ def from_one(sigmas: Tensor) -> Tensor:
     """Replace a sigma within rounding of 1 by exactly 1.
 
     For some shifts s the quotient s / (1 + (s - 1)) is a neighbour of 1, above it for 1.57 and below it for 1.67. There
-    the noise rate of Flow-SDE and the log-SNR of a solver would be imaginary, or almost infinite.
+    the noise rate of Flow-SDE and the log-SNR of a solver would be imaginary, or almost infinite. Raises ValueError for
+    a schedule that is not a number: one step cannot both begin at 1 and end at the scheduler's shift_terminal.
     """
+    if not sigmas.isfinite().all():
+        raise ValueError(f"this model's schedule is not defined for num_steps={len(sigmas) - 1}: use at least 2.")
     return torch.where((sigmas - 1).abs() < 1e-6, 1.0, sigmas)
 
 
