@@ -278,6 +278,17 @@ def test_a_card_tells_base_recipe_curve_and_rewards(trained: Path, tmp_path: Pat
     assert curve == f"| reward | {summary['baseline']['val/reward']:.3f} | {summary['final']['val/reward']:.3f} |"
 
 
+def test_a_run_that_held_nothing_out_is_exported_too(trained: Path, tmp_path: Path, say: Callable[..., Any]):
+    """As most rewards of conf/reward."""
+    from flowalign.cli import main
+
+    state = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    del state["flowalign"]["config"]["reward"]["held_out"]
+    torch.save(state, tmp_path / "last.ckpt")
+    assert say(main, "export", f"ckpt={tmp_path / 'last.ckpt'}", f"to={tmp_path}")[0] == 0
+    assert "| reward | Shapes; watched beside it: nothing |" in (tmp_path / "README.md").read_text()
+
+
 def test_evaluate_gives_the_figures_of_the_run_again(trained: Path, tmp_path: Path, say: Callable[..., Any]):
     from flowalign.cli import main
 

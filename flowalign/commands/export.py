@@ -105,9 +105,14 @@ def _facts(saved: SavedRun) -> dict[str, str]:
         f"{config.batch.group_size}, seed {config.seed}; whole in flowalign.json",
         "weights": saved.weights,
         "reward": f"{', '.join(r['_target_'].rsplit('.', 1)[-1] for r in rewards)}; watched beside it: "
-        f"{', '.join(config.reward.held_out or {}) or 'nothing'}",
+        f"{', '.join(_held_out(saved)) or 'nothing'}",
         "judged with": f"{judged.num_steps} steps, guidance {judged.guidance}, {size.height}×{size.width}",
     }
+
+
+def _held_out(saved: SavedRun) -> list[str]:
+    """Names of the rewards that were only measured; most configs have none."""
+    return list(saved.config.reward.get("held_out") or {})
 
 
 def _curve(saved: SavedRun) -> str:
@@ -115,7 +120,7 @@ def _curve(saved: SavedRun) -> str:
     folder = saved.path.parents[1] if len(saved.path.parents) > 1 else saved.path.parent
     if not (folder / ".hydra" / "config.yaml").is_file():
         return "The run's folder was not at hand."
-    measures = ["reward", *(saved.config.reward.held_out or {})]
+    measures = ["reward", *_held_out(saved)]
     found = {name.removeprefix("val/"): points for name, points in curves(folder, "val/").items()}
     found = {name: found[name] for name in measures if name in found}
     if not found:

@@ -106,7 +106,7 @@ class Replica:
     def _error_for(self, status: int, body: bytes, retry_after: str) -> RefusedError:
         message = f"{self.url} answered {status}: {' '.join(body[:400].decode(errors='replace').split())}"
         if status in BUSY:
-            return BusyError(message, float(retry_after) if retry_after.isdigit() else self.patience.backoff)
+            return BusyError(message, float(retry_after) if retry_after.isdecimal() else self.patience.backoff)
         if status in FORBIDDEN:
             return ForbiddenError(f"{message} (the token is that of the environment variable {self.token_env})")
         return InvalidRequestError(message) if status in INVALID else RefusedError(message)
