@@ -116,8 +116,8 @@ class Replica:
         with self._lock:
             if self._client is None:
                 secret = os.environ.get(self.token_env)
-                headers = {"content-type": "application/json"}
-                headers |= {"authorization": f"Bearer {secret}"} if secret else {}
+                headers = {"content-type": b"application/json"}
+                headers |= {"authorization": f"Bearer {secret}".encode()} if secret else {}
                 # Plain http has no certificates to verify, and loading the system's takes a while.
                 self._client = _httpx().Client(
                     headers=headers,
