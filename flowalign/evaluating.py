@@ -122,7 +122,7 @@ class Evaluating(LightningModule):
         self.report.begin("evaluate", len(self._positions(stage).mine))
         self.shown.pop(stage, None)
         self.queue.cancel()  # left by an interrupted evaluation
-        tags = sorted({str(tag) for p in self.eval_prompts[stage] if (tag := p.metadata.get("tag")) is not None})
+        tags = sorted({p.tag for p in self.eval_prompts[stage] if p.tag is not None})
         for name in (*self.recipe.scorer.measures, "velocity_rms"):
             for key in (name, *(f"{name}/{tag}" for tag in (*tags, "not_scored") if name != "velocity_rms")):
                 self._meter(f"{stage}/{key}").reset()
@@ -161,8 +161,8 @@ class Evaluating(LightningModule):
         for name, values in scores.items():
             self._meter(f"{stage}/{name}").update(values)
             self._meter(f"{stage}/{name}/not_scored").update(values.isnan().float())
-            for tag in {p.metadata.get("tag") for p in prompts} - {None}:
-                mine = torch.tensor([p.metadata.get("tag") == tag for p in prompts], device=values.device)
+            for tag in {p.tag for p in prompts} - {None}:
+                mine = torch.tensor([p.tag == tag for p in prompts], device=values.device)
                 self._meter(f"{stage}/{name}/{tag}").update(values[mine])
         if rows:
             shown_scores = {name: values[rows].cpu() for name, values in scores.items()}

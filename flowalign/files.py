@@ -11,6 +11,8 @@ from typing import IO
 from uuid import uuid4
 
 PARTIAL = ".partial"
+WAITING = ".*.ckpt.old"
+"""Names of checkpoints that are being replaced. Other files called .old, which are the user's, are left alone."""
 
 
 @contextmanager
@@ -62,8 +64,9 @@ def _remove(path: Path) -> None:
 
 
 def restore(folder: Path) -> None:
-    """Undo a replacement that was killed between its two renames, and delete what one killed after them left over."""
-    for waiting in sorted(folder.glob(".*.old")):
+    """Undo a checkpoint's replacement that was killed between its two renames, and delete what one killed after them
+    left over."""
+    for waiting in sorted(folder.glob(WAITING)):
         target = waiting.with_name(waiting.name.removeprefix(".").removesuffix(".old"))
         if target.exists():
             _remove(waiting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,6 +29,11 @@ class Prompt:
     negative: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+
+    @property
+    def tag(self) -> str | None:
+        """Its category in evaluations."""
+        return None if (tag := self.metadata.get("tag")) is None else str(tag)
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -71,6 +77,8 @@ def _parse_json(line: str, source: str) -> Prompt:
         raise ValueError(f"`prompt` must be a non-empty text, got {text!r}")
     if not isinstance(negative, str | None):
         raise ValueError(f"`negative_prompt` must be a text, got {negative!r}")
+    if re.search("[\ud800-\udfff]", text + (negative or "")):
+        raise ValueError("the text has one half of a pair of characters (\\ud800 to \\udfff), which no encoder reads")
     return Prompt(text, negative, record, source)
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from flowalign.checks import ConfigError
-from flowalign.files import restore
+from flowalign.files import WAITING, restore
 from flowalign.lock import is_run_folder, locked
 
 
@@ -69,7 +69,7 @@ def _restore_if_idle(checkpoints: Path) -> None:
 
 
 def _newest() -> str:
-    for waiting in Path("outputs").glob("**/.*.old"):
+    for waiting in Path("outputs").glob(f"**/{WAITING}"):
         _restore_if_idle(waiting.parent)
     found = sorted(Path("outputs").glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
     if not found:

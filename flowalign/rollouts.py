@@ -173,13 +173,14 @@ class Rollouts:
         shown = {media_of[row]: None for row in self._first_of_groups(local.ids)[:SHOWN]}
         distinct = list(dict.fromkeys(media_of))
         latents, kept = [], {}
-        for start in range(0, len(distinct), self.sampling.batch_size):
-            part = distinct[start : start + self.sampling.batch_size]
-            with as_config_errors():
-                media = self.prompts.images([i for i, _ in part], [n for _, n in part], *self.size.area)
-            latents.append(self.model.encode_images(media.to(local.device)))
-            kept |= {key: media[row] for row, key in enumerate(part) if key in shown}
-            report((start + len(part)) * len(local.ids) // len(distinct), None)
+        # Ranks synchronise at each report: there are equally many on all of them, however many media are distinct.
+        for start in range(0, len(local.ids), self.sampling.batch_size):
+            if part := distinct[start : start + self.sampling.batch_size]:
+                with as_config_errors():
+                    media = self.prompts.images([i for i, _ in part], [n for _, n in part], *self.size.area)
+                latents.append(self.model.encode_images(media.to(local.device)))
+                kept |= {key: media[row] for row, key in enumerate(part) if key in shown}
+            report(min(start + self.sampling.batch_size, len(local.ids)), None)
         row_of = {key: row for row, key in enumerate(distinct)}
         x0 = torch.cat(latents)[torch.tensor([row_of[key] for key in media_of], device=local.device)]
         rollout = Rollout(x0, self._schedule(deterministic(0)))

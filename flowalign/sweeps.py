@@ -54,6 +54,8 @@ def record_failures(run: Callable[[DictConfig], float | None]) -> Callable[[Dict
     @functools.wraps(run)
     def wrapper(cfg: DictConfig) -> float | None:
         alone = HydraConfig.get().mode != RunMode.MULTIRUN
+        if not alone and _is_first_rank():  # the record of an earlier attempt in the same folder
+            _record_file().unlink(missing_ok=True)
         try:
             return run(cfg)
         except SystemExit as end:
@@ -79,16 +81,24 @@ def log_trace() -> None:
 
 
 def _record(error: BaseException, refused: bool) -> None:
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
-    node = HydraConfig.get()
-    folder = Path(node.runtime.output_dir)
-    if rank_zero_only.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    node, file = HydraConfig.get(), _record_file()
+    if _is_first_rank():
+        file.parent.mkdir(parents=True, exist_ok=True)
         failure = Failure(list(node.overrides.task), one_line(error), refused)
-        (folder / RECORD).write_text(json.dumps(asdict(failure)))
+        file.write_text(json.dumps(asdict(failure)))
     if not node.sweeper._target_.endswith(".BasicSweeper"):  # a search must know that there is no result
         raise RuntimeError(one_line(error)) from error
+
+
+def _record_file() -> Path:
+    """Where the failure of this run is recorded."""
+    return Path(HydraConfig.get().runtime.output_dir) / RECORD
+
+
+def _is_first_rank() -> bool:
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    return rank_zero_only.rank == 0
 
 
 def failures() -> dict[str, Failure]:

@@ -36,12 +36,20 @@ class Phase:
     collector: Collector
     rewards: Tensor
     """(n, R) of this rank, as the scorer gave them."""
+    reported: list[int]
+    """Samples done, at every report."""
 
 
-def settled(collector: Collector, gather: Callable[[Tensor], Tensor], epoch: int = 0, rank: int = 0) -> Collected:
+def settled(
+    collector: Collector,
+    gather: Callable[[Tensor], Tensor],
+    epoch: int = 0,
+    rank: int = 0,
+    report: Callable[[int, float | None], None] = lambda done, reward: None,
+) -> Collected:
     """A whole rollout phase."""
     with ScoreQueue(collector.scorer.ahead) as queue:
-        got = collector(epoch, rank, torch.device("cpu"), queue, gather, lambda done, reward: None)
+        got = collector(epoch, rank, torch.device("cpu"), queue, gather, report)
         got.assign_credit()
     return got
 
@@ -63,14 +71,15 @@ def collect(tiny: Callable[..., DictConfig], random_sd3: tuple[str, ...]) -> Cal
             Conditioner(r.model, guided=False), geometry, r.train_size, r.seed,
         )  # fmt: skip
         everyone, mine = torch.arange(geometry.samples).float()[:, None], []
+        reported: list[int] = []
 
         def gather(rewards: Tensor) -> Tensor:
             mine.append(rewards)
             return everyone.expand(-1, rewards.shape[1])
 
         with torch.no_grad():
-            got = settled(collector, gather, epoch, rank)
-        return Phase(got, collector, torch.cat(mine) if mine else torch.empty(0))
+            got = settled(collector, gather, epoch, rank, lambda done, reward: reported.append(done))
+        return Phase(got, collector, torch.cat(mine) if mine else torch.empty(0), reported)
 
     return collected
 
@@ -269,8 +278,10 @@ def test_a_given_picture_is_encoded_once_however_many_members_learn_from_it(
 
     monkeypatch.setattr(FlowModel, "encode_images", counted)
     words = (f"data.train.path={tmp_path / 'train.jsonl'}", "data.train.balance=null", "rollout.batch_size=3")
-    got = collect("algo=nft", *words, source="images").got
+    phase = collect("algo=nft", *words, source="images")
+    got = phase.got
     assert encoded == [2]
+    assert phase.reported == [3, 6, 8]  # ranks synchronise at reports: their number depends on no rank's pictures
     assert len(got.images) == 2
     groups = got.x0.unflatten(0, (2, 4))
     assert torch.equal(groups, groups[:, :1].expand_as(groups))

@@ -221,6 +221,8 @@ def test_a_failed_run_leaves_a_record_and_the_table_names_it(
             sweeps.record_failures(lambda cfg, code=code: sys.exit(code))(cfg)
     assert sweeps.record_failures(broken)(cfg) is None
     assert sweeps.report_failures() == 1
+    assert sweeps.record_failures(lambda cfg: 1.5)(cfg) == 1.5  # the sweep is repeated in its folder
+    assert sweeps.report_failures() == 0
     cfg.sweeper._target_ = "some.OptunaSweeper"  # which has to know
     with pytest.raises(RuntimeError, match="division by zero"):
         sweeps.record_failures(broken)(cfg)

@@ -19,6 +19,7 @@ from torch import Tensor
 from flowalign.checks.errors import ConfigError, RunError
 from flowalign.collect import Collected
 from flowalign.evaluation import Positions
+from flowalign.prompts import Prompt
 from flowalign.rewards.base import RewardError
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.sampler import walk
@@ -503,6 +504,15 @@ def test_an_evaluation_reports_every_measure_and_every_category(prepared: Callab
         by_tag = [metrics[f"val/{name}/{tag}"] for tag in tags]
         assert metrics[f"val/{name}"] == pytest.approx(sum(by_tag) / 4, abs=1e-6)  # equal shares
     assert module.shown["val"].images.shape == (2, 3, 64, 64)
+
+
+def test_a_category_may_be_any_value(prepared: Callable[..., Run]):
+    run = prepared()
+    run.recipe.scorer = Scorer(lambda media, prompts, metadata: media.flatten(1).mean(dim=1))
+    module, trainer = run.build()
+    module.eval_prompts["val"] = [Prompt(p.text, metadata={"tag": ["a", 1]}) for p in module.eval_prompts["val"]]
+    metrics = trainer.validate(module, verbose=False)[0]
+    assert metrics["val/reward/['a', 1]"] == metrics["val/reward"]
 
 
 def test_pictures_beyond_the_set_are_made_and_count_nowhere(prepared: Callable[..., Run]):

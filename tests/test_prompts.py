@@ -57,6 +57,8 @@ def test_jsonl_keeps_everything_else_as_metadata(tmp_path):
         '{"prompt": 3}',
         '{"prompt": null}',
         '{"prompt": "a", "negative_prompt": 1}',
+        '{"prompt": "a \\ud83d"}',
+        '{"prompt": "a", "negative_prompt": "\\udc00"}',
         b"\xff",
     ],
 )

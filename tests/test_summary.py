@@ -60,7 +60,8 @@ def test_the_trace_of_an_error_is_in_the_log_file_once(tmp_path: Path, monkeypat
     """Of a run alone the terminal has it from Python, which ends with it; a sweep goes on."""
     file, terminal = logging.FileHandler(tmp_path / "run.log"), logging.StreamHandler(io.StringIO())
     monkeypatch.setattr(logging.getLogger(), "handlers", [file, terminal])
-    monkeypatch.setattr("flowalign.sweeps.HydraConfig", SimpleNamespace(get=lambda: SimpleNamespace(mode=mode)))
+    node = SimpleNamespace(mode=mode, runtime=SimpleNamespace(output_dir=str(tmp_path)))
+    monkeypatch.setattr("flowalign.sweeps.HydraConfig", SimpleNamespace(get=lambda: node))
     monkeypatch.setattr("flowalign.sweeps._record", lambda error, refused: None)
 
     @record_failures

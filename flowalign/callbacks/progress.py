@@ -61,9 +61,9 @@ class PhaseProgress(Callback):
             self.bars.title = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} "
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics  # on every rank, since Lightning averages them over the ranks when asked
         if not trainer.is_global_zero or not isinstance(pl_module, AlignModule):
             return
-        metrics = trainer.callback_metrics
         # Given images (algorithms without rollouts) have no reward.
         shown = [f"reward {pl_module.stats['reward_mean']:.3f}"] if "reward_mean" in pl_module.stats else []
         if pl_module.stats.get("reward_nan_fraction"):

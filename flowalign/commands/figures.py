@@ -20,7 +20,7 @@ Scores = Mapping[str, Tensor]
 
 def _members(prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """(N,) bool mask of each category, which is the `tag` in a prompt's metadata."""
-    tags = [None if (tag := p.metadata.get("tag")) is None else str(tag) for p in prompts]
+    tags = [p.tag for p in prompts]
     return {tag: torch.tensor([t == tag for t in tags]) for tag in sorted({t for t in tags if t is not None})}
 
 

@@ -106,7 +106,7 @@ class Replica:
     def _error_for(self, status: int, body: bytes, retry_after: str) -> RefusedError:
         message = f"{self.url} answered {status}: {' '.join(body[:400].decode(errors='replace').split())}"
         if status in BUSY:
-            return BusyError(message, float(retry_after) if retry_after.isdigit() else self.patience.backoff)
+            return BusyError(message, float(retry_after) if retry_after.isdecimal() else self.patience.backoff)
         if status in FORBIDDEN:
             return ForbiddenError(f"{message} (the token is that of the environment variable {self.token_env})")
         return InvalidRequestError(message) if status in INVALID else RefusedError(message)
@@ -116,8 +116,8 @@ class Replica:
         with self._lock:
             if self._client is None:
                 secret = os.environ.get(self.token_env)
-                headers = {"content-type": "application/json"}
-                headers |= {"authorization": f"Bearer {secret}"} if secret else {}
+                headers = {"content-type": b"application/json"}
+                headers |= {"authorization": f"Bearer {secret}".encode()} if secret else {}
                 # Plain http has no certificates to verify, and loading the system's takes a while.
                 self._client = _httpx().Client(
                     headers=headers,

@@ -119,7 +119,8 @@ def _describe(reward: Any) -> dict[str, Any]:
 
 def _authenticate(request: Request, token: str | None) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
+    # The header is decoded as latin-1, whatever was sent.
+    if token is not None and not hmac.compare_digest(given.encode("latin-1"), token.encode()):
         raise RefusalError(401, "the token is missing or wrong")
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from flowalign.rewards.base import RewardError
+from flowalign.rewards.dispatch import BusyError
 from flowalign.rewards.remote import Remote
-from flowalign.rewards.transport import Patience
+from flowalign.rewards.transport import Patience, Replica
 from tests.conftest import ROOT
 
 MEDIA = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -136,6 +137,13 @@ def test_a_call_ends_when_its_time_is_over_whatever_the_other_limits(server: str
 def test_a_full_server_is_waited_for_and_not_given_up(mortal: tuple[str, subprocess.Popen[str]]):
     eager = Patience(read=2, total=20, retries=0, backoff=0.01)
     assert torch.allclose(scores(f"{mortal[0]}/slow_start", patience=eager), MEANS)
+
+
+@pytest.mark.parametrize(("said", "seconds"), [("7", 7), ("", 0.5), ("-1", 0.5), ("Sun, 29 Nov 2026", 0.5), ("²", 0.5)])
+def test_a_full_server_may_say_when_to_come_again(said: str, seconds: float):
+    error = Replica("http://localhost", Patience(), "TOKEN")._error_for(503, b"", said)
+    assert isinstance(error, BusyError)
+    assert error.seconds == seconds
 
 
 def test_a_reward_that_is_exchanged_under_the_run_is_refused(server: str):

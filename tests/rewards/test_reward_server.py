@@ -137,6 +137,21 @@ def test_a_reward_that_fails_says_why_and_serves_on(server: Server, prompt: str,
     assert server.remote()(MEDIA, PROMPTS, METADATA).tolist() == NUMBERS
 
 
+def test_a_token_may_have_any_characters(monkeypatch: pytest.MonkeyPatch):
+    """The client sends UTF-8, and the server sees each byte as a character."""
+    from starlette.requests import Request
+
+    from flowalign.rewards.transport import Patience, Replica
+    from flowalign.serving.app import RefusalError, _authenticate
+
+    monkeypatch.setenv("A_TOKEN", "geheim ü €")
+    client = Replica("http://localhost:1", Patience(), "A_TOKEN")._get_client()
+    request = Request({"type": "http", "headers": client.headers.raw})
+    _authenticate(request, "geheim ü €")
+    with pytest.raises(RefusalError):
+        _authenticate(request, "geheim")
+
+
 def test_a_wrong_token_is_refused_before_training(server: Server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FLOWALIGN_REWARD_TOKEN", "another")
     with pytest.raises(RewardError, match="answered 401: .*token is missing or wrong.*FLOWALIGN_REWARD_TOKEN"):

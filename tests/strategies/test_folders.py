@@ -132,6 +132,15 @@ def test_what_waits_in_the_folder_of_a_run_that_is_going_is_its_own(tmp_path: Pa
     assert last_checkpoint(tmp_path) == str(waiting.with_name("last.ckpt"))
 
 
+def test_files_of_others_that_are_called_old_are_left_alone(tmp_path: Path):
+    """Somebody's home may be where a checkpoint is looked for."""
+    for name in (".notes.txt.old", "notes.txt", ".profile.old"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(ValueError, match="does not exist"):
+        find_checkpoint(str(tmp_path / "mistyped.ckpt"))
+    assert sorted(os.listdir(tmp_path)) == [".notes.txt.old", ".profile.old", "notes.txt"]
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_folder_without_its_last_file_is_no_checkpoint(tmp_path: Path):
     target = tmp_path / "last.ckpt"

@@ -32,8 +32,8 @@ AREA = {"height": 32, "width": 48, "frames": 9}
 SIZES = [f"resolution.{part}.{side}={n}" for part in ("train", "eval") for side, n in AREA.items()]
 TYPES = ("model.dtype=float32", "model.train_dtype=float32", "model.max_sequence_length=16")
 VIDEO = ("model=wan2_2_t2v", *TYPES, *SIZES, "reward=jpeg", "trainer.max_epochs=1")
-LATE = ("algo=grpo", "trainer.max_epochs=1", "optimizer.lr=1e-3")
-"""No frozen copy: the weights from before training wait elsewhere."""
+LATE = ("algo=grpo", "trainer.max_epochs=1", "optimizer.lr=1e-3", "callbacks=default")
+"""No frozen copy: the weights from before training wait elsewhere. With all callbacks, which act around it."""
 LATE_KINDS = {"fsdp": ("tune=full", "strategy=fsdp"), "ddp": ("tune=lora", "strategy=ddp")}
 
 Make = Callable[..., Job]
