@@ -107,15 +107,15 @@ def loaded_once() -> Iterator[None]:
     loaded: dict[Any, Any] = {}
 
     def kept(
-        name: str, pretrained: str, revision: Any, variant: Any, dtype: torch.dtype, arguments: dict, trained: dict
+        name: str, pretrained: str, revision: Any, variant: Any, dtypes: dict, arguments: dict, trained: Any
     ) -> Any:
         whole = Path(loading.resolve(pretrained)).is_dir() and not loading._without_weights.get()
         if not whole or any(arguments.values()):  # parts that are given are not ours to copy
-            return loading.load_pipeline(name, pretrained, revision, variant, dtype, arguments, trained)
+            return loading.load_pipeline(name, pretrained, revision, variant, dtypes, arguments, trained)
         files = loading.fingerprint(pretrained, revision, ("*", "."))
-        key = name, files, revision, variant, dtype, tuple(arguments), tuple(trained.items())
+        key = name, files, revision, variant, tuple(dtypes.items()), tuple(arguments), tuple(trained)
         if key not in loaded:
-            loaded[key] = loading.load_pipeline(name, pretrained, revision, variant, dtype, arguments, trained)
+            loaded[key] = loading.load_pipeline(name, pretrained, revision, variant, dtypes, arguments, trained)
         return copy.deepcopy(loaded[key])
 
     with pytest.MonkeyPatch.context() as patched:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flowalign.dtypes import torch_dtype
 from flowalign.models import schedule
-from flowalign.models.loading import IMAGE_FOLDERS, TEXT_FOLDERS, fingerprint, load_pipeline
+from flowalign.models.loading import IMAGE_FOLDERS, TEXT_FOLDERS, fingerprint, keep_dtype, load_pipeline
 from flowalign.models.quantised import Kind, quantise, weight_quantiser
 from flowalign.types import Conditioning
 
@@ -48,7 +48,7 @@ class FlowModel(ABC):
     """A flow-matching pipeline behind the interface that rollouts, losses and evaluation use.
 
     `pretrained` is a hub id, a local folder in diffusers layout, or the name of a pipeline embedded in this package.
-    The denoisers are kept in `train_dtype`, all other components in `dtype`.
+    The denoisers are kept in `train_dtype`, the VAE in `vae_dtype` if given, all other components in `dtype`.
     """
 
     pipeline: ClassVar[str]
@@ -78,6 +78,7 @@ class FlowModel(ABC):
         variant: str | None = None,
         dtype: str = "float32",
         train_dtype: str = "float32",
+        vae_dtype: str | None = None,
         lora_targets: Sequence[str] | None = None,
         max_sequence_length: int | None = None,
         absent: Sequence[str] = (),
@@ -87,6 +88,7 @@ class FlowModel(ABC):
         """max_sequence_length counts text tokens (None: the family's default); `absent` components are not loaded.
 
         embedded_guidance is the input of a guidance-distilled network, the same in rollouts, training and evaluation.
+        A given vae_dtype is also what the VAE computes in, under mixed precision too.
         quantised is the format in which the blocks of the denoisers are stored, frozen; they compute in `train_dtype`.
         """
         if embedded_guidance is not None and self.default_embedded_guidance is None:
@@ -101,10 +103,14 @@ class FlowModel(ABC):
         quantiser = None if quantised is None else weight_quantiser(quantised)  # before loading: it may raise
         self.max_sequence_length = max_sequence_length or self.default_max_sequence_length
         self.lora_targets = tuple(lora_targets or self.default_lora_targets)
-        trained = dict.fromkeys(self.denoiser_names, torch_dtype(train_dtype))
+        dtypes = {"default": torch_dtype(dtype), **dict.fromkeys(self.denoiser_names, torch_dtype(train_dtype))}
+        if vae_dtype is not None:
+            dtypes["vae"] = torch_dtype(vae_dtype)
         self.pipe = load_pipeline(
-            self.pipeline, pretrained, revision, variant, torch_dtype(dtype), dict.fromkeys(absent), trained
+            self.pipeline, pretrained, revision, variant, dtypes, dict.fromkeys(absent), self.denoiser_names
         )
+        if vae_dtype is not None:
+            keep_dtype(self.pipe.vae)
         for denoiser in self.denoisers().values():
             if denoiser.dtype != torch_dtype(train_dtype):  # one without weights
                 denoiser.to(torch_dtype(train_dtype))
@@ -286,6 +292,7 @@ class FlowModel(ABC):
         """Identify everything but the text that a prompt's encoding depends on; part of the key of the disk cache."""
         encoder = next((m for name, m in self.text_encoders().items()), None)
         kind = f"{type(self).__name__} {self.max_sequence_length} {getattr(encoder, 'dtype', None)} {self.absent}"
+        kind += f" {self.pipe.vae.dtype}" if self.sees_images else ""
         folders = (*TEXT_FOLDERS, *IMAGE_FOLDERS) if self.sees_images else TEXT_FOLDERS
         return f"{kind} {fingerprint(self.pretrained, self.revision, folders)}"
 

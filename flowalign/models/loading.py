@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,15 @@ def load_pipeline(
     pretrained: str,
     revision: str | None,
     variant: str | None,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     arguments: dict[str, Any],
-    trained: Mapping[str, torch.dtype],
+    trained: Sequence[str],
 ) -> Any:
     """Load a diffusers pipeline of class `name`. HF_HOME and HF_HUB_OFFLINE apply, as diffusers itself reads them.
 
-    trained: the components that are trained, and the dtypes to read them in; `dtype` is that of the others. Raises
-    ValueError if `pretrained` does not exist, is incomplete or holds another pipeline class. Within `without_weights`
-    the trained components have meta parameters, in float32.
+    dtypes: those in which components are read, by name; "default" is that of the others. Raises ValueError if
+    `pretrained` does not exist, is incomplete or holds another pipeline class. Within `without_weights` the `trained`
+    components have meta parameters, in float32.
     """
     import diffusers
 
@@ -105,8 +106,22 @@ def load_pipeline(
         if _without_weights.get():
             config = pipeline.load_config(where, revision=revision)
             arguments = arguments | {part: _meta_component(where, config, part, revision) for part in trained}
-        dtypes = {"default": dtype, **trained}
-        return pipeline.from_pretrained(where, revision=revision, variant=variant, dtype=dtypes, **arguments)
+        return pipeline.from_pretrained(where, revision=revision, variant=variant, dtype=dict(dtypes), **arguments)
+
+
+def keep_dtype(vae: Any) -> None:
+    """Let a VAE compute in the dtype of its weights, whatever autocast says."""
+    for name in ("encode", "decode"):
+        setattr(vae, name, _without_autocast(getattr(vae, name)))
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return call
 
 
 TEXT_FOLDERS = ("text_encoder*", "tokenizer*")

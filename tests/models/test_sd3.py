@@ -279,3 +279,13 @@ def test_types_are_chosen_for_the_trained_part_and_the_rest_apart(sd3_folder: Pa
     x = torch.zeros(1, *sd3.latent_shape(HEIGHT, WIDTH))
     with torch.no_grad():
         assert sd3.velocity(x, 0.5, sd3.encode(PROMPTS[:1])).dtype == torch.float32
+
+
+def test_a_vae_with_a_dtype_of_its_own_computes_in_it_under_autocast_too(sd3_folder: Path):
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = SD3(str(sd3_folder), max_sequence_length=TOKENS).decode(x)
+    own = SD3(str(sd3_folder), dtype="bfloat16", vae_dtype="float32", max_sequence_length=TOKENS)
+    assert own.pipe.text_encoder_3.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(own.decode(x), expected)
+        assert not torch.equal(SD3(str(sd3_folder), max_sequence_length=TOKENS).decode(x), expected)
