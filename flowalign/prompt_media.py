@@ -14,7 +14,7 @@ from flowalign.footage import footage, read_video
 from flowalign.pixels import tensor_of
 
 if TYPE_CHECKING:
-    from flowalign.prompts import Prompt
+    from flowalign.prompt_files import Prompt
 
 
 def image_paths(prompt: Prompt) -> list[Path]:

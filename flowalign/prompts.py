@@ -1,12 +1,10 @@
-"""Prompt files, and the choice of prompts for epochs and evaluations."""
+"""Sets of prompts, and the choice of prompts for epochs and evaluations."""
 
 from __future__ import annotations
 
 import heapq
 import json
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,77 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowalign.prompt_files import FORMATS, KINDS, Prompt, read_prompts
 from flowalign.prompt_media import check_videos, load_images, load_video, other_kind_hint, video_paths
 
 ASSETS = Path(__file__).parent / "assets"
-SUFFIXES = [".jsonl", ".txt"]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt. metadata: the other keys of its line, for the rewards. source: "file:line"."""
-
-    text: str
-    negative: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    source: str = ""
-
-    @property
-    def tag(self) -> str | None:
-        """Its category in evaluations."""
-        return None if (tag := self.metadata.get("tag")) is None else str(tag)
-
-
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read the prompts of a file, in order.
-
-    .txt has one prompt per line; .jsonl one object per line, with `prompt`, optionally `negative_prompt`, and metadata.
-    Empty lines are skipped. An invalid line raises ValueError "file:line: reason".
-    """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path}: prompts are read from .txt or .jsonl files")
-    parse, prompts = _parse_text if path.suffix == ".txt" else _parse_json, []
-    # Not splitlines(), which also splits at rarer separators that prompts scraped from the web contain.
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
-        source = f"{path}:{number}"
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if line:
-                prompts.append(parse(line, source))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source}: this is not UTF-8 ({error.reason}): save the file as UTF-8") from error
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-    if not prompts:
-        raise ValueError(f"{path}: no prompt in this file")
-    return prompts
-
-
-def _parse_text(line: str, source: str) -> Prompt:
-    return Prompt(line, source=source)
-
-
-def _parse_json(line: str, source: str) -> Prompt:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    if "prompt" not in record:
-        raise ValueError(f"a line needs a `prompt`; the keys of this one are: {', '.join(record) or 'none'}")
-    text, negative = record.pop("prompt"), record.pop("negative_prompt", None)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"`prompt` must be a non-empty text, got {text!r}")
-    if not isinstance(negative, str | None):
-        raise ValueError(f"`negative_prompt` must be a text, got {negative!r}")
-    if re.search("[\ud800-\udfff]", text + (negative or "")):
-        raise ValueError("the text has one half of a pair of characters (\\ud800 to \\udfff), which no encoder reads")
-    return Prompt(text, negative, record, source)
 
 
 def _resolve(path: str) -> Path | None:
     """The existing file: the path itself, with a suffix added, or with Flow-GRPO's `_metadata.jsonl` added."""
     # A file with another suffix is rejected by read_prompts.
-    suffixes = ["", *([] if Path(path).suffix in SUFFIXES else (*SUFFIXES, "_metadata.jsonl"))]
+    suffixes = ["", *([] if Path(path).suffix in FORMATS else (*FORMATS, "_metadata.jsonl"))]
     names = [f"{path}{suffix}" for suffix in suffixes]
     return next((p for name in names for p in (Path(name).expanduser(), ASSETS / name) if p.is_file()), None)
 
@@ -130,16 +67,16 @@ class PromptSet:
     ) -> PromptSet:
         """Read the first `limit` prompts of a file, or of the file `otherwise` if it does not exist.
 
-        A path that does not exist may name a file inside this package. Without a suffix, .jsonl and .txt are tried.
+        A path that does not exist may name a file inside this package. Without a suffix, those of FORMATS are tried.
         """
         candidates = [path, *([] if otherwise is None else [otherwise])]
         found = next((file for name in candidates if (file := _resolve(name)) is not None), None)
         if found is None:
             embedded = ", ".join(sorted(str(p.relative_to(ASSETS)) for p in ASSETS.glob("*/*.jsonl")))
             wanted = Path(path).expanduser()
-            siblings = sorted(p.name for p in wanted.parent.glob("*") if p.suffix in SUFFIXES or p.stem == wanted.name)
+            siblings = sorted(p.name for p in wanted.parent.glob("*") if p.suffix in FORMATS or p.stem == wanted.name)
             nearby = f"its folder has {', '.join(siblings[:8])}; " if siblings else ""
-            suffixes = "" if wanted.suffix in SUFFIXES else " (.txt or .jsonl)"
+            suffixes = "" if wanted.suffix in FORMATS else f" ({KINDS})"
             raise ValueError(f"there is no prompt file {path}{suffixes}; {nearby}embedded ones are {embedded}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit keeps the first prompts of a file and must be at least 1 (got {limit})")

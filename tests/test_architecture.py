@@ -35,6 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "pixels",
         "ffmpeg",
         "footage",
+        "prompt_files",
         "prompt_media",
         "prompts",
         "suites",

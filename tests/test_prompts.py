@@ -71,7 +71,7 @@ def test_a_bad_line_is_named(tmp_path, line):
 
 def test_empty_and_unknown_files_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
-    for name, reason in (("empty.txt", "no prompt"), ("prompts.csv", ".txt or .jsonl")):
+    for name, reason in (("empty.txt", "no prompt"), ("prompts.parquet", ".jsonl, .json, .csv, .tsv or .txt files")):
         with pytest.raises(ValueError, match=reason):
             read_prompts(tmp_path / name)
     with pytest.raises(FileNotFoundError):
@@ -187,14 +187,14 @@ def test_a_folder_of_prompt_files_needs_no_suffixes(tmp_path):
     assert [p.text for p in PromptSet.read(f"{tmp_path}/val", otherwise=f"{tmp_path}/test").prompts] == ["d"]
     with pytest.raises(
         ValueError,
-        match=r"no prompt file .*/dev .\.txt or \.jsonl.; its folder has test.jsonl, train.txt, val.txt; embedded",
+        match=r"no prompt file .*/dev .\.jsonl, .* or \.txt.; its folder has test.jsonl, train.txt, val.txt; embedded",
     ):
         PromptSet.read(f"{tmp_path}/dev")
 
 
 def test_a_file_of_another_kind_is_named_where_prompts_are_missing(tmp_path):
-    (tmp_path / "train.csv").write_text("prompt\na\n")
-    with pytest.raises(ValueError, match=r"no prompt file .*/train .\.txt or \.jsonl.; its folder has train.csv;"):
+    (tmp_path / "train.parquet").write_text("a")
+    with pytest.raises(ValueError, match=r"no prompt file .*/train .\.jsonl, .*; its folder has train.parquet;"):
         PromptSet.read(f"{tmp_path}/train")
 
 
@@ -207,6 +207,49 @@ def test_a_file_of_another_kind_is_named_where_prompts_are_missing(tmp_path):
 )
 def test_an_unreadable_line_says_what_is_missing(tmp_path, name: str, content: bytes, sentence: str):
     (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"prompt": "a, \\"b\\"", "tag": "x"}\n{"prompt": "c", "negative_prompt": "d"}'),
+        ("a.json", '[{"prompt": "a, \\"b\\"", "tag": "x"}, {"prompt": "c", "negative_prompt": "d"}]'),
+        ("a.csv", '\ufeffprompt,tag,negative_prompt\r\n"a, ""b""",x,\r\n\r\nc,,d\r\n'),
+        ("a.tsv", 'tag\tprompt\tnegative_prompt\nx\t"a, ""b"""\n\tc\td\n'),
+    ],
+)
+def test_all_kinds_of_files_say_the_same(tmp_path, name: str, content: str):
+    (tmp_path / name).write_text(content)
+    first, second = read_prompts(tmp_path / name)
+    assert (first.text, first.negative, first.metadata) == ('a, "b"', None, {"tag": "x"})
+    assert (second.text, second.negative, second.metadata) == ("c", "d", {})
+    assert PromptSet.read(str(tmp_path / "a")).prompts == [first, second]
+
+
+def test_a_list_of_texts_is_a_list_of_prompts(tmp_path):
+    (tmp_path / "a.json").write_text('["a cat", "a dog"]')
+    assert [(p.text, p.metadata) for p in read_prompts(tmp_path / "a.json")] == [("a cat", {}), ("a dog", {})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.csv", "caption,tag\na,b", r"a.csv:1: the header needs a column `prompt`; got caption, tag"),
+        ("a.csv", "prompt,tag\na,b\nc,d,e", r"a.csv:3: 3 cells below a header of 2"),
+        ("a.csv", "prompt,tag\na,b\n,d", r"a.csv:3: a line needs a `prompt`"),
+        ("a.csv", 'prompt,tag\n"a,b', r"a.csv: cannot be read as a table"),
+        ("a.csv", "prompt\n", "no prompt in this file"),
+        ("a.tsv", "", "header needs a column `prompt`; got none"),
+        ("a.json", '{"prompt": "a"}', "expected a list of prompts, got dict"),
+        ("a.json", "[", "a.json: Expecting"),
+        ("a.json", '["a", 3]', r"a.json:2: expected a JSON object, got int"),
+        ("a.json", '["a", " "]', r"a.json:2: `prompt` must be a non-empty text"),
+    ],
+)
+def test_a_bad_table_or_list_is_named(tmp_path, name: str, content: str, sentence: str):
+    (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=sentence):
         read_prompts(tmp_path / name)
 

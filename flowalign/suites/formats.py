@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from flowalign.prompts import Prompt, read_prompts
+from flowalign.prompt_files import Prompt, read_prompts, read_table
 from flowalign.rewards.geneval_rules import Task
 from flowalign.rewards.ocr import wanted_text
 
@@ -39,27 +37,21 @@ def table(path: Path) -> list[Prompt]:
     """A .csv or .tsv with columns Prompts (or Prompt) and Category; or a .txt, one prompt per line, no categories."""
     if path.suffix == ".txt":
         return read_prompts(path)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            prompts = list(_rows(path, csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path}: cannot be read as a table in UTF-8 ({error})") from error
-    if not prompts:
+
+    def wanted(columns: list[str]) -> tuple[str, str]:
+        known = {name.lower(): name for name in columns}
+        text = known.get("prompts", known.get("prompt"))
+        if text is None or "category" not in known:
+            raise ValueError(f"{path}:1: the columns must be Prompts and Category; got {', '.join(known) or 'none'}")
+        return text, known["category"]
+
+    (text, kind), rows = read_table(path, wanted)
+    if not rows:
         raise ValueError(f"{path}: no prompt in this file")
-    return prompts
-
-
-def _rows(path: Path, reader: csv.DictReader[str]) -> Iterator[Prompt]:
-    columns = {name.strip().lower(): name for name in reader.fieldnames or []}
-    text = columns.get("prompts", columns.get("prompt"))
-    if text is None or "category" not in columns:
-        raise ValueError(f"{path}:1: the columns must be Prompts and Category; got {', '.join(columns) or 'none'}")
-    for row in reader:
-        source = f"{path}:{reader.line_num}"
-        prompt, category = ((row[column] or "").strip() for column in (text, columns["category"]))
-        if not prompt or not category:
-            raise ValueError(f"{source}: {'no prompt' if not prompt else f'no category for {prompt!r}'}")
-        yield Prompt(prompt, metadata={"tag": category}, source=source)
+    for source, row in rows:
+        if text not in row or kind not in row:
+            raise ValueError(f"{source}: {'no prompt' if text not in row else f'no category for {row[text]!r}'}")
+    return [Prompt(row[text], metadata={"tag": row[kind]}, source=source) for source, row in rows]
 
 
 def category(path: Path) -> list[Prompt]:
