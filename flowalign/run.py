@@ -199,6 +199,8 @@ def assemble(cfg: DictConfig, ckpt_path: str | None, cleanup: ExitStack) -> tupl
         data = read_data(cfg)  # before the rewards, whose networks may take minutes
         scorer = instantiate(cfg.reward)
         cleanup.callback(scorer.close)
+        evaluated = [p for stage in ("val", "test")[: 1 + cfg.test] for p in data[stage].prompts]
+        scorer.check_prompts(data["train"].prompts if cfg.train else (), evaluated)
         scorer.check()  # before the model is loaded, so that a broken reward is reported at once
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -15,7 +15,11 @@ Metadata = Sequence[dict[str, Any]]
 
 
 class Reward(Protocol):
-    """Maps each sample to a number, higher is better. Any callable will do, for example a plain function."""
+    """Maps each sample to a number, higher is better. Any callable will do, for example a plain function.
+
+    Optional: `check_prompt(prompt, metadata)` raises ValueError for a prompt that it cannot score whatever the image;
+    all prompts are checked before a model is loaded.
+    """
 
     def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """Score media (B, 3, H, W), or (B, F, 3, H, W) for videos, in [0, 1] → (B,) float32.
@@ -46,7 +50,7 @@ class FrameReward(ABC):
 
 
 class RewardWrapper:
-    """Base class for wrappers of another reward; `self_check` and `close` are delegated to it."""
+    """Base class for wrappers of another reward; its optional methods are called."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
@@ -55,13 +59,17 @@ class RewardWrapper:
         """Run the wrapped reward's self-check, if it has one."""
         self._delegate("self_check")
 
+    def check_prompt(self, prompt: str, metadata: dict[str, Any]) -> None:
+        """Check a prompt for the wrapped reward, if it does so."""
+        self._delegate("check_prompt", prompt, metadata)
+
     def close(self) -> None:
         """Close the wrapped reward, if it has a `close`."""
         self._delegate("close")
 
-    def _delegate(self, name: str) -> None:
+    def _delegate(self, name: str, *arguments: Any) -> None:
         if method := getattr(self.reward, name, None):
-            method()
+            method(*arguments)
 
 
 def as_videos(media: Tensor, prompts: Sequence[str], metadata: Metadata) -> tuple[Tensor, Tensor]:

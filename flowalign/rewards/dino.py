@@ -33,6 +33,12 @@ class DinoSimilarity(ModelReward):
     def load(self) -> nn.Module:
         return load_model("AutoModel", self.pretrained, self.revision, self.weights_dtype)
 
+    def check_prompt(self, prompt: str, metadata: dict[str, Any]) -> None:
+        """Raise ValueError if no reference image is named, or if it is not there."""
+        del prompt
+        if not (path := self._path(metadata)).is_file():
+            raise ValueError(f"{self.name}: there is no image {path} (set `folder`?).")
+
     def judge(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts
         given = torch.stack([self._reference(entry) for entry in metadata]).to(pictures.device)
@@ -43,14 +49,17 @@ class DinoSimilarity(ModelReward):
         hidden = self.model(pixel_values=self.transform(pictures).to(self.weights_dtype)).last_hidden_state
         return normalize(hidden[:, 0].float(), dim=-1)
 
-    def _reference(self, entry: dict[str, Any]) -> Tensor:
+    def _path(self, entry: dict[str, Any]) -> Path:
         named = entry.get(self.key)
         named = named[0] if isinstance(named, list) and named else named
         if not isinstance(named, str):
             raise ValueError(
                 f"{self.name} compares with a reference image: every line needs a file under {self.key!r}."
             )
-        path = Path(self.folder or ".").expanduser() / named
+        return Path(self.folder or ".").expanduser() / named
+
+    def _reference(self, entry: dict[str, Any]) -> Tensor:
+        path = self._path(entry)
         if path not in self._references:  # shared by a group and by all epochs
             try:
                 with Image.open(path) as image:

@@ -49,6 +49,11 @@ class Geneval(FrameReward):
         self.detector, self.colours, self.measure = detector, colours, measure
         self.rules = Rules(threshold, counting_threshold, max_objects, max_overlap, position_slack)
 
+    def check_prompt(self, prompt: str, metadata: dict[str, Any]) -> None:
+        """Raise ValueError for metadata of another layout."""
+        del prompt
+        Task.from_metadata(metadata)
+
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """See `FrameReward`. Raises ValueError for metadata of another layout or a class unknown to the detector."""
         del prompts

@@ -42,6 +42,10 @@ class OCR(FrameReward):
     def reader(self) -> Reader:
         return READERS[self.engine]()
 
+    def check_prompt(self, prompt: str, metadata: dict[str, Any]) -> None:
+        """Raise ValueError if no text is asked for."""
+        wanted_text(prompt, metadata)
+
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         wanted = [wanted_text(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
         scores = [self._agreement(self.read(p), text) for p, text in zip(pictures, wanted, strict=True)]

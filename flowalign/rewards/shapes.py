@@ -31,17 +31,26 @@ class _SceneReward(FrameReward):
             if not right > self.judge(wrong, spec):
                 raise RewardError(f"{name} scores no less than an image of {spec.captions()[0]} ({right:.3f}).")
 
+    def check_prompt(self, prompt: str, metadata: dict[str, Any]) -> None:
+        """Raise RewardError for a prompt without a scene."""
+        del prompt
+        _scene(metadata)
+
     def score(self, pictures: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         del prompts
         images = pictures.cpu().movedim(-3, -1).numpy()
-        try:
-            scenes = [Spec.from_metadata(entry) for entry in metadata]
-        except ValueError as error:  # custom prompts without the metadata of the scenes world
-            raise RewardError(
-                f"{error}; prompts of your own need another reward, such as reward=jpeg or reward=pickscore: see "
-                "docs/rewards.md."
-            ) from error
+        scenes = [_scene(entry) for entry in metadata]
         return torch.tensor([self.judge(i, s) for i, s in zip(images, scenes, strict=True)], dtype=torch.float32)
+
+
+def _scene(metadata: dict[str, Any]) -> Spec:
+    try:
+        return Spec.from_metadata(metadata)
+    except ValueError as error:
+        raise RewardError(
+            f"{error}; prompts of your own need another reward, such as reward=jpeg or reward=pickscore: see "
+            "docs/rewards.md."
+        ) from error
 
 
 class Shapes(_SceneReward):

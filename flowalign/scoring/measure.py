@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowalign.dtypes import torch_dtype
+from flowalign.prompt_files import Prompt
 from flowalign.rewards.base import Reward, RewardError
 from flowalign.scoring.inputs import RewardInput
 from flowalign.scoring.ramp import Ramp
@@ -72,6 +74,16 @@ class Measure:
     def check(self) -> None:
         """Run the reward's self-check. Raises RewardError if it fails."""
         self._optional("self_check")
+
+    def check_prompts(self, prompts: Iterable[Prompt]) -> None:
+        """Raise RewardError for the first prompt that the reward could not score whatever the image, if it can tell."""
+        if self.on_error == "missing" or not hasattr(self.reward, "check_prompt"):
+            return
+        for prompt in prompts:
+            try:
+                self.reward.check_prompt(prompt.text, prompt.metadata)  # type: ignore[attr-defined]
+            except (ValueError, RewardError) as error:
+                raise RewardError(f"{prompt.source}: reward {self.described}: {error}") from error
 
     @property
     def binds(self) -> bool:

@@ -120,6 +120,13 @@ class Scorer:
                 if not measure.binds:
                     measure.check()
 
+    def check_prompts(self, trained: Sequence[Prompt], evaluated: Sequence[Prompt]) -> None:
+        """Raise RewardError, naming the line, for a prompt that a reward of its phase could not score."""
+        for measure in self.objective.values():
+            measure.check_prompts(trained)
+        for measure in self._evaluated.values():
+            measure.check_prompts(evaluated)
+
     def bind(self, model: Any) -> None:
         """Give the model's adapter to the rewards built from the policy's own networks; once, before training."""
         for measure in self.every.values():

@@ -59,6 +59,8 @@ def test_every_line_has_its_own_picture(folder: Path):
 def test_a_picture_that_is_not_there_is_an_error(folder: Path, entry: dict[str, str], sentence: str):
     with pytest.raises(ValueError, match=sentence):
         called(DinoSimilarity(str(folder), folder=str(folder)), **entry)
+    with pytest.raises(ValueError, match="needs a file under 'image'|there is no image"):
+        DinoSimilarity(str(folder), folder=str(folder)).check_prompt("", entry)
 
 
 def test_self_check_refuses_a_random_network_and_passes_one_that_sees_shapes(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -306,3 +307,10 @@ def test_the_yaml_shares_one_network_between_training_and_reporting(tiny: Callab
     assert (trained.measure, reported.measure) == ("partial", "correct")
     assert trained.detector.model is reported.detector.model
     assert trained.rules == reported.rules
+
+
+def test_a_prompt_of_another_layout_is_refused_before_anything_is_detected():
+    reward = Geneval(Mock(), Mock())
+    reward.check_prompt("a cat", {"tag": "single_object", "include": [{"class": "cat", "count": 1}]})
+    with pytest.raises(ValueError, match="geneval needs metadata in GenEval's layout"):
+        reward.check_prompt("a cat", {"tag": "single_object"})

@@ -104,6 +104,8 @@ def test_the_text_is_what_the_line_says_or_what_stands_in_quotes():
     for prompt, entry in (("a door", {}), ('a ""', {}), ('a "door"', {"text": " "}), ("a", {"text": 3})):
         with pytest.raises(ValueError, match="put it into double quotes"):
             wanted_text(prompt, entry)
+        with pytest.raises(ValueError, match="put it into double quotes"):
+            OCR().check_prompt(prompt, entry)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,9 @@ def test_a_different_number_of_prompts_or_metadata_is_refused(media):
 def test_prompts_of_ones_own_are_told_to_want_another_reward(media):
     with pytest.raises(RewardError, match=r"shapes reward needs .* got \{\}; prompts of your own need another reward"):
         Shapes()(media, PROMPTS, [{}, *METADATA[1:]])
+    with pytest.raises(RewardError, match=r"prompts of your own need another reward"):
+        Shapes().check_prompt(PROMPTS[0], {})
+    Shapes().check_prompt(PROMPTS[0], METADATA[0])
 
 
 def test_a_weight_outside_zero_and_one_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from flowalign.prompts import Prompt
 from flowalign.rewards.base import RewardError
+from flowalign.rewards.frames import Frames
 from flowalign.scoring import Latents, Measure, Scorer
 from flowalign.types import Conditioning
 
@@ -47,6 +49,30 @@ def test_a_reward_of_another_shape_is_refused_by_name():
 
     with pytest.raises(RewardError, match=r"reward `reward` \(Mean\) returned scores of shape \(\) for 2 samples"):
         Scorer(Mean()).rewards(MEDIA, PROMPTS)
+
+
+class OfSmallNumbers:
+    def __call__(self, media: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        return by_metadata(media, prompts, metadata)
+
+    def check_prompt(self, prompt: str, metadata: dict[str, Any]) -> None:
+        if metadata["n"] > 1:
+            raise ValueError(f"{prompt} is too large")
+
+
+def test_a_prompt_that_a_reward_cannot_score_is_named_before_training():
+    """By the rewards of its phase, through wrappers, and not where such prompts may stay without a score."""
+    prompts = [replace(prompt, source=f"train.jsonl:{i}") for i, prompt in enumerate(PROMPTS, 1)]
+    for reward in (OfSmallNumbers(), Frames(OfSmallNumbers(), 2)):
+        for both in ((prompts, []), ([], prompts)):
+            with pytest.raises(RewardError, match=r"^train.jsonl:2: reward `reward` \(.*\): b is too large$"):
+                Scorer(reward).check_prompts(*both)
+        Scorer(reward).check_prompts(prompts[:1], prompts[:1])
+    held_out = Scorer(by_metadata, {"small": OfSmallNumbers()})
+    held_out.check_prompts(prompts, [])
+    with pytest.raises(RewardError, match="reward `small`"):
+        held_out.check_prompts([], prompts)
+    Scorer(OfSmallNumbers(), on_error="missing").check_prompts(prompts, prompts)
 
 
 def test_several_rewards_stay_apart_and_their_weighted_sum_is_reported():
