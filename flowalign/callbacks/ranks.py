@@ -16,6 +16,9 @@ from flowalign.settings import differences, flatten
 from flowalign.stopping import Stopped
 from flowalign.strategies.heartbeat import Heartbeat
 
+OWN = ("paths.", "logger.", "task_name")
+"""Prefixes of settings in which ranks may differ: only rank 0 uses them, and they may name the time or the machine."""
+
 
 class Ranks(Callback):
     """Monitors all ranks; one whose heartbeat stops for `limit` seconds during a Trainer stage counts as dead."""
@@ -59,11 +62,11 @@ class Ranks(Callback):
 def check_same_run(trainer: Trainer, config: Mapping[str, Any]) -> None:
     """Raise ConfigError on a rank that is in another run than rank 0, with which it would be mixed unnoticed.
 
-    That is a rank with other settings (paths and addresses may be its machine's own), or without the checkpoint.
+    That is a rank with other settings (names of logs, paths and addresses may be its own), or without the checkpoint.
     """
     own = {name: value for name, value in flatten(config).items() if "/" not in str(value)}
     own["resumes"] = trainer.ckpt_path is not None
-    if found := differences(trainer.strategy.broadcast(own), own, may_differ=()):
+    if found := differences(trainer.strategy.broadcast(own), own, may_differ=OWN):
         raise ConfigError(
             f"rank {trainer.global_rank} was to do another run than rank 0: {'; '.join(found)}. Every process needs "
             "the same command line and the same checkpoint, and in a sweep none of them may have failed alone."

@@ -24,8 +24,13 @@ def check(config: dict[str, Any], ckpt_path: str | None = None, first: dict[str,
     check_same_run(one, config)  # type: ignore[arg-type]
 
 
-def test_the_same_run_may_have_paths_of_its_own_machine():
-    check(CONFIG | {"encoding": {"cache": "/scratch/b"}})
+@pytest.mark.parametrize("own", [{"encoding": {"cache": "/scratch/b"}}, {"logger": {"name": "18-59-60"}}])
+def test_the_same_run_may_have_paths_and_names_of_its_own(own: dict[str, Any]):
+    check(CONFIG | own)
+
+
+def test_a_number_that_is_none_is_the_same():
+    check(CONFIG | {"none": float("nan")}, first=CONFIG | {"none": float("nan")})
 
 
 @pytest.mark.parametrize(
