@@ -121,10 +121,19 @@ def check_launch(cfg: DictConfig, multirun: bool) -> None:
 def check_tasks(environment: Mapping[str, str], number: int, nodes: int) -> None:
     """Raise ConfigError if Lightning would wait for tasks that are never started, or leave devices unused.
 
-    Lightning counts SLURM's tasks, except under torchrun and in interactive shells.
+    Lightning counts SLURM's tasks, except under torchrun and in interactive shells. With one device it does not count
+    torchrun's processes, each of which would then be a whole run in the same folder.
     """
+    if "TORCHELASTIC_RUN_ID" in environment:
+        started, local = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
+        if started != number * nodes:
+            raise ConfigError(
+                f"torchrun has started {started} process(es), and the run has {number} device(s) on {nodes} node(s): "
+                f"every device is a process, so write trainer.devices={local} trainer.num_nodes={started // local}."
+            )
+        return
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if "SLURM_NTASKS" not in environment or "TORCHELASTIC_RUN_ID" in environment or interactive:
+    if "SLURM_NTASKS" not in environment or interactive:
         return
     tasks = int(environment["SLURM_NTASKS"])
     if tasks > 1 and launched_rank(environment) is None:

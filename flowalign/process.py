@@ -29,6 +29,8 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # What flowalign logs without sync_dist is already equal on all ranks.
     warnings.filterwarnings("ignore", message=".*when logging on epoch level in distributed setting.*")
+    # Of a kind of prompt, a rank may have none, while others do.
+    warnings.filterwarnings("ignore", message=".*method of metric MeanMetric was called before the ``update`` method.*")
     warnings.filterwarnings("ignore", message=".*torch.distributed.nn.functional.all_gather is deprecated.*")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # see check_tasks

@@ -10,9 +10,9 @@ from flowalign.files import WAITING, restore
 from flowalign.lock import is_run_folder, locked
 
 
-def last_checkpoint(run: Path) -> str | None:
-    """The last checkpoint of the run in this folder, or None."""
-    _restore_if_idle(run / "checkpoints")
+def last_checkpoint(run: Path, own: Path | None = None) -> str | None:
+    """The last checkpoint of the run in this folder, or None. own: this run's folder."""
+    _restore_if_idle(run / "checkpoints", own)
     return _last(run)
 
 
@@ -45,8 +45,8 @@ def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None
     if given == "last":
         return own or _newest()
     path = Path(given)
-    _restore_if_idle(path.parent)
-    if (last := last_checkpoint(path)) is not None:
+    _restore_if_idle(path.parent, folder)
+    if (last := last_checkpoint(path, folder)) is not None:
         return last
     if not path.is_file() and not is_folder(path):
         nearby = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
@@ -59,8 +59,14 @@ def _last(run: Path) -> str | None:
     return str(last) if last.exists() else None
 
 
-def _restore_if_idle(checkpoints: Path) -> None:
-    """Restore what a killed run left half replaced, unless its run is still going: it may be in the middle of it."""
+def _restore_if_idle(checkpoints: Path, own: Path | None = None) -> None:
+    """Restore what a killed run left half replaced, unless its run is still going: it may be in the middle of it.
+
+    Nothing is to be done in this run's `own` folder: see own_checkpoint. Rank 0 locks it, at the same time as other
+    ranks get here, and would be refused if one of them held the lock for a moment.
+    """
+    if own is not None and checkpoints.parent.resolve() == own.resolve():
+        return
     if not is_run_folder(checkpoints.parent):
         restore(checkpoints)
         return

@@ -285,8 +285,10 @@ def lock_folder(folder: Path, cleanup: ExitStack) -> None:
 
 
 def clean_folder(folder: Path) -> None:
-    """Delete incomplete files in the folder that is resumed from, unless its run is active or it is read-only."""
-    if is_run_folder(folder):
+    """On rank 0, delete incomplete files in the folder resumed from, unless its run is active or it is read-only."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    if rank_zero_only.rank == 0 and is_run_folder(folder):
         with suppress(ConfigError, OSError), locked(folder):
             remove_partials(folder / "checkpoints")
 

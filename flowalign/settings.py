@@ -20,12 +20,14 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     return {key: node if isinstance(node, (int, float, str, bool)) else str(node)}
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe each setting in which a resumed run differs from the one before, as "name=now instead of then"."""
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], may_differ: tuple[str, ...] = RUN_SPECIFIC
+) -> list[str]:
+    """Describe each setting that differs, as "name=now instead of then". may_differ: prefixes of those that may."""
     old, new = flatten(then), flatten(now)
-    names = [name for name in sorted(old.keys() | new.keys()) if not name.startswith(RUN_SPECIFIC)]
+    names = [name for name in sorted(old.keys() | new.keys()) if not name.startswith(may_differ)]
     return [
         f"{name}={new.get(name, 'absent')} instead of {old.get(name, 'absent')}"
         for name in names
-        if old.get(name) != new.get(name)
+        if old.get(name) != new.get(name) and str(old.get(name)) != str(new.get(name))  # NaN is not equal to itself
     ]

@@ -100,6 +100,7 @@ def test_ranks_of_slurm_name_their_job_and_only_the_first_writes_hydras_files(mo
 
 BATCH = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "job.sh"}
 TWO = BATCH | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
 
 
@@ -111,10 +112,11 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
         (BATCH | {"SLURM_NTASKS": "1"}, 1),
         (TWO | STEP, 2),
         (TWO | {"SLURM_JOB_NAME": "bash"}, 2),
-        (BATCH | {"SLURM_NTASKS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2),  # srun torchrun
+        (BATCH | {"SLURM_NTASKS": "1"} | TORCHRUN, 2),  # srun torchrun
+        (TORCHRUN, 2),
     ],
 )
-def test_tasks_of_slurm_that_are_the_devices_are_taken(environment: dict[str, str], number: int):
+def test_processes_that_are_the_devices_are_taken(environment: dict[str, str], number: int):
     check_tasks(environment, number, 1)
 
 
@@ -125,9 +127,11 @@ def test_tasks_of_slurm_that_are_the_devices_are_taken(environment: dict[str, st
         (TWO | STEP, 1, "--ntasks-per-node=1"),
         (BATCH | {"SLURM_NTASKS": "1"}, 2, "--ntasks-per-node=2"),  # would train on one, with batches for two
         (BATCH | {"SLURM_NTASKS": "2"} | STEP, 2, "write --ntasks-per-node=2"),
+        (TORCHRUN, 1, "write trainer.devices=2 trainer.num_nodes=1"),  # would be two runs in one folder
+        (TORCHRUN | {"WORLD_SIZE": "8"}, 2, "write trainer.devices=2 trainer.num_nodes=4"),
     ],
 )
-def test_tasks_of_slurm_that_are_not_the_devices_are_refused(environment: dict[str, str], number: int, sentence: str):
+def test_processes_that_are_not_the_devices_are_refused(environment: dict[str, str], number: int, sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         check_tasks(environment, number, 1)
 

@@ -1,17 +1,23 @@
-"""End all ranks soon after one has died, and report which one."""
+"""End all ranks soon after one has died, and report which one; let none take part in another run than rank 0's."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from flowalign.checks.errors import one_line
+from flowalign.checks.errors import ConfigError, one_line
+from flowalign.module import AlignModule
+from flowalign.settings import differences, flatten
 from flowalign.stopping import Stopped
 from flowalign.strategies.heartbeat import Heartbeat
+
+OWN = ("paths.", "logger.", "task_name")
+"""Prefixes of settings in which ranks may differ: only rank 0 uses them, and they may name the time or the machine."""
 
 
 class Ranks(Callback):
@@ -22,7 +28,7 @@ class Ranks(Callback):
         self.heartbeat: Heartbeat | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        del pl_module, stage
+        del stage
         if trainer.world_size == 1:
             return
         if self.heartbeat is None:
@@ -32,6 +38,8 @@ class Ranks(Callback):
             address = trainer.strategy.cluster_environment.main_address  # type: ignore
             self.heartbeat.connect(address, trainer.strategy.broadcast)  # type: ignore
         self.heartbeat.watch(True)
+        if isinstance(pl_module, AlignModule):
+            check_same_run(trainer, pl_module.recipe.config)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         del pl_module, stage
@@ -49,6 +57,20 @@ class Ranks(Callback):
         self.heartbeat.watch(False)
         if not isinstance(exception, Stopped) or exception.signal == signal.SIGINT:
             self.heartbeat.report_failure(f"{type(exception).__name__}: {one_line(exception)}")
+
+
+def check_same_run(trainer: Trainer, config: Mapping[str, Any]) -> None:
+    """Raise ConfigError on a rank that is in another run than rank 0, with which it would be mixed unnoticed.
+
+    That is a rank with other settings (names of logs, paths and addresses may be its own), or without the checkpoint.
+    """
+    own = {name: value for name, value in flatten(config).items() if "/" not in str(value)}
+    own["resumes"] = trainer.ckpt_path is not None
+    if found := differences(trainer.strategy.broadcast(own), own, may_differ=OWN):
+        raise ConfigError(
+            f"rank {trainer.global_rank} was to do another run than rank 0: {'; '.join(found)}. Every process needs "
+            "the same command line and the same checkpoint, and in a sweep none of them may have failed alone."
+        )
 
 
 def _is_collective_failure(exception: BaseException) -> bool:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flowalign import resuming
 from flowalign.callbacks.checkpoint_io import AtomicCheckpointIO
 from flowalign.files import remove_partials
 from flowalign.lock import locked
@@ -130,6 +131,24 @@ def test_what_waits_in_the_folder_of_a_run_that_is_going_is_its_own(tmp_path: Pa
         assert last_checkpoint(tmp_path) is None
         assert waiting.exists()
     assert last_checkpoint(tmp_path) == str(waiting.with_name("last.ckpt"))
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints/last.ckpt"])
+def test_the_folder_of_the_run_itself_is_not_locked_for_a_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+):
+    """Every rank looks, and rank 0, which locks it for the run, would be refused if another one was quicker."""
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    with locked(tmp_path):
+        pass
+    taken: list[Path] = []
+    monkeypatch.setattr(resuming, "locked", lambda folder: taken.append(folder) or nullcontext())
+    assert find_checkpoint(str(tmp_path / given), tmp_path) == str(last)
+    assert taken == []
+    assert find_checkpoint(str(tmp_path / given), tmp_path / "other") == str(last)
+    assert set(taken) == {tmp_path}
 
 
 def test_files_of_others_that_are_called_old_are_left_alone(tmp_path: Path):
