@@ -293,6 +293,34 @@ def test_a_card_needs_no_held_out_rewards(trained: Path, tmp_path: Path, say: Ca
     assert "| reward | Jpeg; watched beside it: nothing |" in (tmp_path / "export" / "README.md").read_text()
 
 
+def test_the_code_of_a_card_finds_its_base_from_anywhere(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A base in a folder that the run named from where it started; and the commit of one on the hub."""
+    from flowalign.commands.export import card, export
+    from flowalign.commands.saved import load_run
+
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases/mine").symlink_to(ROOT / "flowalign/assets/tiny_sd3")
+    state = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
+    state["flowalign"]["config"]["model"]["pretrained"] = "bases/mine"
+    torch.save(state, tmp_path / "local.ckpt")
+    monkeypatch.chdir(tmp_path)
+    export("local.ckpt", "export")
+    text = (tmp_path / "export/README.md").read_text()
+    assert "base_model" not in text  # the hub refuses a README.md whose base is a folder
+    monkeypatch.chdir(tmp_path / "export")
+    space: dict[str, Any] = {}
+    exec(text.split("```python")[1].split("```")[0], space)
+    assert "default_0" in space["pipe"].transformer.peft_config
+    saved = load_run(str(trained / "checkpoints/last.ckpt"), "live")
+    saved.model.pretrained = "org/base"
+    saved.config.model.revision, saved.config.model.variant = "0a1b2c", None
+    hub = card(saved, lora=True)
+    assert "base_model: org/base\n" in hub
+    assert 'from_pretrained("org/base", revision="0a1b2c", text_encoder_3=None, tokenizer_3=None)' in hub
+
+
 def test_evaluate_gives_the_figures_of_the_run_again(trained: Path, tmp_path: Path, say: Callable[..., Any]):
     from flowalign.cli import main
 
