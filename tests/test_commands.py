@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ from PIL import Image
 
 from flowalign.resuming import find_checkpoint
 from tests.conftest import ROOT, TINY, settled
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from flowalign.commands.saved import SavedRun
 
 WORDS = ("algo=nft", "algo.kl_beta=0.01", "dynamics=cps", "optimizer.lr=0.01", "seed=3")
 CATEGORIES = ("counting", "position", "single", "two")
@@ -291,6 +297,30 @@ def test_a_card_needs_no_held_out_rewards(trained: Path, tmp_path: Path, say: Ca
     torch.save(state, tmp_path / "bare.ckpt")
     assert say(main, "export", f"ckpt={tmp_path / 'bare.ckpt'}", f"to={tmp_path / 'export'}")[0] == 0
     assert "| reward | Jpeg; watched beside it: nothing |" in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def saved(trained: Path) -> SavedRun:
+    """The trained run, whose config a test may replace."""
+    from flowalign.commands.saved import load_run
+
+    return load_run(str(trained / "checkpoints/last.ckpt"), "live")
+
+
+CARDS = sorted(
+    f"{group}={path.stem}"
+    for group in ("algo", "experiment", "reward")
+    for path in (ROOT / "conf" / group).glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("word", CARDS)
+def test_a_run_of_every_option_has_a_card(saved: SavedRun, compose: Callable[..., DictConfig], word: str):
+    from flowalign.commands.export import card
+
+    text = card(replace(saved, config=compose(word)), lora=True)
+    facts = dict(line.split(" | ", 1) for line in text.splitlines() if line.count("|") == 3)
+    assert {"| base", "| recipe", "| weights", "| reward", "| judged with"} <= facts.keys()
 
 
 def test_the_code_of_a_card_finds_its_base_from_anywhere(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isnan
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -132,9 +133,9 @@ def _curve(saved: SavedRun) -> str:
         return "The run's folder was not at hand."
     measures = ["reward", *_held_out(saved)]
     found = {name.removeprefix("val/"): points for name, points in curves(folder, "val/").items()}
-    found = {name: found[name] for name in measures if name in found}
+    found = {name: found[name] for name in measures if not all(map(isnan, found.get(name, {}).values()))}
     if not found:
-        return "The run's folder has no curve: neither TensorBoard files nor a metrics.csv."
+        return "The run's folder has no curve: no value in TensorBoard files or a metrics.csv."
     epochs = [epoch for epoch in next(iter(found.values())) if epoch <= saved.epoch]
     lines = [f"| epoch | {' | '.join(map(str, epochs))} |", "|---" * (len(epochs) + 1) + "|"]
     for name, points in found.items():
