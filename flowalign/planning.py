@@ -99,16 +99,15 @@ def _check_last_step(num_steps: int, plans: Sequence[StepPlan]) -> None:
 
 
 def _check_monitors(cfg: DictConfig) -> None:
-    """Reject callbacks that act on val/reward if it never has a value; `build_trainer` leaves out checkpoints by it."""
+    """Reject callbacks that wait for a val/reward without values; `build_trainer` leaves out checkpoints by it."""
     for name, node in ({} if is_evaluated(cfg.reward) else cfg.callbacks).items():
-        for key in ("monitor", "objective"):
-            if node is not None and node.get(key) == OBJECTIVE and not keeps_best(node):
-                held_out = [f"val/{measure}" for measure in cfg.reward.get("held_out") or {}]
-                known = " or ".join(held_out) or "a measure that you add under reward.held_out"
-                raise ConfigError(
-                    f"callbacks.{name}.{key}={OBJECTIVE} has no value with this reward, which is not measured at "
-                    f"evaluations (one image per prompt leaves nothing to compare): use {known}."
-                )
+        if node is not None and node.get("monitor") == OBJECTIVE and not keeps_best(node):
+            held_out = [f"val/{measure}" for measure in cfg.reward.get("held_out") or {}]
+            raise ConfigError(
+                f"callbacks.{name}.monitor={OBJECTIVE} has no value with this reward, which is not measured at "
+                "evaluations (one image per prompt leaves nothing to compare): use "
+                f"{' or '.join(held_out) or 'a measure that you add under reward.held_out'}."
+            )
 
 
 def keeps_best(callback: DictConfig) -> bool:

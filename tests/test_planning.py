@@ -24,7 +24,7 @@ from flowalign.run import assemble, build_recipe, build_trainer
             ("reward=shapes_win_rate", "callbacks=early_stopping"),
             r"monitor=val/reward .*: use val/strict or val/quality",
         ),
-        (("reward=judge_ranking", "callbacks=hacking_guard"), r"hacking_guard.objective=val/reward has no value"),
+        (("reward=judge_ranking", "callbacks=early_stopping"), r"use a measure that you add under reward.held_out"),
         (("algo=tempflow", "batch.group_size=10"), r"trunks of 12 branches: use batch.group_size=12"),
         (("algo=crd", "batch.micro=1"), r"batch.micro=1 leaves .* nothing can be learnt: use batch.micro=2\.$"),
         (("algo=awm", "algo.off_policy=true", "frozen.old.decay.kind=2"), r"frozen.old for the weights .*decay.kind=0"),
