@@ -318,9 +318,9 @@ CARDS = sorted(
 def test_a_run_of_every_option_has_a_card(saved: SavedRun, compose: Callable[..., DictConfig], word: str):
     from flowalign.commands.export import card
 
-    text = card(replace(saved, config=compose(word)), lora=True)
-    facts = dict(line.split(" | ", 1) for line in text.splitlines() if line.count("|") == 3)
-    assert {"| base", "| recipe", "| weights", "| reward", "| judged with"} <= facts.keys()
+    size = ("resolution.eval.height=64", "resolution.eval.width=64")  # the run's model is small
+    text = card(replace(saved, config=compose(word, *size)), lora=True)
+    assert all(f"\n| {fact} | " in text for fact in ("base", "recipe", "weights", "reward", "judged with"))
 
 
 def test_the_code_of_a_card_finds_its_base_from_anywhere(
