@@ -174,6 +174,17 @@ def test_sample_writes_a_picture_of_the_asked_size(trained: Path, tmp_path: Path
     assert Image.open(out.strip()).size == (64, 64)
 
 
+def test_a_model_that_takes_images_is_given_a_file_that_names_them(
+    trained: Path, say: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    from flowalign.cli import main
+    from flowalign.models.sd3 import SD3
+
+    monkeypatch.setattr(SD3, "sees_images", True)
+    code, _, err = say(main, "sample", f"ckpt={trained / 'checkpoints/last.ckpt'}", "prompt=make it red")
+    assert (code, "use prompts=FILE" in err) == (2, True)
+
+
 def test_guidance_of_zero_is_not_that_of_the_run(trained: Path):
     from flowalign.commands.saved import load_run
 
