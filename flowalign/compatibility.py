@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError, as_config_errors
 from flowalign.checks.signatures import locate
-from flowalign.planning import is_sharded, objective, replicas
+from flowalign.planning import is_evaluated, is_sharded, objective, replicas
 
 if TYPE_CHECKING:
     from flowalign.steps.base import Steps
@@ -247,7 +247,11 @@ def _check_guard(cfg: DictConfig) -> None:
     if (guard := OmegaConf.select(cfg, "callbacks.hacking_guard")) is None:
         return
     several = cfg.reward.objective if "_target_" not in cfg.reward.objective else {}
-    names = ["reward", *several, *(OmegaConf.select(cfg, "reward.held_out") or {})]
+    names = [
+        *(["reward"] if is_evaluated(cfg.reward) else []),
+        *several,
+        *(OmegaConf.select(cfg, "reward.held_out") or {}),
+    ]
     for key in ("objective", "gold"):
         stage, _, name = str(guard[key]).partition("/")
         if stage != "val" or name.partition("/")[0] not in names:

@@ -24,6 +24,8 @@ PLAN_GROUPS = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times":
 """Config group by the Recipe field that the batch plan depends on."""
 CHECKED_GROUPS = ("tune", "encoding", "evaluation", "optimisation", "schedule", "dynamics", "credit")
 """Groups that are instantiated early only for the checks of their classes."""
+OBJECTIVE = "val/reward"
+"""The metric of the whole objective at evaluations."""
 MAX_CHECKED_EPOCHS = 1000
 """Epochs whose steps are counted in advance, at most."""
 
@@ -68,6 +70,7 @@ def check_plan(cfg: DictConfig) -> None:
         _check_every_epoch(geometry, plans)
         if locate(cfg.dynamics["_target_"]).still_at_end:
             _check_last_step(parts["rollout"].num_steps, plans)
+    _check_monitors(cfg)
 
 
 def _plans(steps: Steps, num_steps: int, epochs: Any) -> list[StepPlan]:
@@ -93,6 +96,38 @@ def _check_last_step(num_steps: int, plans: Sequence[StepPlan]) -> None:
             "steps trains the last step, to which this dynamics adds no noise, so that it has no density: use "
             "steps.trained=0.99 (steps=window: steps.skip=1), or dynamics=flow_sde."
         )
+
+
+def _check_monitors(cfg: DictConfig) -> None:
+    """Reject callbacks that wait for a val/reward without values; `build_trainer` leaves out checkpoints by it."""
+    for name, node in ({} if is_evaluated(cfg.reward) else cfg.callbacks).items():
+        if node is not None and node.get("monitor") == OBJECTIVE and not keeps_best(node):
+            held_out = [f"val/{measure}" for measure in cfg.reward.get("held_out") or {}]
+            raise ConfigError(
+                f"callbacks.{name}.monitor={OBJECTIVE} has no value with this reward, which is not measured at "
+                "evaluations (one image per prompt leaves nothing to compare): use "
+                f"{' or '.join(held_out) or 'a measure that you add under reward.held_out'}."
+            )
+
+
+def keeps_best(callback: DictConfig) -> bool:
+    """Whether a callback keeps the checkpoint with the best val/reward."""
+    return str(callback["_target_"]).endswith(".ModelCheckpoint") and callback.get("monitor") == OBJECTIVE
+
+
+def is_evaluated(reward: DictConfig) -> bool:
+    """Whether evaluations measure a reward of the objective; if not, val/reward is NaN."""
+
+    def evaluated(node: Any) -> bool:
+        if not isinstance(node, DictConfig):
+            return False
+        if "_target_" not in node:
+            return any(map(evaluated, node.values()))
+        if str(node["_target_"]).endswith(".Measure"):
+            return node.get("evaluate", True) and evaluated(node.get("reward"))
+        return not _is_groupwise(node)
+
+    return evaluated(reward.get("objective"))
 
 
 def objective(reward: DictConfig) -> list[DictConfig]:

@@ -23,7 +23,7 @@ from flowalign.files import remove_partials
 from flowalign.imports import without_gc
 from flowalign.launching import check_launch, rank_arguments
 from flowalign.lock import is_run_folder, locked
-from flowalign.planning import check_plan, instantiate, is_sharded, replicas
+from flowalign.planning import check_plan, instantiate, is_evaluated, is_sharded, keeps_best, replicas
 from flowalign.process import add_cwd_to_path, begin_process, silence_libraries
 from flowalign.resuming import check_unused, find_checkpoint, own_checkpoint
 from flowalign.rewards.errors import RewardError
@@ -125,11 +125,16 @@ def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
 
     # Intended: training must use the same network as the rollouts, so dropout etc. stay off.
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    nodes = {name: node for name, node in cfg.callbacks.items() if node is not None}
+    if not is_evaluated(cfg.reward):
+        for name in [name for name, node in nodes.items() if keeps_best(node)]:
+            log.warning("callbacks.%s keeps nothing: evaluations do not measure this reward; set its monitor.", name)
+            del nodes[name]
     # The checkpoint for resuming comes last: it saves the state of the other callbacks after this epoch.
-    callbacks = sorted(cfg.callbacks.items(), key=lambda item: item[0] == "last")
+    callbacks = sorted(nodes.items(), key=lambda item: item[0] == "last")
     trainer: Trainer = instantiate(
         cfg.trainer,
-        callbacks=[instantiate(node) for _, node in callbacks if node is not None],
+        callbacks=[instantiate(node) for _, node in callbacks],
         logger=[instantiate(node) for node in cfg.logger.values() if node is not None],
         plugins=[AtomicCheckpointIO()],
         accumulate_grad_batches=accumulate,

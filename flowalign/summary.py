@@ -195,8 +195,9 @@ class Summary:
         last = self.folder / "checkpoints" / "last.ckpt"
         lines = [f"folder    {self.folder}"]
         if last.exists():
+            asked = "prompts=FILE" if self.module.recipe.model.sees_images else "prompt='two red circles'"
             lines += [
-                f"sample    flowalign sample ckpt={last} prompt='two red circles'",
+                f"sample    flowalign sample ckpt={last} {asked}",
                 f"export    flowalign export ckpt={last} to={self.folder / 'export'}",
                 f"resume    {self._resume_command(last, trainer)}",
             ]

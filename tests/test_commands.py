@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ from PIL import Image
 
 from flowalign.resuming import find_checkpoint
 from tests.conftest import ROOT, TINY, settled
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from flowalign.commands.saved import SavedRun
 
 WORDS = ("algo=nft", "algo.kl_beta=0.01", "dynamics=cps", "optimizer.lr=0.01", "seed=3")
 CATEGORIES = ("counting", "position", "single", "two")
@@ -168,6 +174,17 @@ def test_sample_writes_a_picture_of_the_asked_size(trained: Path, tmp_path: Path
     assert Image.open(out.strip()).size == (64, 64)
 
 
+def test_a_model_that_takes_images_is_given_a_file_that_names_them(
+    trained: Path, say: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    from flowalign.cli import main
+    from flowalign.models.sd3 import SD3
+
+    monkeypatch.setattr(SD3, "sees_images", True)
+    code, _, err = say(main, "sample", f"ckpt={trained / 'checkpoints/last.ckpt'}", "prompt=make it red")
+    assert (code, "use prompts=FILE" in err) == (2, True)
+
+
 def test_guidance_of_zero_is_not_that_of_the_run(trained: Path):
     from flowalign.commands.saved import load_run
 
@@ -291,6 +308,58 @@ def test_a_card_needs_no_held_out_rewards(trained: Path, tmp_path: Path, say: Ca
     torch.save(state, tmp_path / "bare.ckpt")
     assert say(main, "export", f"ckpt={tmp_path / 'bare.ckpt'}", f"to={tmp_path / 'export'}")[0] == 0
     assert "| reward | Jpeg; watched beside it: nothing |" in (tmp_path / "export" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def saved(trained: Path) -> SavedRun:
+    """The trained run, whose config a test may replace."""
+    from flowalign.commands.saved import load_run
+
+    return load_run(str(trained / "checkpoints/last.ckpt"), "live")
+
+
+CARDS = sorted(
+    f"{group}={path.stem}"
+    for group in ("algo", "experiment", "reward")
+    for path in (ROOT / "conf" / group).glob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("word", CARDS)
+def test_a_run_of_every_option_has_a_card(saved: SavedRun, compose: Callable[..., DictConfig], word: str):
+    from flowalign.commands.export import card
+
+    size = ("resolution.eval.height=64", "resolution.eval.width=64")  # the run's model is small
+    text = card(replace(saved, config=compose(word, *size)), lora=True)
+    assert all(f"\n| {fact} | " in text for fact in ("base", "recipe", "weights", "reward", "judged with"))
+
+
+def test_the_code_of_a_card_finds_its_base_from_anywhere(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A base in a folder that the run named from where it started; and the commit of one on the hub."""
+    from flowalign.commands.export import card, export
+    from flowalign.commands.saved import load_run
+
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases/mine").symlink_to(ROOT / "flowalign/assets/tiny_sd3")
+    state = torch.load(trained / "checkpoints/last.ckpt", weights_only=True)
+    state["flowalign"]["config"]["model"]["pretrained"] = "bases/mine"
+    torch.save(state, tmp_path / "local.ckpt")
+    monkeypatch.chdir(tmp_path)
+    export("local.ckpt", "export")
+    text = (tmp_path / "export/README.md").read_text()
+    assert "base_model" not in text  # the hub refuses a README.md whose base is a folder
+    monkeypatch.chdir(tmp_path / "export")
+    space: dict[str, Any] = {}
+    exec(text.split("```python")[1].split("```")[0], space)
+    assert "default_0" in space["pipe"].transformer.peft_config
+    saved = load_run(str(trained / "checkpoints/last.ckpt"), "live")
+    saved.model.pretrained = "org/base"
+    saved.config.model.revision, saved.config.model.variant = "0a1b2c", None
+    hub = card(saved, lora=True)
+    assert "base_model: org/base\n" in hub
+    assert 'from_pretrained("org/base", revision="0a1b2c", text_encoder_3=None, tokenizer_3=None)' in hub
 
 
 def test_evaluate_gives_the_figures_of_the_run_again(trained: Path, tmp_path: Path, say: Callable[..., Any]):

@@ -434,6 +434,10 @@ def test_without_noise_every_dynamics_is_the_ode(tiny: Callable[..., DictConfig]
             ("callbacks=hacking_guard", "~reward.held_out"),
             r"gold=val/quality is measured by no reward; there are val/re",
         ),
+        (
+            ("callbacks=hacking_guard", "reward=shapes_win_rate"),
+            r"objective=val/reward is measured by no reward; there are val/strict, val/quality",
+        ),
         (("algo=sft", "batch.extremes=2"), r"learns from given pictures without any: leave batch.extremes=null"),
     ],
 )

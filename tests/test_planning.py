@@ -11,7 +11,7 @@ import pytest
 
 from flowalign.checks import ConfigError
 from flowalign.planning import check_plan, devices, replicas
-from flowalign.run import assemble, build_recipe
+from flowalign.run import assemble, build_recipe, build_trainer
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,11 @@ from flowalign.run import assemble, build_recipe
         (("batch.micro=7",), r"144 training points .* batch.micro=7: use batch.micro=8\.$"),
         (("trainer.devices=5",), r"cannot be dealt to 5 ranks: use batch.prompts=10 and batch.micro=24 together\.$"),
         (("reward=shapes_win_rate", "batch.prompts=11", "trainer.devices=2"), r"2 ranks in whole groups"),
+        (
+            ("reward=shapes_win_rate", "callbacks=early_stopping"),
+            r"monitor=val/reward .*: use val/strict or val/quality",
+        ),
+        (("reward=judge_ranking", "callbacks=early_stopping"), r"use a measure that you add under reward.held_out"),
         (("algo=tempflow", "batch.group_size=10"), r"trunks of 12 branches: use batch.group_size=12"),
         (("algo=crd", "batch.micro=1"), r"batch.micro=1 leaves .* nothing can be learnt: use batch.micro=2\.$"),
         (("algo=awm", "algo.off_policy=true", "frozen.old.decay.kind=2"), r"frozen.old for the weights .*decay.kind=0"),
@@ -33,6 +38,23 @@ from flowalign.run import assemble, build_recipe
 def test_a_plan_is_refused_from_the_config_alone(compose: Callable[..., Any], words: tuple[str, ...], sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         check_plan(compose(*words))
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ((), ["best_epoch{epoch:03d}", "last"]),
+        (("reward=shapes_win_rate",), ["last"]),
+        (("reward=remote", "reward.objective.groupwise=true"), ["last"]),
+        (("reward=shapes_win_rate", "callbacks.best.monitor=val/strict"), ["best_epoch{epoch:03d}", "last"]),
+        (("reward=brightness", "reward.objective._target_=a.Measure", "+reward.objective.evaluate=false"), ["last"]),
+    ],
+)
+def test_no_checkpoint_is_the_best_by_a_reward_that_evaluations_do_not_measure(
+    compose: Callable[..., Any], words: tuple[str, ...], kept: list[str]
+):
+    cfg = compose("logger=none", "trainer.accelerator=cpu", *words)
+    assert [callback.filename for callback in build_trainer(cfg, 1).checkpoint_callbacks] == kept
 
 
 def test_a_share_of_levels_that_nobody_draws_is_no_obstacle(compose: Callable[..., Any]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isnan
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -54,15 +55,14 @@ def _write_whole(denoiser: nn.Module, folder: Path, lora: bool) -> None:
 def card(saved: SavedRun, lora: bool) -> str:
     """The model card; its code works from inside the folder."""
     model = saved.model
-    absent = "".join(f", {name}=None" for name in model.absent)
-    embedded = resolve(model.pretrained) != model.pretrained
-    base = f'resolve("{model.pretrained}")' if embedded else f'"{model.pretrained}"'
+    where = resolve(model.pretrained)
+    embedded, on_hub = where != model.pretrained, not Path(where).is_dir()
+    base_model = f"base_model: {where}\n" if on_hub else ""  # the hub refuses a card whose base is not on it
     imports = "\nfrom flowalign.models.loading import resolve  # its base is a part of that package" if embedded else ""
     lines = "\n".join(_load_line(name, lora, model.loads_lora) for name in saved.policy.denoisers)
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(saved).items())
     return f"""---
-base_model: {model.pretrained}
-library_name: diffusers
+{base_model}library_name: diffusers
 tags: [flow-matching, reinforcement-learning, {"lora" if lora else "full"}]
 ---
 # {"LoRA" if lora else "Denoiser"} aligned with flowalign
@@ -70,7 +70,7 @@ tags: [flow-matching, reinforcement-learning, {"lora" if lora else "full"}]
 ```python
 from diffusers import {model.pipeline}{imports}
 
-pipe = {model.pipeline}.from_pretrained({base}{absent})
+pipe = {model.pipeline}.from_pretrained({_base(saved)})
 {lines}
 ```
 
@@ -82,6 +82,18 @@ pipe = {model.pipeline}.from_pretrained({base}{absent})
 
 {_curve(saved)}
 """
+
+
+def _base(saved: SavedRun) -> str:
+    """The arguments of `from_pretrained` that load the base, whatever the working directory."""
+    name, config = saved.model.pretrained, saved.config.model
+    where = Path(resolve(name))
+    if resolve(name) != name:
+        first = f'resolve("{name}")'
+    else:
+        first = json.dumps(str(where.absolute()) if where.is_dir() else name)
+    given = [f'{key}="{config[key]}"' for key in ("revision", "variant") if config.get(key)]
+    return ", ".join([first, *given, *(f"{part}=None" for part in saved.model.absent)])
 
 
 def _load_line(denoiser: str, lora: bool, by_pipeline: bool) -> str:
@@ -121,9 +133,9 @@ def _curve(saved: SavedRun) -> str:
         return "The run's folder was not at hand."
     measures = ["reward", *_held_out(saved)]
     found = {name.removeprefix("val/"): points for name, points in curves(folder, "val/").items()}
-    found = {name: found[name] for name in measures if name in found}
+    found = {name: found[name] for name in measures if not all(map(isnan, found.get(name, {}).values()))}
     if not found:
-        return "The run's folder has no curve: neither TensorBoard files nor a metrics.csv."
+        return "The run's folder has no curve: no value in TensorBoard files or a metrics.csv."
     epochs = [epoch for epoch in next(iter(found.values())) if epoch <= saved.epoch]
     lines = [f"| epoch | {' | '.join(map(str, epochs))} |", "|---" * (len(epochs) + 1) + "|"]
     for name, points in found.items():

@@ -51,13 +51,14 @@ def reward_server(
     if secret is None and host not in LOOPBACK and not open:
         raise ValueError(f"host={host} lets other machines in: set {TOKEN} to a secret, or say open=true.")
     lines = [f"reward={reward}", *(f"{key}={value}" for key, value in options.items())]
-    nodes = _select(section("reward", lines, CONF, config_dir or None, "train"), only)
+    node = section("reward", lines, CONF, config_dir or None, "train")
+    nodes = _select(node, only)
     uvicorn = _import_uvicorn()
     from flowalign.serving.app import Limits, make_app
     from flowalign.serving.worker import Worker
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    worker = Worker(lambda: _instantiate(nodes), _device(device), places)
+    worker = Worker(lambda: _instantiate(nodes), _device(device), places, node.self_check)
     limits = Limits(max_mib << 20, max_samples, max_megapixels * 1_000_000)
     app = make_app(worker, _served(reward, nodes), limits, secret, grace)
     server = uvicorn.Server(

@@ -46,6 +46,10 @@ def sample(
         raise ValueError(f"flowalign sample makes num=1 or more pictures from seed=0 or more (got {num}, {seed}).")
     wanted = [p for p in ([Prompt(prompt)] if prompt else read_prompts(prompts)) for _ in range(num)]
     saved = load_run(ckpt, weights, base=compare)
+    if prompt and saved.model.sees_images:
+        raise ValueError(
+            "prompt=… names no image, and this model takes some: use prompts=FILE, with `image` in each line."
+        )
     video = saved.model.modality == "video"
     target = Path(to or ("sample.gif" if video else "sample.png"))
     check_suffix(target, video)

@@ -80,7 +80,7 @@ def make_app(worker: Worker, served: Served, limits: Limits, token: str | None, 
             "served": served.version,
             "flowalign": __version__,
             "protocol": PROTOCOL,
-            "parts": {name: _describe(reward) for name, reward in worker.rewards.items()},
+            "parts": {name: _describe(reward, worker.self_check) for name, reward in worker.rewards.items()},
             "scored": worker.scored,
             "busy_s": 0 if busy is None else round(now - busy, 3),
             "uptime_s": round(now - began, 3),
@@ -111,8 +111,8 @@ def make_app(worker: Worker, served: Served, limits: Limits, token: str | None, 
     return app
 
 
-def _describe(reward: Any) -> dict[str, Any]:
-    checked = "passed" if getattr(reward, "self_check", None) else "none"
+def _describe(reward: Any, self_check: bool) -> dict[str, Any]:
+    checked = ("passed" if self_check else "skipped") if getattr(reward, "self_check", None) else "none"
     groupwise = bool(getattr(reward, "groupwise", False))
     return {"class": type(reward).__name__, "self_check": checked, "groupwise": groupwise}
 

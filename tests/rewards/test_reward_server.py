@@ -305,6 +305,21 @@ def test_a_reward_that_cannot_be_made_ends_it_with_the_reason():
     assert "reward=jpeg cannot be served: " in refused("reward=jpeg", "port=0", "reward.objective.quality=100")
 
 
+def test_a_self_check_that_fails_ends_it_unless_it_is_switched_off(tmp_path: Path):
+    (tmp_path / "reward").mkdir()
+    option = "{ _target_: flowalign.scoring.Scorer, objective: { _target_: tests.rewards.toys.Light, folder: broken } }"
+    (tmp_path / "reward/broken.yaml").write_text(option)
+    words = ("reward=broken", f"config_dir={tmp_path}")
+    assert "it is broken" in refused(*words, "port=0")
+    served = announced(command(*words, "reward.self_check=false"))
+    try:
+        served.remote().self_check()  # waits until it is ready
+        assert served.health()["parts"]["reward"]["self_check"] == "skipped"
+    finally:
+        served.process.kill()
+        served.process.communicate()
+
+
 STAND_IN = """
 from imageio_ffmpeg import count_frames_and_secs
 class VideoVLMRewardInference:
