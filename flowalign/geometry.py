@@ -155,7 +155,7 @@ class Geometry:
     @property
     def micro(self) -> int:
         """Points per micro-batch; the smallest possible number while it is open."""
-        return self.coupled if self.batch.micro == "auto" else self.batch.micro
+        return min(self.micros(), default=self.coupled) if self.batch.micro == "auto" else self.batch.micro
 
     def with_micro(self, micro: int | None) -> Geometry:
         """The plan with this micro-batch if it is open and the value is possible; else unchanged."""
