@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ VARIANTS = 256
 """Limit on compiled variants of a block: with and without gradient, by batch and image size, for a different last
 block. Beyond the compiler's own limit of 8, which a run with evaluations exceeds, new variants run uncompiled with only
 a warning."""
+
+DEFAULT_ATTENTION = "DIFFUSERS_ATTN_BACKEND"
+"""Environment variable from which diffusers reads the attention backend of networks for which none is set."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,11 @@ class Running:
             from flowalign.compiling import check_compiler
 
             check_compiler(device)
-        if self.attention is not None:
+        own, default = self.attention, os.environ.get(DEFAULT_ATTENTION)
+        if chosen := own or default:
             from flowalign.models.backends import check_gradient
 
-            check_gradient(self.attention, device, dtype)
+            check_gradient(chosen, device, dtype, "running.attention" if own else DEFAULT_ATTENTION)
 
     def check_family(self, family: FlowModel | type[FlowModel]) -> None:
         """Raise ValueError for settings that a model family does not support. Needs no weights."""

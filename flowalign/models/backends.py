@@ -68,8 +68,8 @@ def _with_kernel(forward: Callable[..., Any], kernel: SDPBackend) -> Callable[..
     return attend
 
 
-def check_gradient(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError if this backend does not run on the device in this dtype, or has no backward pass.
+def check_gradient(name: str, device: torch.device, dtype: torch.dtype, setting: str) -> None:
+    """Raise ValueError, naming the setting, if this backend does not run on this device, or has no backward pass.
 
     Kernels for inference, such as SageAttention's, return tensors without history: a training would then go on, with
     wrong gradients.
@@ -81,9 +81,9 @@ def check_gradient(name: str, device: torch.device, dtype: torch.dtype) -> None:
             if out.requires_grad:
                 out.sum().backward()
     except Exception as error:  # whatever another package raises
-        raise ValueError(f"running.attention={name} does not work in {dtype} on {device.type}: {error}") from error
+        raise ValueError(f"{setting}={name} does not work in {dtype} on {device.type}: {error}") from error
     if any(tensor.grad is None for tensor in (q, k, v)):
         raise ValueError(
-            f"running.attention={name} has no backward pass, so that gradients would be wrong: use running.attention="
-            "null, or a backend for training such as flash."
+            f"{setting}={name} has no backward pass, so that gradients would be wrong: leave it out, or choose a "
+            "backend for training such as flash."
         )

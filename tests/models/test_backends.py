@@ -14,6 +14,7 @@ from flowalign.checks import ConfigError
 from flowalign.models.backends import check_gradient
 from flowalign.module import AlignModule
 from flowalign.run import build_recipe, build_trainer, compose_config, plan_accumulation
+from flowalign.running import Running
 
 CPU = torch.device("cpu")
 
@@ -36,7 +37,7 @@ def test_a_backend_that_the_layers_would_ignore_is_refused():
 
 @pytest.mark.parametrize("name", ["native", "_native_math"])
 def test_backends_for_training_pass(name: str):
-    check_gradient(name, CPU, torch.float32)
+    check_gradient(name, CPU, torch.float32, "running.attention")
 
 
 def test_a_backend_without_a_backward_pass_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -47,13 +48,16 @@ def test_a_backend_without_a_backward_pass_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setitem(
         _AttentionBackendRegistry._supported_arg_names, AttentionBackendName.FLEX, {"query", "key", "value"}
     )
-    with pytest.raises(ValueError, match=r"attention=flex has no backward pass"):
-        check_gradient("flex", CPU, torch.float32)
+    with pytest.raises(ValueError, match=r"running.attention=flex has no backward pass"):
+        Running(attention="flex").check(CPU, torch.float32)
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "flex")
+    with pytest.raises(ValueError, match=r"DIFFUSERS_ATTN_BACKEND=flex has no backward pass"):
+        Running().check(CPU, torch.float32)
 
 
 def test_a_backend_that_does_not_run_on_this_device_is_refused():
     with pytest.raises(ValueError, match=r"attention=_native_cudnn does not work in torch.float32 on cpu: .*"):
-        check_gradient("_native_cudnn", CPU, torch.float32)
+        check_gradient("_native_cudnn", CPU, torch.float32, "running.attention")
 
 
 def test_a_run_with_another_kernel_trains_and_leaves_the_default_of_the_process(tiny: Callable[..., DictConfig]):
