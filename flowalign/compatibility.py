@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError, as_config_errors
+from flowalign.checks.explain import SET_BY_THE_RUN
 from flowalign.checks.signatures import locate
 from flowalign.planning import is_evaluated, is_sharded, objective, replicas
 
@@ -23,13 +24,6 @@ OPTIONS = {"FlowSDE": "flow_sde", "DanceSDE": "dance_sde", "CPS": "cps", "ODE": 
 
 LOGGERS = {"Wandb": "wandb", "MLFlow": "mlflow"}
 """Loggers that need a package of this name, which is also the name of their extra and of their option."""
-SET_BY_THE_RUN = {
-    "accumulate_grad_batches": "it follows from the batch plan, so choose batch.updates and batch.micro instead",
-    "callbacks": "use the group callbacks=… instead",
-    "logger": "use the group logger=… instead",
-    "plugins": "its checkpoint plugin is the only one; trainer.precision and trainer.strategy choose the others",
-}
-"""Arguments of the Trainer by what to use instead of them."""
 
 
 def choice(group: str, cfg: DictConfig) -> str:

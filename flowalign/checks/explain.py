@@ -14,9 +14,12 @@ from flowalign.checks.suggest import listing, nearest, suggest
 
 # Hydra plugins add these options; without the plugin the option does not exist.
 EXTRAS = {"submitit_slurm": "slurm", "submitit_local": "slurm", "joblib": "sweep", "optuna": "sweep"}
-# Options of Lightning that people know, and that a run derives.
-DERIVED = {
-    "trainer.accumulate_grad_batches": "it follows from the batch plan, so choose batch.updates and batch.micro instead"
+# Arguments of Lightning's Trainer that a run sets itself, by what to use instead.
+SET_BY_THE_RUN = {
+    "accumulate_grad_batches": "it follows from the batch plan, so choose batch.updates and batch.micro instead",
+    "callbacks": "use the group callbacks=… instead",
+    "logger": "use the group logger=… instead",
+    "plugins": "its checkpoint plugin is the only one; trainer.precision and trainer.strategy choose the others",
 }
 MISPLACED_OVERRIDE = re.compile(r"Could not override '[\w/]+@\w+\.")
 """Hydra's message for `override /group` in a file that lacks `# @package _global_`."""
@@ -72,8 +75,8 @@ def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mappi
     if group in chosen and (having := compose.options_with(group, leaf)):
         others = " and ".join(f"{group}={option}" for option in having[:3])
         return f"{group}={chosen[group]} has no {leaf}, but {others} {'have' if having[1:] else 'has'} one"
-    if key in DERIVED:
-        return f"unknown option {key}: {DERIVED[key]}"
+    if group == "trainer" and leaf in SET_BY_THE_RUN:
+        return f"trainer.{leaf} is set by the run: {SET_BY_THE_RUN[leaf]}"
     return f"unknown option {key}; {suggest_key(node, key, compose.groups())}"
 
 
