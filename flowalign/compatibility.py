@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from flowalign.checks import ConfigError, as_config_errors
 from flowalign.checks.explain import SET_BY_THE_RUN
 from flowalign.checks.signatures import locate
-from flowalign.planning import is_evaluated, is_sharded, objective, replicas
+from flowalign.planning import is_sharded, replicas
+from flowalign.reward_nodes import held_out, is_evaluated, objective
 
 if TYPE_CHECKING:
     from flowalign.steps.base import Steps
@@ -85,7 +86,7 @@ def _check_loggers(cfg: DictConfig) -> None:
 
 def _check_gradient(cfg: DictConfig) -> None:
     """Check that every reward of the objective scores noisy latents, where its gradient is computed."""
-    names = [str(node["_target_"]) for node in objective(cfg.reward)]
+    names = [str(node["_target_"]) for node in objective(cfg.reward).values()]
     without = [name for name in names if not hasattr(locate(name), "of_noisy")]
     if without:
         raise ConfigError(
@@ -240,12 +241,8 @@ def _check_guard(cfg: DictConfig) -> None:
     """Check that the hacking guard's metrics are measured."""
     if (guard := OmegaConf.select(cfg, "callbacks.hacking_guard")) is None:
         return
-    several = cfg.reward.objective if "_target_" not in cfg.reward.objective else {}
-    names = [
-        *(["reward"] if is_evaluated(cfg.reward) else []),
-        *several,
-        *(OmegaConf.select(cfg, "reward.held_out") or {}),
-    ]
+    several = [name for name in objective(cfg.reward) if name != "reward"]
+    names = [*(["reward"] if is_evaluated(cfg.reward) else []), *several, *held_out(cfg.reward)]
     for key in ("objective", "gold"):
         stage, _, name = str(guard[key]).partition("/")
         if stage != "val" or name.partition("/")[0] not in names:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from flowalign.checks import ConfigError, as_config_errors, check_signatures
 from flowalign.checks.errors import one_line
 from flowalign.checks.signatures import locate
+from flowalign.reward_nodes import held_out, is_evaluated, is_groupwise, objective
 from flowalign.rewards.errors import RewardError
 
 if TYPE_CHECKING:  # they import PyTorch, which takes longer than printing a help text
@@ -62,7 +63,7 @@ def check_plan(cfg: DictConfig) -> None:
             )
     with as_config_errors():
         check_copies(parts["algorithm"], checked["evaluation"], frozen)
-    scorer = SimpleNamespace(groupwise=any(map(_is_groupwise, objective(cfg.reward))))
+    scorer = SimpleNamespace(groupwise=any(map(is_groupwise, objective(cfg.reward).values())))
     with as_config_errors():
         geometry = batch_plan(SimpleNamespace(**parts, scorer=scorer), replicas(cfg))  # type: ignore[arg-type]
     if parts["algorithm"].point == "transition":
@@ -102,49 +103,17 @@ def _check_monitors(cfg: DictConfig) -> None:
     """Reject callbacks that wait for a val/reward without values; `build_trainer` leaves out checkpoints by it."""
     for name, node in ({} if is_evaluated(cfg.reward) else cfg.callbacks).items():
         if node is not None and node.get("monitor") == OBJECTIVE and not keeps_best(node):
-            held_out = [f"val/{measure}" for measure in cfg.reward.get("held_out") or {}]
+            measured = [f"val/{measure}" for measure in held_out(cfg.reward)]
             raise ConfigError(
                 f"callbacks.{name}.monitor={OBJECTIVE} has no value with this reward, which is not measured at "
                 "evaluations (one image per prompt leaves nothing to compare): use "
-                f"{' or '.join(held_out) or 'a measure that you add under reward.held_out'}."
+                f"{' or '.join(measured) or 'a measure that you add under reward.held_out'}."
             )
 
 
 def keeps_best(callback: DictConfig) -> bool:
     """Whether a callback keeps the checkpoint with the best val/reward."""
     return str(callback["_target_"]).endswith(".ModelCheckpoint") and callback.get("monitor") == OBJECTIVE
-
-
-def is_evaluated(reward: DictConfig) -> bool:
-    """Whether evaluations measure a reward of the objective; if not, val/reward is NaN."""
-
-    def evaluated(node: Any) -> bool:
-        if not isinstance(node, DictConfig):
-            return False
-        if "_target_" not in node:
-            return any(map(evaluated, node.values()))
-        if str(node["_target_"]).endswith(".Measure"):
-            return node.get("evaluate", True) and evaluated(node.get("reward"))
-        return not _is_groupwise(node)
-
-    return evaluated(reward.get("objective"))
-
-
-def objective(reward: DictConfig) -> list[DictConfig]:
-    """Nodes of the rewards that are trained on: one or several, unwrapped from their Measures."""
-
-    def rewards_in(node: Any) -> list[DictConfig]:
-        if not isinstance(node, DictConfig):
-            return []
-        if "_target_" not in node:
-            return [found for child in node.values() for found in rewards_in(child)]
-        return rewards_in(node.get("reward")) if str(node["_target_"]).endswith(".Measure") else [node]
-
-    return rewards_in(reward.get("objective"))
-
-
-def _is_groupwise(reward: DictConfig) -> bool:
-    return bool(reward.get("groupwise", getattr(locate(reward["_target_"]), "groupwise", False)))
 
 
 def replicas(cfg: DictConfig) -> int:

@@ -23,12 +23,13 @@ from flowalign.files import remove_partials
 from flowalign.imports import without_gc
 from flowalign.launching import check_launch, rank_arguments
 from flowalign.lock import is_run_folder, locked
-from flowalign.planning import check_plan, instantiate, is_evaluated, is_sharded, keeps_best, replicas
+from flowalign.planning import check_plan, instantiate, is_sharded, keeps_best, replicas
 from flowalign.process import add_cwd_to_path, begin_process, silence_libraries
 from flowalign.resuming import check_unused, find_checkpoint, own_checkpoint
+from flowalign.reward_nodes import is_evaluated
 from flowalign.rewards.errors import RewardError
 from flowalign.stopping import Stopped, stop_requests, wind_down
-from flowalign.sweeps import record_failures, report_failures
+from flowalign.sweeps import record_failures, report
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -377,5 +378,5 @@ def main() -> None:
     with without_gc():
         sys.argv[1:] = rank_arguments(preflight_or_exit(sys.argv[1:], CONF, "train", also))
     _main()
-    if code := report_failures():
+    if code := report():
         raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""Sweeps: a failed run does not end the others, and a table at the end lists the failures and their causes."""
+"""Sweeps: a failed run does not end the others, and the end lists the results, and the failures with their causes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from flowalign.checks.errors import one_line
+from flowalign.sweep_results import FILE, Result, read_results, table, write_results
 
 log = logging.getLogger("flowalign")
 RECORD = "failure.json"
@@ -112,12 +113,22 @@ def failures() -> dict[str, Failure]:
     return found
 
 
-def report_failures() -> int:
-    """Print the failures as a table. Returns the exit code: 0 without any, 2 if all are user errors, otherwise 1."""
+def report() -> int:
+    """Print what the runs of a sweep came to, and which failed. Returns the exit code: 0 without a failure, 2 if all
+    failures are user errors, otherwise 1."""
     failed = failures()
+    if _sweeps and _is_first_rank():
+        for folder, common in _sweeps.items():
+            _report_results(read_results(folder, common, failed), folder)
     if not failed:
         return 0
     print(f"{len(failed)} failed:", file=sys.stderr)
     for name, failure in failed.items():
         print(f"  {name:>4}  {shlex.join(failure.words)}  {failure.why}", file=sys.stderr)
     return 2 if all(failure.refused for failure in failed.values()) else 1
+
+
+def _report_results(results: Sequence[Result], folder: Path) -> None:
+    if results:
+        write_results(results, folder / FILE)
+        print("\n".join([f"{results[0].metric}, best first (all metrics: {folder / FILE}):", *table(results)]))

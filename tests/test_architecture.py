@@ -51,11 +51,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recipe", "alive", "decoding", "memory", "fitting", "evaluating", "forward", "loggers", "module", "callbacks"),
     (
         "imports",
+        "reward_nodes",
         "planning",
         "compatibility",
         "launching",
         "process",
         "resuming",
+        "sweep_results",
         "sweeps",
         "summary",
         "curves",
@@ -76,7 +78,10 @@ JUDGES = {"transformers", "huggingface_hub", "safetensors", "cv2", "rapidocr", "
 PROGRAMS = {f"shapes.{name}" for name in ("pretrain", "data", "networks", "card", "tokenizer", "prompts")}
 PROGRAMS |= {f"rewards.latent.{name}" for name in ("__main__", "data", "training")}
 """What made the embedded pipeline, and what makes latent rewards: run by hand, and nothing else imports it."""
-HYDRA = {"run", "planning", "compatibility", "launching", "sweeps", "shapes.pretrain", "rewards.latent.__main__"}
+HYDRA = {
+    *("run", "reward_nodes", "planning", "compatibility", "launching", "sweep_results", "sweeps"),
+    *("shapes.pretrain", "rewards.latent.__main__"),
+}
 OMEGACONF = (
     HYDRA
     | {

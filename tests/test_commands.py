@@ -468,7 +468,10 @@ WRONG = [
     (("dynamics.eta=0.3,0.7", "dynamics=cps"), "add -m"),
     (("algo=grpo", "optimisation.guidance=4"), "rollout.guidance"),
     (("algo.adv_mode=some",), "adv_mode"),
-    (("reward=[pickscore,hpsv2]",), "several rewards are one option: docs/rewards.md#several-rewards"),
+    (("reward=[pickscore,hpsv3x]",), "no reward called hpsv3x; did you mean hpsv3?"),
+    (("reward=[jpeg,brightness]", "reward.weights.light=2"), "unknown option reward.weights.light"),
+    (("-m", "reward=[jpeg,brightness],[jpeg,shapes]"), "reward=[jpeg,brightness] cannot be one value of a sweep"),
+    (("reward=several",), "reward.parts needs a value"),
     (("model=[tiny_sd3,sana]",), "would mix options that exclude each other"),
     (("data=folder,shapes",), "data=folder,shapes gives several values: add -m"),
     (("trainer.accumulate_grad_batches=4",), "it follows from the batch plan, so choose batch.updates"),
@@ -557,6 +560,8 @@ def test_a_sweep_runs_every_combination_in_its_own_folder(tmp_path: Path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["0", "1", "2", "3"]
     assert len(list(tmp_path.glob("*/summary.json"))) == 4
+    assert f"val/reward, best first (all metrics: {tmp_path}/sweep.csv):" in done.stdout
+    assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 5
 
 
 @pytest.mark.slow

@@ -216,17 +216,17 @@ def test_a_failed_run_leaves_a_record_and_the_table_names_it(
         raise ZeroDivisionError("division by zero")
 
     assert sweeps.record_failures(lambda cfg: 1.5)(cfg) == 1.5
-    assert sweeps.report_failures() == 0
+    assert sweeps.report() == 0
     assert sweeps.record_failures(refused)(cfg) is None
-    assert sweeps.report_failures() == 2
+    assert sweeps.report() == 2
     assert capsys.readouterr().err == "1 failed:\n     1  seed=1  use seed=2.\n"
     for code in (143, -1):  # a signal that was obeyed by us, by submitit
         with pytest.raises(SystemExit):
             sweeps.record_failures(lambda cfg, code=code: sys.exit(code))(cfg)
     assert sweeps.record_failures(broken)(cfg) is None
-    assert sweeps.report_failures() == 1
+    assert sweeps.report() == 1
     assert sweeps.record_failures(lambda cfg: 1.5)(cfg) == 1.5  # the sweep is repeated in its folder
-    assert sweeps.report_failures() == 0
+    assert sweeps.report() == 0
     cfg.sweeper._target_ = "some.OptunaSweeper"  # which has to know
     with pytest.raises(RuntimeError, match="division by zero"):
         sweeps.record_failures(broken)(cfg)

@@ -16,6 +16,7 @@ from flowalign.checks.errors import ConfigError, one_line
 from flowalign.checks.suggest import nearest
 
 NUMBER = re.compile(r"\d[\d_.]*")
+SEVERAL_REWARDS = re.compile(r"\+?reward=\[([^\[\],]+(?:,[^\[\],]+)+)\]")
 EXCLUSIVE = ("run", "multirun", "cfg", "info", "shell_completion")
 VERSION_FLAG = "--version"  # argparse would print it and exit
 
@@ -57,6 +58,22 @@ def _quote_choice(word: str, folders: Sequence[Path]) -> str:
     if not any((folder / group).is_dir() for folder in folders):
         return word
     return f"{key}=" + ",".join(f"'{option}'" if NUMBER.fullmatch(option) else option for option in options)
+
+
+def join_rewards(argv: Sequence[str]) -> list[str]:
+    """Replace reward=[a,b], whose keys Hydra would mix, by reward=several and a package for each of its parts.
+
+    The replacements come before all other overrides, so that those can set their keys.
+    """
+    found = [match for word in argv if (match := SEVERAL_REWARDS.fullmatch(word))]
+    if len(found) != 1:  # none, or a mistake that Hydra reports
+        return list(argv)
+    first = next(i for i, word in enumerate(argv) if "=" in word and not word.startswith("-"))
+    options = [option.strip().strip("'\"") for option in found[0][1].split(",")]
+    parts = [(option.rsplit("/", 1)[-1], option) for option in options]
+    added = ["reward=several", *(f"+reward@reward.parts.{name}={option}" for name, option in parts)]
+    added += [f"+reward.weights.{name}=1.0" for name, _ in parts]
+    return [*argv[:first], *added, *(word for word in argv[first:] if word != found[0][0])]
 
 
 def parse(lines: Sequence[str], loader: ConfigLoader) -> list[Override]:

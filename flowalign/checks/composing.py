@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from flowalign.checks.errors import ConfigError
@@ -69,6 +70,12 @@ class Composer:
                 if OmegaConf.select(found.config, inside, default=None) is not None:
                     having.append(option)
         return having
+
+    def chosen(self, group: str, overrides: Sequence[str]) -> list[str]:
+        """The options of a group that make up its node."""
+        found = self.loader.compute_defaults_list(self.name, list(overrides), RunMode.RUN).defaults
+        paths = [str(entry.config_path) for entry in found if entry.package == group.replace("/", ".")]
+        return [path.removeprefix(f"{group}/") for path in paths if path.startswith(f"{group}/")]
 
     def configs(self) -> list[str]:
         """Valid values of --config-name."""

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from flowalign.checks.arguments import asks_hydra, parse, quote_choices, read_flags, runs
+from flowalign.checks.arguments import asks_hydra, join_rewards, parse, quote_choices, read_flags, runs
 from flowalign.checks.composing import Composer, belongs_to_class, composer, exists, plain, short, walk, without_hydra
 from flowalign.checks.errors import ConfigError, one_line
 from flowalign.checks.explain import chooses, explain, suggest_key
@@ -30,15 +30,15 @@ def preflight(argv: Sequence[str], conf_dir: str | Path, config_name: str, also:
 
     argv: the arguments without the program's name. also: an additional check of every composed config (without its
     hydra node); its ValueErrors become ConfigErrors too. Resolvers must be registered before.
-    Returns the arguments to pass to Hydra, which differ only in quotes (see quote_choices).
+    Returns the arguments to pass to Hydra, which differ in quotes (quote_choices) and several rewards (join_rewards).
     """
     flags = read_flags(argv)
     folder, name = Path(flags.config_path or conf_dir), flags.config_name or config_name
     folders = [folder] + [Path(extra) for extra in [flags.config_dir] if extra]
-    argv = quote_choices(argv, folders)
+    argv = join_rewards(quote_choices(argv, folders))
     if asks_hydra(argv, flags):
         return argv
-    flags.overrides = quote_choices(flags.overrides, folders)
+    flags.overrides = join_rewards(quote_choices(flags.overrides, folders))
     with composer(folder, flags.config_dir, name, flags.overrides) as compose:
         overrides = parse(flags.overrides, compose.loader)
         overrides += _swept_by_config(compose, overrides, flags.multirun)
@@ -53,7 +53,7 @@ def section(key: str, lines: Sequence[str], conf_dir: Path, extra_dir: str | Non
     Raises ConfigError as `preflight` does. extra_dir: an additional folder of config groups.
     """
     folders = [conf_dir, *([Path(extra_dir)] if extra_dir else [])]
-    lines = quote_choices(lines, folders)
+    lines = join_rewards(quote_choices(lines, folders))
     with composer(conf_dir, extra_dir, config_name, lines) as compose:
         overrides = parse(lines, compose.loader)
         task = without_hydra(_composed(compose, overrides))
@@ -84,6 +84,7 @@ def _exit(error: ConfigError) -> NoReturn:
 def _check_run(compose: Composer, overrides: Sequence[Override], also: Check | None) -> None:
     _check_merges(compose, overrides)
     cfg = _composed(compose, overrides)
+    _check_merges_of_files(compose, cfg, overrides)
     _check_interpolations(cfg)
     _check_complete(cfg)
     _check_additions(cfg, [o for o in overrides if not chooses(compose, o)])
@@ -104,11 +105,27 @@ def _check_merges(compose: Composer, overrides: Sequence[Override]) -> None:
         if not isinstance(named, list) or len(named) < 2 or not chooses(compose, override):
             continue
         if not compose.can_be_merged(group := override.key_or_group):
-            several = "; several rewards are one option: docs/rewards.md#several-rewards" if group == "reward" else ""
+            if group == "reward":  # a single list of rewards has become one option by now
+                raise ConfigError(
+                    f"{short(override)} cannot be one value of a sweep: make each combination an option of its own "
+                    "(docs/rewards.md#several-rewards)"
+                )
             raise ConfigError(
                 f"{short(override)} would mix options that exclude each other: choose one, or write "
-                f"{group}={','.join(map(str, named))} with -m to run one job for each{several}"
+                f"{group}={','.join(map(str, named))} with -m to run one job for each"
             )
+
+
+def _check_merges_of_files(compose: Composer, cfg: DictConfig, overrides: Sequence[Override]) -> None:
+    """As above for `override /group: [a, b]` in a recipe."""
+    unnamed = [group for group in compose.groups() if group in cfg and group not in cfg.hydra.runtime.choices]
+    for group in unnamed:  # Hydra lists no choice where there are several
+        if compose.can_be_merged(group):
+            continue
+        chosen = compose.chosen(group, [short(o) for o in overrides])
+        if len(chosen) > 1:
+            instead = " (several rewards: docs/rewards.md#several-rewards)" if group == "reward" else ""
+            raise ConfigError(f"/{group}: [{', '.join(chosen)}] would mix options that exclude each other{instead}")
 
 
 def _composed(compose: Composer, overrides: Sequence[Override]) -> DictConfig:

@@ -12,7 +12,7 @@ from torch import nn
 from flowalign.commands.saved import SavedRun, load_run
 from flowalign.curves import curves
 from flowalign.models.loading import resolve
-from flowalign.planning import objective
+from flowalign.reward_nodes import held_out, objective
 
 
 def export(ckpt: str, to: str, weights: str = "", merge: bool = False) -> None:
@@ -109,21 +109,16 @@ def _load_line(denoiser: str, lora: bool, by_pipeline: bool) -> str:
 def _facts(saved: SavedRun) -> dict[str, str]:
     config, judged = saved.config, saved.config.evaluation.sampling
     algorithm, dynamics = (config[part]["_target_"].rsplit(".", 1)[-1] for part in ("algo", "dynamics"))
-    rewards = [node["_target_"].rsplit(".", 1)[-1] for node in objective(config.reward)]
+    rewards = [node["_target_"].rsplit(".", 1)[-1] for node in objective(config.reward).values()]
     size = saved.size()
     return {
         "base": f"`{saved.model.pretrained}`" + (f", in {kind}" if (kind := saved.model.quantised) else ""),
         "recipe": f"{algorithm} with {dynamics}, {saved.epoch} epochs of {config.batch.prompts} prompts × "
         f"{config.batch.group_size}, seed {config.seed}; whole in flowalign.json",
         "weights": saved.weights,
-        "reward": f"{', '.join(rewards)}; watched beside it: {', '.join(_held_out(saved)) or 'nothing'}",
+        "reward": f"{', '.join(rewards)}; watched beside it: {', '.join(held_out(config.reward)) or 'nothing'}",
         "judged with": f"{judged.num_steps} steps, guidance {judged.guidance}, {size.height}×{size.width}",
     }
-
-
-def _held_out(saved: SavedRun) -> list[str]:
-    """Names of the rewards that were only measured; most options of the group have none."""
-    return list(saved.config.reward.get("held_out") or {})
 
 
 def _curve(saved: SavedRun) -> str:
@@ -131,7 +126,7 @@ def _curve(saved: SavedRun) -> str:
     folder = saved.path.parents[1] if len(saved.path.parents) > 1 else saved.path.parent
     if not (folder / ".hydra" / "config.yaml").is_file():
         return "The run's folder was not at hand."
-    measures = ["reward", *_held_out(saved)]
+    measures = ["reward", *held_out(saved.config.reward)]
     found = {name.removeprefix("val/"): points for name, points in curves(folder, "val/").items()}
     found = {name: found[name] for name in measures if not all(map(isnan, found.get(name, {}).values()))}
     if not found:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from flowalign import __version__
 from flowalign.checks import ConfigError
 from flowalign.checks.preflight import section
+from flowalign.reward_nodes import held_out, objective
 from flowalign.run import CONF, instantiate
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flowalign")
 TOKEN = "FLOWALIGN_REWARD_TOKEN"
-MEASURES = ("flowalign.scoring.Measure", "flowalign.scoring.measure.Measure")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -89,11 +89,7 @@ def _check(port: int, *numbers: int) -> None:
 
 def _select(node: DictConfig, only: str) -> dict[str, DictConfig]:
     """Nodes of the served rewards by name, including held-out ones; the single reward of an objective is `reward`."""
-    objective = node.objective
-    nodes = {"reward": objective} if "_target_" in objective else {str(k): v for k, v in objective.items()}
-    nodes |= {str(name): held for name, held in (node.get("held_out") or {}).items()}
-    # A Measure's settings (weight, batches) belong to the run, not to the server.
-    nodes = {name: node.reward if node.get("_target_") in MEASURES else node for name, node in nodes.items()}
+    nodes = objective(node) | held_out(node)
     if not only:
         return nodes
     if unknown := sorted(set(only.split(",")) - nodes.keys()):

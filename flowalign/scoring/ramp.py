@@ -20,3 +20,12 @@ class Ramp:
     def __call__(self, epoch: float) -> float:
         """The weight in an epoch, counted from 0; math.inf gives the last value."""
         return float(np.interp(epoch, self.epochs, self.values))
+
+
+def product(weight: float | Ramp, factor: float | Ramp) -> float | Ramp:
+    """The product of two weights, at most one of which changes during training; ValueError if both do."""
+    if isinstance(factor, Ramp):
+        weight, factor = factor, weight
+    if isinstance(factor, Ramp):
+        raise ValueError("a weight that changes during training cannot multiply another one that does.")
+    return Ramp(weight.epochs, [v * factor for v in weight.values]) if isinstance(weight, Ramp) else weight * factor
