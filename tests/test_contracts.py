@@ -149,6 +149,13 @@ def test_the_header_of_a_recipe_names_paper_hardware_score_and_its_own_command(n
     assert [re.findall(r" experiment=(\w+)", command) for command in commands] == [[name]]
 
 
+def test_a_recipe_decodes_in_the_precision_of_its_method(compose: Callable[..., DictConfig]):
+    """DanceGRPO and MixGRPO load the VAE in bfloat16; DiffusionNFT and FlowAWR decode under autocast."""
+    in_float32 = ("flow_grpo", "grpo_guard", "tempflow", "awm")
+    for name in (name for name in EXPERIMENTS if "_sd3_5_" in name or "_flux1_" in name):
+        assert (compose(f"experiment={name}").model.get("vae_dtype") == "float32") == name.startswith(in_float32), name
+
+
 def test_the_page_of_recipes_lists_every_published_one():
     own = {"sd3_5_medium", "flux1_24gb", "published_grpo", "published_nft", "train_small_judge_large"}
     page = (CONF.parent / "docs/recipes.md").read_text()
