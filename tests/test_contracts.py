@@ -156,6 +156,13 @@ def test_a_recipe_decodes_in_the_precision_of_its_method(compose: Callable[..., 
         assert (compose(f"experiment={name}").model.get("vae_dtype") == "float32") == name.startswith(in_float32), name
 
 
+def test_a_recipe_for_flux_reads_as_many_tokens_of_a_prompt_as_its_method(compose: Callable[..., DictConfig]):
+    """DanceGRPO and MixGRPO encode prompts by the pipeline's default; the others pass 128, as for SD3.5."""
+    for name in (name for name in EXPERIMENTS if "_flux1_" in name):
+        tokens = 512 if name.startswith(("dance_grpo", "mixgrpo")) else 128
+        assert compose(f"experiment={name}").model.max_sequence_length == tokens, name
+
+
 def test_the_page_of_recipes_lists_every_published_one():
     own = {"sd3_5_medium", "flux1_24gb", "published_grpo", "published_nft", "train_small_judge_large"}
     page = (CONF.parent / "docs/recipes.md").read_text()
