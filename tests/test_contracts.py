@@ -163,6 +163,12 @@ def test_a_recipe_for_flux_reads_as_many_tokens_of_a_prompt_as_its_method(compos
         assert compose(f"experiment={name}").model.max_sequence_length == tokens, name
 
 
+def test_only_flowawr_on_flux_evaluates_with_the_solver_of_its_rollouts(compose: Callable[..., DictConfig]):
+    for name in (name for name in EXPERIMENTS if "_sd3_5_" in name or "_flux1_" in name):
+        solver = compose(f"experiment={name}").evaluation.sampling.solver._target_
+        assert solver.endswith("DPM" if name.startswith("flowawr_flux1") else "Euler"), name
+
+
 def test_the_page_of_recipes_lists_every_published_one():
     own = {"sd3_5_medium", "flux1_24gb", "published_grpo", "published_nft", "train_small_judge_large"}
     page = (CONF.parent / "docs/recipes.md").read_text()
