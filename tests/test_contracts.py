@@ -169,6 +169,14 @@ def test_only_flowawr_on_flux_evaluates_with_the_solver_of_its_rollouts(compose:
         assert solver.endswith("DPM" if name.startswith("flowawr_flux1") else "Euler"), name
 
 
+def test_the_rewards_of_mixgrpo_are_averaged(compose: Callable[..., DictConfig]):
+    """Its code divides the weights by their sum; three rewards of weight 1 would give three times the advantage."""
+    for name in (name for name in EXPERIMENTS if name.startswith("mixgrpo")):
+        weights = compose(f"experiment={name}").reward.weights
+        assert len(set(weights.values())) == 1
+        assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
+
+
 def test_the_page_of_recipes_lists_every_published_one():
     own = {"sd3_5_medium", "flux1_24gb", "published_grpo", "published_nft", "train_small_judge_large"}
     page = (CONF.parent / "docs/recipes.md").read_text()
