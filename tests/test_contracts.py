@@ -149,6 +149,34 @@ def test_the_header_of_a_recipe_names_paper_hardware_score_and_its_own_command(n
     assert [re.findall(r" experiment=(\w+)", command) for command in commands] == [[name]]
 
 
+def test_a_recipe_decodes_in_the_precision_of_its_method(compose: Callable[..., DictConfig]):
+    """DanceGRPO and MixGRPO load the VAE in bfloat16; DiffusionNFT and FlowAWR decode under autocast."""
+    in_float32 = ("flow_grpo", "grpo_guard", "tempflow", "awm")
+    for name in (name for name in EXPERIMENTS if "_sd3_5_" in name or "_flux1_" in name):
+        assert (compose(f"experiment={name}").model.get("vae_dtype") == "float32") == name.startswith(in_float32), name
+
+
+def test_a_recipe_for_flux_reads_as_many_tokens_of_a_prompt_as_its_method(compose: Callable[..., DictConfig]):
+    """DanceGRPO and MixGRPO encode prompts by the pipeline's default; the others pass 128, as for SD3.5."""
+    for name in (name for name in EXPERIMENTS if "_flux1_" in name):
+        tokens = 512 if name.startswith(("dance_grpo", "mixgrpo")) else 128
+        assert compose(f"experiment={name}").model.max_sequence_length == tokens, name
+
+
+def test_only_flowawr_on_flux_evaluates_with_the_solver_of_its_rollouts(compose: Callable[..., DictConfig]):
+    for name in (name for name in EXPERIMENTS if "_sd3_5_" in name or "_flux1_" in name):
+        solver = compose(f"experiment={name}").evaluation.sampling.solver._target_
+        assert solver.endswith("DPM" if name.startswith("flowawr_flux1") else "Euler"), name
+
+
+def test_the_rewards_of_mixgrpo_are_averaged(compose: Callable[..., DictConfig]):
+    """Its code divides the weights by their sum; three rewards of weight 1 would give three times the advantage."""
+    for name in (name for name in EXPERIMENTS if name.startswith("mixgrpo")):
+        weights = compose(f"experiment={name}").reward.weights
+        assert len(set(weights.values())) == 1
+        assert sum(weights.values()) == pytest.approx(1, abs=1e-5)
+
+
 def test_the_page_of_recipes_lists_every_published_one():
     own = {"sd3_5_medium", "flux1_24gb", "published_grpo", "published_nft", "train_small_judge_large"}
     page = (CONF.parent / "docs/recipes.md").read_text()

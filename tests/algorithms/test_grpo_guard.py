@@ -22,8 +22,9 @@ def test_the_intended_loss_and_gradient_are_reproduced(golden_transition, agrees
     cast, tolerance = precision
     d, p = golden_transition("guard_variants_0_f64")
     v = cast(d["v_new"]).requires_grad_()
-    loss, _ = GRPOGuard(FlowSDE(d["eta"].item()), d["clip_range"].item()).loss(cast(p), v)
+    loss, metrics = GRPOGuard(FlowSDE(d["eta"].item()), d["clip_range"].item()).loss(cast(p), v)
     loss.mean().backward()
+    assert agrees(metrics["ratio"], d["ff_ratio"][:, 0, 0].diagonal(), tolerance)  # the same ratio, without 1 / -dt
     assert agrees(loss.mean(), d["verl_policy_loss"], tolerance)
     assert agrees(v.grad, d["verl_grad_v"], tolerance)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flowalign.dynamics import ODE, DanceSDE, FlowSDE
-from flowalign.flow import mean_dims
+from flowalign.flow import mean_dims, x0_from
 
 
 def test_the_reference_steps_are_reproduced(golden, agrees):
@@ -11,6 +11,7 @@ def test_the_reference_steps_are_reproduced(golden, agrees):
         k = int(d["step_index"][i])
         dynamics, at = DanceSDE(eta), (d["sigmas"][k], d["sigmas"][k + 1])
         step = dynamics.step(d["sample"][i], d["v"][i], *at, noise=d["noise"][i])
+        assert agrees(x0_from(d["sample"][i], d["v"][i], at[0]), d["pred_x0"][i], 1e-12)
         assert agrees(step.mean, d["mean"][i], 1e-12)
         assert agrees(step.std.flatten(), d["std"][i].expand(2), 1e-12)
         assert agrees(step.x_next, d["prev_sample"][i], 1e-12)

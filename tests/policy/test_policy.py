@@ -256,6 +256,7 @@ def test_a_snapshot_is_used_like_any_copy_and_is_in_no_state(transformer: Any, k
 def test_an_average_at_an_interval_is_the_reference_one(golden: Callable[..., Any], agrees: Callable[..., bool]):
     """Flow-GRPO's average, which is called after every step and updates after every eighth."""
     d = golden("decay_schedules")
+    assert [Average()(k) for k in d["steps"].tolist()] == pytest.approx(d["ema_decay_0p9"].tolist(), rel=1e-12)
     follow, ema = Follow(Average(), every="step", interval=8), torch.zeros(3, dtype=torch.float64)
     for k, live, theirs in zip(
         d["ema_steps"].tolist(), d["ema_params"].double(), d["ema_trace_interval8"], strict=True
