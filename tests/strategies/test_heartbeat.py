@@ -99,6 +99,6 @@ def test_between_stages_nobody_is_missed(ranks: tuple[Rank, Rank]):
 
 
 def test_a_process_that_is_done_is_not_aborted_by_its_heartbeat():
-    """Python ends threads by unwinding them, which the store's code does not survive: a run that had finished failed."""
+    """Python ends threads by unwinding them, which the store does not survive: a run that had finished had failed."""
     ended = subprocess.run([sys.executable, "-c", BUSY], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-1000:]
