@@ -260,12 +260,13 @@ class AlignModule(Forward):
         weight = required(point.weight, "weight")
         loss = (losses * weight).sum() / planned
         means = {f"train/{name}": (value * weight).mean() for name, value in metrics.items()}
-        means["train/loss"] = loss.detach()
         if "ratio" in metrics:
             means["train/ratio_std"] = metrics["ratio"][point.counts].std(correction=0).nan_to_num()  # 0 without rows
-        if not finite:  # every rank has to log the same keys; the batch size below gives these no weight
-            means = {name: torch.zeros_like(mean) for name, mean in means.items()}
-        self.log_dict(means, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(idx) * finite)
+        # The loss is a mean over the planned points, the diagnostics over those that were not skipped.
+        for found, rows in ((means, len(idx)), ({"train/loss": loss.detach()}, planned)):
+            if not finite:  # every rank has to log the same keys; the batch size below gives these no weight
+                found = {name: torch.zeros_like(mean) for name, mean in found.items()}
+            self.log_dict(found, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows * finite)
         self.report.advance("optimise", batch_idx + 1)
         return loss
 

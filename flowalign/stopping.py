@@ -101,6 +101,8 @@ def wind_down(stop: Stopped, folder: Path, given: str | None, requeue: bool) -> 
     The process then exits within EXIT_TIMEOUT, even if a reward's thread is still blocked.
     """
     last = folder / "checkpoints" / "last.ckpt"
+    if given == "auto":  # which finds only that file
+        given = None
     found = last if last.exists() else given
     hint = f"go on with ckpt_path={found}" if found else "nothing was saved yet"
     log.warning("stopped by %s: %s", stop.signal.name, hint)

@@ -239,6 +239,18 @@ def test_points_without_an_advantage_are_left_out_of_the_forward_and_not_of_the_
     assert some.metrics["train/loss"] == pytest.approx(every.metrics["train/loss"], abs=1e-6)
 
 
+def test_the_loss_is_logged_as_the_mean_over_skipped_points_too(fit: Fit, monkeypatch: pytest.MonkeyPatch):
+    """Micro-batches of which one, three or no points are left; their losses do not add up to 0."""
+    from flowalign.rewards.shapes import Shapes
+
+    monkeypatch.setattr(Shapes, "__call__", lambda self, media, *_: torch.tensor([0.2, 0.5, 0.0, 1.0]))
+    words = ("algo=grpo", "steps=all", "batch.updates=1", "credit=best")
+    some, every = fit(*words, "optimisation.skip_zero=true"), fit(*words)
+    assert some.counts["train"] < every.counts["train"]
+    assert every.metrics["train/loss"] == pytest.approx(-0.5, abs=1e-4)
+    assert some.metrics["train/loss"] == pytest.approx(every.metrics["train/loss"], abs=1e-6)
+
+
 def test_with_a_penalty_every_point_is_seen(fit: Fit):
     module = fit("algo=grpo", "algo.kl_beta=0.1", "optimisation.skip_zero=true", "reward=brightness")
     assert not module.recipe.algorithm.silent_at_zero

@@ -120,7 +120,9 @@ def test_a_block_that_is_copied_whole_begins_with_its_package(page: str):
 # ------------------------------------------------------------ commands
 
 
-STARTS = re.compile(r"(?:exec |srun )?(?:python train\.py|flowalign-train|make train|torchrun .*?train\.py)(?= |$)")
+STARTS = re.compile(
+    r"(?:exec |srun (?:--\S+ )?)?(?:python train\.py|flowalign-train|make train|torchrun .*?train\.py)(?= |$)"
+)
 """What a command of a run begins with."""
 CELLS = ("command", "write")
 """Columns of tables whose cells are the overrides of a run."""

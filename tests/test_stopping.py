@@ -123,6 +123,27 @@ def test_a_slurm_job_goes_back_into_its_queue_once_if_asked_to(
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # SLURM's answer does not cut the end short
 
 
+@pytest.mark.parametrize(
+    ("given", "written", "hint"),
+    [
+        (None, False, "nothing was saved yet"),
+        ("auto", False, "nothing was saved yet"),
+        ("elsewhere.ckpt", False, "go on with ckpt_path=elsewhere.ckpt"),
+        ("auto", True, "go on with ckpt_path=…/checkpoints/last.ckpt"),
+    ],
+)
+def test_a_stopped_run_says_what_there_is_to_go_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    given: str | None, written: bool, hint: str,
+):  # fmt: skip
+    monkeypatch.setattr(threading.Timer, "start", lambda self: None)  # this process goes on
+    if written:
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "checkpoints" / "last.ckpt").touch()
+    wind_down(Stopped(signal.SIGTERM), tmp_path, given, requeue=False)
+    assert caplog.messages[-1].replace(str(tmp_path), "…") == f"stopped by SIGTERM: {hint}"
+
+
 # ------------------------------------------------------------ in a training
 
 

@@ -32,9 +32,10 @@ class Ranks(Callback):
         if trainer.world_size == 1:
             return
         if self.heartbeat is None:
-            self.heartbeat = Heartbeat(
-                trainer.global_rank, trainer.world_size, self.limit, lambda: _failed_process(trainer)
-            )
+            # Its thread lives as long as the process and must not keep the trainer of a sweep's finished run, and with
+            # it the networks.
+            rank, launcher = trainer.global_rank, trainer.strategy.launcher
+            self.heartbeat = Heartbeat(rank, trainer.world_size, self.limit, lambda: _failed_process(launcher, rank))
             address = trainer.strategy.cluster_environment.main_address  # type: ignore
             self.heartbeat.connect(address, trainer.strategy.broadcast)  # type: ignore
         self.heartbeat.watch(True)
@@ -80,11 +81,10 @@ def _is_collective_failure(exception: BaseException) -> bool:
     return named or isinstance(exception, dist.DistError)
 
 
-def _failed_process(trainer: Trainer) -> str:
-    """Describe the first process started here by Lightning that exited with an error, or ""."""
-    launcher: Any = trainer.strategy.launcher
+def _failed_process(launcher: Any, rank: int) -> str:
+    """Describe the first process started by this rank's launcher, Lightning's, that exited with an error, or ""."""
     started = launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
-    for i, process in enumerate(started, trainer.global_rank + 1):
+    for i, process in enumerate(started, rank + 1):
         if code := process.poll():
             return f"rank {i} (process {process.pid}) ended with {_describe(code)}"
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -33,6 +34,7 @@ class Heartbeat(threading.Thread):
         super().__init__(name="heartbeat", daemon=True)
         self.rank, self.world, self.limit, self.find_failure, self.period = rank, world, limit, find_failure, period
         self.watching = False
+        self._stopped = threading.Event()
         self._store: dist.TCPStore | None = None
         self._beats = 0
         self._last_beats = {other: (b"", time.monotonic()) for other in range(1, world)}
@@ -46,6 +48,12 @@ class Heartbeat(threading.Thread):
         if self._store is None:
             self._store = dist.TCPStore(host, port, None, False, wait)
         self.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Beat no more. A thread that is inside of the store while Python ends would abort the process (SIGABRT)."""
+        self._stopped.set()
+        self.join(self.limit)
 
     def report_failure(self, reason: str) -> None:
         """Tell the other ranks why this one ends."""
@@ -58,14 +66,13 @@ class Heartbeat(threading.Thread):
             log.debug("the store is gone", exc_info=True)
 
     def run(self) -> None:
-        while True:
-            time.sleep(self.period)
+        while not self._stopped.wait(self.period):
             try:
                 reason = self._beat()
             except RuntimeError:  # DistError too
                 reason = "rank 0 has died, or cannot be reached"
-                time.sleep(2 * self.period)  # rank 0 may have finished, with this rank about to
-                if not self.watching:
+                self._stopped.wait(2 * self.period)  # rank 0 may have finished, with this rank about to
+                if not self.watching or self._stopped.is_set():
                     return
             if reason and self.watching:
                 self._end(reason)

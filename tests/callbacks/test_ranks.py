@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from flowalign.callbacks.ranks import check_same_run
+from flowalign.callbacks.ranks import Ranks, check_same_run
 from flowalign.checks import ConfigError
 
 CONFIG = {"seed": 0, "optimizer": {"lr": 3e-4}, "encoding": {"cache": "/scratch/a"}, "trainer": {"max_epochs": 3}}
@@ -48,3 +50,26 @@ def test_another_run_is_refused(config: dict[str, Any], named: str):
 def test_one_rank_that_sees_no_checkpoint_is_refused():
     with pytest.raises(ConfigError, match="resumes=True instead of False"):
         check(CONFIG, "last.ckpt")
+
+
+def test_a_finished_run_of_a_sweep_is_not_kept_by_its_heartbeat():
+    """The thread goes on until the process ends, and a trainer holds the networks."""
+
+    class Run(SimpleNamespace):
+        """A trainer."""
+
+    environment = SimpleNamespace(main_address="127.0.0.1")
+    strategy = SimpleNamespace(
+        cluster_environment=environment, launcher=None, broadcast=lambda own: own, barrier=lambda name: None
+    )
+    trainer: Any = Run(world_size=2, global_rank=0, strategy=strategy)
+    callback, kept = Ranks(), weakref.ref(trainer)
+    callback.setup(trainer, SimpleNamespace(), "fit")  # type: ignore[arg-type]
+    callback.teardown(trainer, SimpleNamespace(), "fit")  # type: ignore[arg-type]
+    heartbeat = callback.heartbeat
+    assert heartbeat is not None
+    del trainer
+    gc.collect()
+    assert heartbeat.is_alive()
+    assert kept() is None
+    heartbeat.stop()

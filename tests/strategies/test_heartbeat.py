@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +11,16 @@ from collections.abc import Iterator
 import pytest
 
 from flowalign.strategies.heartbeat import Heartbeat
+from tests.conftest import ROOT
+
+BUSY = """
+import time
+from flowalign.strategies.heartbeat import Heartbeat
+for _ in range(8):
+    Heartbeat(0, 2, limit=30.0, find_failure=lambda: "", period=0.0).connect("127.0.0.1", lambda port: port)
+time.sleep(0.3)
+"""
+"""A process that ends while its heartbeats are, most of the time, inside of their stores."""
 
 
 class Rank(Heartbeat):
@@ -84,3 +96,9 @@ def test_between_stages_nobody_is_missed(ranks: tuple[Rank, Rank]):
     ranks[1].silent = True
     time.sleep(2)
     assert not ranks[0].told.is_set()
+
+
+def test_a_process_that_is_done_is_not_aborted_by_its_heartbeat():
+    """Python ends threads by unwinding them, which the store does not survive: a run that had finished had failed."""
+    ended = subprocess.run([sys.executable, "-c", BUSY], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-1000:]
