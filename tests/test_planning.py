@@ -41,9 +41,9 @@ def test_a_plan_is_refused_from_the_config_alone(compose: Callable[..., Any], wo
 
 
 HIDDEN = (
-    "reward.objective._target_=a.Measure",
+    "reward.objective._target_=flowalign.scoring.Measure",
     "+reward.objective.evaluate=false",
-    "+reward.objective.reward._target_=b",
+    "+reward.objective.reward._target_=flowalign.rewards.brightness.Brightness",
 )
 
 
