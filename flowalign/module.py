@@ -162,6 +162,14 @@ class AlignModule(Forward):
 
     # ------------------------------------------------------------ rollout phase
 
+    def on_train_start(self) -> None:
+        # The rate in a checkpoint is that of the schedule it was written under: 0, where that run was to end there.
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            for group, lr, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = lr * factor(scheduler.last_epoch)
+
     def on_train_epoch_start(self) -> None:
         self._ensure_rollout()
 
