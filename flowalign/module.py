@@ -28,6 +28,7 @@ from flowalign.memory import GIB
 from flowalign.points import subsample_weights
 from flowalign.policy import Policy
 from flowalign.policy.fingerprint import weights_fingerprint
+from flowalign.prompt_media import check_images
 from flowalign.recipe import Recipe, check_copies
 from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
@@ -59,6 +60,10 @@ class AlignModule(Forward):
 
     def _require_images(self) -> None:
         r = self.recipe
+        if r.model.sees_images:
+            with as_config_errors():
+                for prompts in (r.data["train"].prompts, *self.eval_prompts.values()):
+                    check_images(prompts, r.model.max_images)
         if r.algorithm.source == "rollout":
             return
         otherwise = "algo.sft_weight=0" if r.algorithm.source == "both" else "algo=nft"
