@@ -140,6 +140,8 @@ def _explain_override(compose: Composer, override: Override, before: DictConfig,
         return f"{short(override)}: {_sentence(error)}"
     if override.type is OverrideType.ADD and exists(node, key):
         return f"{key} exists already: write {bare}, without the plus"
+    if override.is_delete() and exists(node, key):
+        return f"{key} is null, which Hydra takes for absent: {key}=0 {short(override)} removes it"
     if not override.is_add() and not override.is_force_add() and not exists(node, key):
         return unknown_key(compose, node, key, before.hydra.runtime.choices)
     return f"{short(override)}: {_sentence(error)}"

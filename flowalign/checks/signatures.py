@@ -81,7 +81,8 @@ def _check_value(path: str, target: Any, parameters: dict[str, Any], key: str, v
             return
         name = getattr(target, "__name__", str(target))
         # The key may come from a default that was written for another class.
-        removal = "" if "[" in full or nearest(key, parameters) else f"; ~{full} removes it"
+        removes = f"{full}=0 ~{full}" if value is None else f"~{full}"  # Hydra takes null for absent
+        removal = "" if "[" in full or nearest(key, parameters) else f"; {removes} removes it"
         raise ConfigError(f"{full}: {name} has no parameter {key}; {suggest(key, parameters)}{removal}")
     hint = parameters[key]
     if not accepts(hint, value):
