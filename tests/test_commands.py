@@ -325,6 +325,14 @@ CARDS = sorted(
 )
 
 
+def test_a_card_names_the_reward_that_another_one_wraps(saved: SavedRun, compose: Callable[..., DictConfig]):
+    from flowalign.commands.export import card
+
+    config = compose("reward=pickscore_video", "resolution.eval.height=64", "resolution.eval.width=64")
+    said = "| reward | Frames(PickScore); watched beside it: motion, smoothness |"
+    assert said in card(replace(saved, config=config), lora=True)
+
+
 @pytest.mark.parametrize("word", CARDS)
 def test_a_run_of_every_option_has_a_card(saved: SavedRun, compose: Callable[..., DictConfig], word: str):
     from flowalign.commands.export import card
