@@ -51,6 +51,8 @@ class AlignModule(Forward):
         self.stats: dict[str, float] = {}
         self.finite = FiniteGuard(recipe.optimisation.max_skipped)
         self.base = ""
+        self.done = (0, 0)
+        """Epochs and optimiser steps of the checkpoint that was loaded."""
         self.gap: float | None = None
         """Largest |ρ − 1| on this rank before the first update of the epoch; None without a ratio."""
         for size in (recipe.train_size, recipe.eval_size):
@@ -387,6 +389,7 @@ class AlignModule(Forward):
                 f"{now.pretrained} with model.quantised={now.quantised or 'null'}, as it is now."
             )
         self._warn_of_differences(saved.get("config", {}))
+        self.done = (checkpoint["epoch"] + 1, checkpoint["global_step"])
         self.micro = saved.get("micro")
         self.finite.skipped = saved.get("skipped", 0)
         self.baseline = dict(saved.get("baseline", {}))

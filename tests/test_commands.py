@@ -597,6 +597,7 @@ def test_a_checkpoint_is_judged_without_training(trained: Path, tmp_path: Path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     before, after = (json.loads((folder / "summary.json").read_text()) for folder in (trained, tmp_path))
     assert after["final"] == pytest.approx(before["final"], abs=1e-5)
+    assert [after[key] for key in ("epochs", "optimiser_steps", "samples")] == [1, 2, before["samples"]]
 
 
 @pytest.mark.slow

@@ -205,7 +205,8 @@ def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(
     monkeypatch.setattr(AlignModule, "on_train_batch_start", noted)
     fit("short", *RECIPES["nft"], "trainer.max_epochs=1", seed=1)
     short, last = len(rates), tmp_path / "short" / "checkpoints" / "last.ckpt"
-    fit("long", *RECIPES["nft"], seed=2, resume=last)
+    module, _, _ = fit("long", *RECIPES["nft"], seed=2, resume=last)
+    assert module.done == (1, 2)
     assert rates[short] == pytest.approx(0.5 * rates[0])  # the cosine after one of two epochs
 
 
