@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowalign.checks import ConfigError
 from flowalign.resuming import find_checkpoint
 from tests.conftest import ROOT, TINY, settled
 
@@ -93,6 +94,8 @@ def test_the_last_checkpoint_is_that_of_ones_own_folder(tmp_path: Path, monkeypa
     assert find_checkpoint("last", older.parents[1]) == str(older)
     assert Path(find_checkpoint("last", tmp_path / "elsewhere") or "").resolve() == newer
     assert find_checkpoint(str(older.parents[1])) == str(older)
+    with pytest.raises(ConfigError, match="train holds no checkpoint"):  # as a run that ended in its first epoch
+        find_checkpoint(str(older.parents[2]))
 
 
 def test_a_continued_run_tells_what_it_does_otherwise(trained: Path, tmp_path: Path):
@@ -546,7 +549,6 @@ def test_a_mistake_ends_the_real_command_with_code_2_and_no_trace(tmp_path: Path
 
 
 def test_a_mistake_that_a_class_sees_is_told_in_its_words(tiny: Callable[..., Any]):
-    from flowalign.checks import ConfigError
     from flowalign.run import instantiate
 
     with pytest.raises(ConfigError, match=r"^dynamics: CPS needs eta in \[0, 2\)"):
