@@ -28,6 +28,7 @@ from flowalign.memory import GIB
 from flowalign.points import subsample_weights
 from flowalign.policy import Policy
 from flowalign.policy.fingerprint import weights_fingerprint
+from flowalign.prompt_media import check_images
 from flowalign.recipe import Recipe, check_copies
 from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
@@ -50,6 +51,8 @@ class AlignModule(Forward):
         self.stats: dict[str, float] = {}
         self.finite = FiniteGuard(recipe.optimisation.max_skipped)
         self.base = ""
+        self.done = (0, 0)
+        """Epochs and optimiser steps of the checkpoint that was loaded."""
         self.gap: float | None = None
         """Largest |ρ − 1| on this rank before the first update of the epoch; None without a ratio."""
         for size in (recipe.train_size, recipe.eval_size):
@@ -59,6 +62,10 @@ class AlignModule(Forward):
 
     def _require_images(self) -> None:
         r = self.recipe
+        if r.model.sees_images:
+            with as_config_errors():
+                for prompts in (r.data["train"].prompts, *self.eval_prompts.values()):
+                    check_images(prompts, r.model.max_images)
         if r.algorithm.source == "rollout":
             return
         otherwise = "algo.sft_weight=0" if r.algorithm.source == "both" else "algo=nft"
@@ -161,6 +168,14 @@ class AlignModule(Forward):
         return IndexLoader(self.geometry, self.recipe.seed, self.replica)
 
     # ------------------------------------------------------------ rollout phase
+
+    def on_train_start(self) -> None:
+        # The rate in a checkpoint is that of the schedule it was written under: 0, where that run was to end there.
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            for group, lr, factor in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = lr * factor(scheduler.last_epoch)
 
     def on_train_epoch_start(self) -> None:
         self._ensure_rollout()
@@ -375,6 +390,7 @@ class AlignModule(Forward):
                 f"{now.pretrained} with model.quantised={now.quantised or 'null'}, as it is now."
             )
         self._warn_of_differences(saved.get("config", {}))
+        self.done = (checkpoint["epoch"] + 1, checkpoint["global_step"])
         self.micro = saved.get("micro")
         self.finite.skipped = saved.get("skipped", 0)
         self.baseline = dict(saved.get("baseline", {}))

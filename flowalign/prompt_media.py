@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,20 @@ def image_paths(prompt: Prompt) -> list[Path]:
         if not path.is_file():
             raise ValueError(f"{prompt.source}: there is no image {path}")
     return paths
+
+
+def check_images(prompts: Sequence[Prompt], at_most: int) -> None:
+    """Raise ValueError unless all prompts have as many input images as the first one, at most that many, and all are
+    there: prompts share batches, whose rows have one shape."""
+    counts = [len(image_paths(prompt)) for prompt in prompts]
+    for prompt, count in zip(prompts, counts, strict=True):
+        if count > at_most:
+            raise ValueError(f"{prompt.source}: {count} images, and this model takes at most {at_most} with a prompt")
+        if count != counts[0]:
+            raise ValueError(
+                f"{prompt.source}: the number of images is {count}, and {counts[0]} in {prompts[0].source}: all "
+                "prompts of a file need the same number, so divide them into several files and runs"
+            )
 
 
 def load_images(prompt: Prompt, size: tuple[int, int] | None = None) -> list[Tensor]:

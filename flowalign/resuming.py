@@ -50,7 +50,8 @@ def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None
         return last
     if not path.is_file() and not is_folder(path):
         nearby = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        raise ConfigError(f"ckpt_path={given} does not exist" + (f"; there is {', '.join(nearby)}." if nearby else "."))
+        wrong = "holds no checkpoint" if path.is_dir() else "does not exist"
+        raise ConfigError(f"ckpt_path={given} {wrong}" + (f"; there is {', '.join(nearby)}." if nearby else "."))
     return given
 
 

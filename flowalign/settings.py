@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 RUN_SPECIFIC = (
-    "ckpt_path", "paths.", "task_name", "trainer.max_", "trainer.default_root_dir", "logger.", "callbacks.", "test",
-    "requeue", "hydra", "debug",
+    "ckpt_path", "paths.", "task_name", "trainer.max_", "trainer.default_root_dir", "logger.", "callbacks.", "train.",
+    "test.", "requeue", "hydra", "debug",
 )  # fmt: skip
-"""Prefixes of settings in which a resumed run may differ."""
+"""Prefixes of settings in which a resumed run may differ; with a dot at the end, `train` is no prefix of `trainer`."""
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -25,7 +25,7 @@ def differences(
 ) -> list[str]:
     """Describe each setting that differs, as "name=now instead of then". may_differ: prefixes of those that may."""
     old, new = flatten(then), flatten(now)
-    names = [name for name in sorted(old.keys() | new.keys()) if not name.startswith(may_differ)]
+    names = [name for name in sorted(old.keys() | new.keys()) if not f"{name}.".startswith(may_differ)]
     return [
         f"{name}={new.get(name, 'absent')} instead of {old.get(name, 'absent')}"
         for name in names

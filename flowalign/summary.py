@@ -149,8 +149,8 @@ class Summary:
         calls = {name: count for name, count in self.module.counts.items() if name != "samples"}
         document = {
             **{phase: {k: _number(v) for k, v in sorted(m.items())} for phase, m in self.results.items()},
-            "epochs": trainer.current_epoch,
-            "optimiser_steps": trainer.global_step,
+            "epochs": self._done(trainer)[0],
+            "optimiser_steps": self._done(trainer)[1],
             "samples": self.module.counts["samples"],
             "network_calls": {**calls, "total": sum(calls.values())},
             "wall_s": round(time.perf_counter() - self.began, 2),
@@ -162,6 +162,10 @@ class Summary:
         (self.folder / "summary.json").write_text(json.dumps(document, indent=2) + "\n")
         self._write_pictures(self.folder / "before_after.png")
         self._table(trainer)
+
+    def _done(self, trainer: Trainer) -> tuple[int, int]:
+        """Epochs and optimiser steps, including those of the checkpoint, which an evaluation alone does not count."""
+        return (trainer.current_epoch, trainer.global_step) if trainer.global_step else self.module.done
 
     def _write_pictures(self, file: Path) -> None:
         """Write the comparison if the same prompts are shown before and after; remove that of an earlier part."""
@@ -181,10 +185,8 @@ class Summary:
 
     def _table(self, trainer: Trainer) -> None:
         before, after = self.results["baseline"], self.results["final"]
-        table = Table(
-            title=f"{trainer.current_epoch} epochs, {trainer.global_step} optimiser steps, "
-            f"{self.train_s / 60:.1f} min of training"
-        )
+        epochs, steps = self._done(trainer)
+        table = Table(title=f"{epochs} epochs, {steps} optimiser steps, {self.train_s / 60:.1f} min of training")
         for column in ("metric", "baseline", "final", "change"):
             table.add_column(column, justify="left" if column == "metric" else "right")
         for key in sorted(before.keys() | after.keys(), key=_rank):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flowalign.checks import ConfigError
 from flowalign.resuming import find_checkpoint
 from tests.conftest import ROOT, TINY, settled
 
@@ -93,6 +94,8 @@ def test_the_last_checkpoint_is_that_of_ones_own_folder(tmp_path: Path, monkeypa
     assert find_checkpoint("last", older.parents[1]) == str(older)
     assert Path(find_checkpoint("last", tmp_path / "elsewhere") or "").resolve() == newer
     assert find_checkpoint(str(older.parents[1])) == str(older)
+    with pytest.raises(ConfigError, match="train holds no checkpoint"):  # as a run that ended in its first epoch
+        find_checkpoint(str(older.parents[2]))
 
 
 def test_a_continued_run_tells_what_it_does_otherwise(trained: Path, tmp_path: Path):
@@ -325,6 +328,14 @@ CARDS = sorted(
 )
 
 
+def test_a_card_names_the_reward_that_another_one_wraps(saved: SavedRun, compose: Callable[..., DictConfig]):
+    from flowalign.commands.export import card
+
+    config = compose("reward=pickscore_video", "resolution.eval.height=64", "resolution.eval.width=64")
+    said = "| reward | Frames(PickScore); watched beside it: motion, smoothness |"
+    assert said in card(replace(saved, config=config), lora=True)
+
+
 @pytest.mark.parametrize("word", CARDS)
 def test_a_run_of_every_option_has_a_card(saved: SavedRun, compose: Callable[..., DictConfig], word: str):
     from flowalign.commands.export import card
@@ -541,7 +552,6 @@ def test_a_mistake_ends_the_real_command_with_code_2_and_no_trace(tmp_path: Path
 
 
 def test_a_mistake_that_a_class_sees_is_told_in_its_words(tiny: Callable[..., Any]):
-    from flowalign.checks import ConfigError
     from flowalign.run import instantiate
 
     with pytest.raises(ConfigError, match=r"^dynamics: CPS needs eta in \[0, 2\)"):
@@ -594,6 +604,7 @@ def test_a_checkpoint_is_judged_without_training(trained: Path, tmp_path: Path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     before, after = (json.loads((folder / "summary.json").read_text()) for folder in (trained, tmp_path))
     assert after["final"] == pytest.approx(before["final"], abs=1e-5)
+    assert [after[key] for key in ("epochs", "optimiser_steps", "samples")] == [1, 2, before["samples"]]
 
 
 @pytest.mark.slow

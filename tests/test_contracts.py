@@ -138,6 +138,22 @@ def test_a_recipe_is_accepted_on_its_own_devices_and_on_one(compose: Callable[..
     check(cfg)
 
 
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("dance_grpo_flux1_dev_hpsv2", (720, 720)),
+        ("mixgrpo_flash_flux1_dev_multi_reward", (720, 720)),
+        ("flowawr_flux1_dev_hpsv3", (720, 1024)),
+    ],
+)
+def test_a_resolution_that_is_named_wins_over_the_one_of_a_recipe(
+    compose: Callable[..., DictConfig], name: str, own: tuple[int, int]
+):
+    for words, sides in (((), own), (("resolution='512'",), (512, 512))):
+        resolution = compose(f"experiment={name}", *words).resolution
+        assert (resolution.train.height, resolution.eval.width) == sides
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_header_of_a_recipe_names_paper_hardware_score_and_its_own_command(name: str):
     package, *lines = (CONF / "experiment" / f"{name}.yaml").read_text().partition("defaults:")[0].splitlines()

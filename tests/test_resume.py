@@ -189,6 +189,27 @@ def test_a_run_that_stops_for_want_of_scores_goes_on_from_its_checkpoint(fit: Ca
     assert differing(straight.state_dict(), resumed.state_dict()) == []
 
 
+def test_a_longer_run_goes_on_at_the_rate_of_its_own_schedule(
+    fit: Callable[..., Fit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From the first step on: the shorter run had come to 0."""
+    from flowalign.module import AlignModule
+
+    rates: list[float] = []
+    begin = AlignModule.on_train_batch_start
+
+    def noted(self: AlignModule, batch: torch.Tensor, batch_idx: int) -> None:
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        begin(self, batch, batch_idx)
+
+    monkeypatch.setattr(AlignModule, "on_train_batch_start", noted)
+    fit("short", *RECIPES["nft"], "trainer.max_epochs=1", seed=1)
+    short, last = len(rates), tmp_path / "short" / "checkpoints" / "last.ckpt"
+    module, _, _ = fit("long", *RECIPES["nft"], seed=2, resume=last)
+    assert module.done == (1, 2)
+    assert rates[short] == pytest.approx(0.5 * rates[0])  # the cosine after one of two epochs
+
+
 def test_a_checkpoint_holds_what_is_trained_and_not_the_base(fit: Callable[..., Fit], tmp_path: Path):
     module, _, _ = fit("run", "algo=nft", "algo.kl_beta=0.01", "trainer.max_epochs=1", seed=1)
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"

@@ -55,6 +55,13 @@ def test_the_command_to_go_on_with_is_that_of_the_run(monkeypatch: pytest.Monkey
     assert summary._resume_command(Path("last.ckpt"), trainer).startswith(f"{program} ckpt_path=last.ckpt ")
 
 
+@pytest.mark.parametrize(("trained", "counted"), [((0, 0), (2, 8)), ((3, 12), (3, 12))])
+def test_an_evaluation_alone_counts_what_its_checkpoint_was_trained(trained: tuple[int, int], counted: tuple[int, int]):
+    trainer: Any = SimpleNamespace(current_epoch=trained[0], global_step=trained[1])
+    module: Any = SimpleNamespace(done=(2, 8))
+    assert Summary(Path(), 0, module, [])._done(trainer) == counted
+
+
 @pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
 def test_the_trace_of_an_error_is_in_the_log_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: RunMode):
     """Of a run alone the terminal has it from Python, which ends with it; a sweep goes on."""

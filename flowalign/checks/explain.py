@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from flowalign.checks.composing import Composer, dotted, exists, parts, plain, short, walk
 from flowalign.checks.errors import ConfigError, one_line, root_cause
+from flowalign.checks.signatures import locate, parameters_of
 from flowalign.checks.suggest import listing, nearest, suggest
 
 # Hydra plugins add these options; without the plugin the option does not exist.
@@ -71,6 +72,8 @@ def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mappi
     if len(way) <= len(parts(key)) and len(way) > 1 and not isinstance(way[-1], dict | list | str | None):
         owner = ".".join(parts(key)[: len(way) - 1])
         return f"unknown option {key}: {owner} is a value, not a section; did you mean {owner}={way[-1]}?"
+    if taken := _taken(node, key):
+        return taken
     group, _, leaf = key.partition(".")
     if group in chosen and (having := compose.options_with(group, leaf)):
         others = " and ".join(f"{group}={option}" for option in having[:3])
@@ -78,6 +81,21 @@ def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mappi
     if group == "trainer" and leaf in SET_BY_THE_RUN:
         return f"trainer.{leaf} is set by the run: {SET_BY_THE_RUN[leaf]}"
     return f"unknown option {key}; {suggest_key(node, key, compose.groups())}"
+
+
+def _taken(node: dict[str, Any], key: str) -> str:
+    """'add it with +model.absent=…' if the class of the key's section takes an argument that its YAML does not list."""
+    *section, leaf = parts(key)
+    way = walk(node, ".".join(section)) if section else []
+    owner = way[-1] if len(way) == len(section) + 1 else None
+    if not isinstance(owner, dict) or leaf in SET_BY_THE_RUN or not (name := owner.get("_target_")):
+        return ""
+    try:
+        takes = leaf in (parameters_of(locate(name)) or {})
+    except ConfigError:  # a class that cannot be imported is told of when its node is checked
+        return ""
+    kind = name.rpartition(".")[2]
+    return f"the YAML does not list {key}, but {kind} takes it: add it with +{key}=…" if takes else ""
 
 
 def suggest_key(node: dict[str, Any], key: str, groups: Sequence[str] = ()) -> str:
@@ -122,6 +140,8 @@ def _explain_override(compose: Composer, override: Override, before: DictConfig,
         return f"{short(override)}: {_sentence(error)}"
     if override.type is OverrideType.ADD and exists(node, key):
         return f"{key} exists already: write {bare}, without the plus"
+    if override.is_delete() and exists(node, key):
+        return f"{key} is null, which Hydra takes for absent: {key}=0 {short(override)} removes it"
     if not override.is_add() and not override.is_force_add() and not exists(node, key):
         return unknown_key(compose, node, key, before.hydra.runtime.choices)
     return f"{short(override)}: {_sentence(error)}"

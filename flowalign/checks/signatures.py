@@ -66,7 +66,7 @@ def _check_node(path: str, node: Mapping[str, Any]) -> None:
         target = locate(node["_target_"])
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    parameters = _parameters(target)
+    parameters = parameters_of(target)
     if parameters is None:
         return
     for key, value in node.items():
@@ -81,7 +81,8 @@ def _check_value(path: str, target: Any, parameters: dict[str, Any], key: str, v
             return
         name = getattr(target, "__name__", str(target))
         # The key may come from a default that was written for another class.
-        removal = "" if "[" in full or nearest(key, parameters) else f"; ~{full} removes it"
+        removes = f"{full}=0 ~{full}" if value is None else f"~{full}"  # Hydra takes null for absent
+        removal = "" if "[" in full or nearest(key, parameters) else f"; {removes} removes it"
         raise ConfigError(f"{full}: {name} has no parameter {key}; {suggest(key, parameters)}{removal}")
     hint = parameters[key]
     if not accepts(hint, value):
@@ -90,7 +91,7 @@ def _check_value(path: str, target: Any, parameters: dict[str, Any], key: str, v
         raise ConfigError(f"{full}: expected {describe(hint)}, got {_shown(value)}{suggestion}")
 
 
-def _parameters(target: Any) -> dict[str, Any] | None:
+def parameters_of(target: Any) -> dict[str, Any] | None:
     """Names and hints of keyword parameters, with "**" for any; None if Python has no signature."""
     try:
         signature = inspect.signature(target)
@@ -104,7 +105,7 @@ def _parameters(target: Any) -> dict[str, Any] | None:
             hints[name] = _hint(target, parameter.annotation)
     if "**" in hints and inspect.isclass(target) and _is_ours(target.__module__):  # ours pass them to their base
         del hints["**"]
-        return (_parameters(target.__mro__[1]) or {}) | hints
+        return (parameters_of(target.__mro__[1]) or {}) | hints
     return hints
 
 

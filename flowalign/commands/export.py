@@ -6,7 +6,7 @@ import json
 from math import isnan
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from flowalign.commands.saved import SavedRun, load_run
@@ -109,7 +109,7 @@ def _load_line(denoiser: str, lora: bool, by_pipeline: bool) -> str:
 def _facts(saved: SavedRun) -> dict[str, str]:
     config, judged = saved.config, saved.config.evaluation.sampling
     algorithm, dynamics = (config[part]["_target_"].rsplit(".", 1)[-1] for part in ("algo", "dynamics"))
-    rewards = [node["_target_"].rsplit(".", 1)[-1] for node in objective(config.reward).values()]
+    rewards = [_reward_name(node) for node in objective(config.reward).values()]
     size = saved.size()
     return {
         "base": f"`{saved.model.pretrained}`" + (f", in {kind}" if (kind := saved.model.quantised) else ""),
@@ -119,6 +119,12 @@ def _facts(saved: SavedRun) -> dict[str, str]:
         "reward": f"{', '.join(rewards)}; watched beside it: {', '.join(held_out(config.reward)) or 'nothing'}",
         "judged with": f"{judged.num_steps} steps, guidance {judged.guidance}, {size.height}×{size.width}",
     }
+
+
+def _reward_name(node: DictConfig) -> str:
+    """Its class, and in brackets that of the reward which it wraps: Frames(PickScore)."""
+    name, inner = node["_target_"].rsplit(".", 1)[-1], node.get("reward")
+    return f"{name}({_reward_name(inner)})" if isinstance(inner, DictConfig) and "_target_" in inner else name
 
 
 def _curve(saved: SavedRun) -> str:

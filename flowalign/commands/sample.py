@@ -16,6 +16,7 @@ from flowalign.evaluation import Shown, stills
 from flowalign.generate import generate
 from flowalign.grid import grid
 from flowalign.media import check_suffix, save
+from flowalign.prompt_media import check_images
 from flowalign.prompts import Prompt, read_prompts
 from flowalign.sampler import Sampling
 from flowalign.scoring import Latents
@@ -97,6 +98,8 @@ def batches(
 
     The number keys the noise, so a sample does not depend on the others.
     """
+    if saved.model.sees_images:
+        check_images([prompt for _, prompt in numbered], saved.model.max_images)
     condition = Conditioner(saved.model, sampling.guidance > saved.model.guidance_off)
     for start in range(0, len(numbered), sampling.batch_size):
         numbers, prompts = zip(*numbered[start : start + sampling.batch_size], strict=True)

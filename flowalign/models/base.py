@@ -64,6 +64,8 @@ class FlowModel(ABC):
     """Guidance scale that a guidance-distilled network takes as an input; None if it takes none."""
     sees_images: ClassVar[bool] = False
     """Whether prompts come with images: to be edited, or as the first frame of a video."""
+    max_images: ClassVar[int] = 1
+    """The most images that a prompt may come with."""
     checkpointing_is_exact: ClassVar[bool] = True
     """Whether gradient checkpointing leaves the prediction unchanged."""
     takes_attention_backend: ClassVar[bool] = True

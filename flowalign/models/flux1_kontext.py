@@ -31,7 +31,7 @@ class Flux1Kontext(Flux1):
         self, prompts: Sequence[str], images: Sequence[Tensor] | None, size: tuple[int, int, int | None] | None
     ) -> Conditioning:
         height, width, _ = required_size(self, size)
-        references = pil_images(self, prompts, images, at_most=1)
+        references = pil_images(self, prompts, images, self.max_images)
         return Conditioning({PICTURE: torch.cat([self._latents(image, height, width) for (image,) in references])})
 
     def _latents(self, image: Any, height: int, width: int) -> Tensor:

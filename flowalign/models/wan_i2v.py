@@ -28,7 +28,7 @@ class WanImageToVideo(Wan):
     def seen(
         self, prompts: Sequence[str], images: Sequence[Tensor] | None, size: tuple[int, int, int | None] | None
     ) -> Conditioning:
-        first_frames = pil_images(self, prompts, images, at_most=1)
+        first_frames = pil_images(self, prompts, images, self.max_images)
         return Conditioning.cat([self._encode_frame(frame, *required_size(self, size)) for (frame,) in first_frames])
 
     def _encode_frame(self, frame: Any, height: int, width: int, frames: int | None) -> Conditioning:

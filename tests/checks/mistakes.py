@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from flowalign.checks.composing import composer, dotted, plain, walk
 from flowalign.checks.hints import accepts
-from flowalign.checks.signatures import _parameters, locate
+from flowalign.checks.signatures import locate, parameters_of
 
 CONF = Path(__file__).parents[2] / "conf"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -47,7 +47,9 @@ class Tree:
     def hints(self, key: str) -> dict[str, Any]:
         """Parameters of the class that a key belongs to; empty outside classes."""
         owner = walk(self.node, key)[-2]
-        return (_parameters(locate(owner["_target_"])) or {}) if isinstance(owner, dict) and "_target_" in owner else {}
+        return (
+            (parameters_of(locate(owner["_target_"])) or {}) if isinstance(owner, dict) and "_target_" in owner else {}
+        )
 
 
 def misspelt(word: str, chance: random.Random) -> str:

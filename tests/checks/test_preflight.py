@@ -32,6 +32,8 @@ WRONG = {
     "alog=nft": "unknown option alog; did you mean algo?",
     "kl_beta=0": "unknown option kl_beta; did you mean algo.kl_beta?",
     "algo.clip=1": "algo=nft has no clip, but algo=grpo has one",
+    "~algo.adv_range": "algo.adv_range is null, which Hydra takes for absent: algo.adv_range=0 ~algo.adv_range removes",
+    "algo.rounds=2": "the YAML does not list algo.rounds, but NFT takes it: add it with +algo.rounds=…",
     "num_steps=4": "did you mean rollout.num_steps or evaluation.num_steps?",
     "seed.x=3": "seed is a value, not a section; did you mean seed=42?",
     "~loger": "unknown option loger; did you mean logger?",

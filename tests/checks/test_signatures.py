@@ -55,6 +55,7 @@ def test_what_the_class_takes_passes(node: dict[str, Any]):
         (toy("build", nme="x"), "node.nme: build has no parameter nme; did you mean name?"),
         (toy("NFT", zzz=0), "has no parameter zzz; available: "),
         (toy("NFT", zzz=0), "; ~node.zzz removes it"),
+        (toy("NFT", zzz=None), "; node.zzz=0 ~node.zzz removes it"),
         (toy("NTF"), "node: tests.checks.toys has no NTF; did you mean NFT?"),
         ({"_target_": "flowalign.chekcs.ConfigError"}, "node: flowalign has no chekcs; did you mean checks?"),
         ({"_target_": "no_such_package.Thing"}, "node: cannot import no_such_package.Thing"),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from PIL import Image
 
+from flowalign.checks import ConfigError
 from flowalign.models.base import FlowModel
 from flowalign.models.flux1 import Flux1
 from flowalign.models.flux1_kontext import Flux1Kontext
@@ -18,6 +23,9 @@ from flowalign.models.wan_i2v import WanImageToVideo
 from flowalign.types import Conditioning
 from tests.models.tiny import flux1_kontext, qwen_edit, wan2_1_i2v
 from tests.models.tiny.parts import pictures
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SEEN = [pictures(1, 40, 64, seed=3)]
 
@@ -106,6 +114,29 @@ def test_prompts_with_other_numbers_of_pictures_are_not_joined(edit: QwenImageEd
         Conditioning.cat([one, two])
     with pytest.raises(ValueError, match="needs 1 to 3 images"):
         edit.encode(["a"], None, [pictures(4, 32, 64, seed=0)], (32, 64, None))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ((1, 2), r"edits.jsonl:2: the number of images is 2, and 1 in .*edits.jsonl:1: all prompts"),
+        ((4, 4), r"edits.jsonl:1: 4 images, and this model takes at most 3"),
+        ((1, 0), r"edits.jsonl:2: this model takes input images: give every line an `image`"),
+    ],
+)
+def test_the_pictures_of_every_prompt_are_counted_before_the_run(
+    tmp_path: Path, compose: Callable[..., DictConfig], edit: QwenImageEdit, numbers: tuple[int, ...], sentence: str
+):
+    from flowalign.module import AlignModule
+    from flowalign.run import build_recipe
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    lines = [json.dumps({"prompt": f"to {i}", "images": ["a.png"] * number}) for i, number in enumerate(numbers)]
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    files = [f"data.{stage}.path={tmp_path}/edits.jsonl" for stage in ("train", "val", "test")]
+    recipe = build_recipe(compose("reward=jpeg", "data=folder", *files))
+    with pytest.raises(ConfigError, match=sentence):
+        AlignModule(replace(recipe, model=edit))
 
 
 def test_the_order_of_pictures_matters(edit: QwenImageEdit):

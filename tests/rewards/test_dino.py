@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from flowalign.rewards.drawings import drawings
 from flowalign.rewards.pixels import as_bytes, quantise
 from tests.models.tiny.parts import seeded
 from tests.rewards.tiny import PICTURES, called, write_processor
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,11 @@ def test_a_picture_that_is_not_there_is_an_error(folder: Path, entry: dict[str, 
         called(DinoSimilarity(str(folder), folder=str(folder)), **entry)
     with pytest.raises(ValueError, match="needs a file under 'image'|there is no image"):
         DinoSimilarity(str(folder), folder=str(folder)).check_prompt("", entry)
+
+
+def test_pictures_are_looked_up_beside_the_prompts(compose: Callable[..., DictConfig]):
+    assert compose("reward=dino", "data=folder", "data.folder=my_prompts").reward.objective.folder == "my_prompts"
+    assert compose("reward=dino").reward.objective.folder is None  # the scenes world has no folder
 
 
 def test_self_check_refuses_a_random_network_and_passes_one_that_sees_shapes(
