@@ -11,10 +11,11 @@ import math
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, as_config_errors
@@ -28,8 +29,8 @@ from flowalign.memory import GIB
 from flowalign.points import subsample_weights
 from flowalign.policy import Policy
 from flowalign.policy.fingerprint import weights_fingerprint
-from flowalign.prompt_media import check_images
-from flowalign.recipe import Recipe, check_copies
+from flowalign.recipe import Recipe, check_copies, check_given_media
+from flowalign.schedule import set_rates
 from flowalign.scoring import ScoreQueue
 from flowalign.settings import differences
 from flowalign.strategies.replicated import exclude_from_sync
@@ -57,25 +58,9 @@ class AlignModule(Forward):
         """Largest |ρ − 1| on this rank before the first update of the epoch; None without a ratio."""
         for size in (recipe.train_size, recipe.eval_size):
             recipe.model.check_size(*size.area)
-        self._require_images()
-        recipe.scorer.bind(recipe.model)
-
-    def _require_images(self) -> None:
-        r = self.recipe
-        if r.model.sees_images:
-            with as_config_errors():
-                for prompts in (r.data["train"].prompts, *self.eval_prompts.values()):
-                    check_images(prompts, r.model.max_images)
-        if r.algorithm.source == "rollout":
-            return
-        otherwise = "algo.sft_weight=0" if r.algorithm.source == "both" else "algo=nft"
-        try:
-            r.data["train"].require_images(video=r.model.modality == "video")
-        except ValueError as error:
-            raise ConfigError(f"{error}, or {otherwise}.") from error
-        # An impossible size or a video that is too short is reported here, not in the first rollout.
         with as_config_errors():
-            r.data["train"].images([0], [1], *r.train_size.area)
+            check_given_media(recipe, self.eval_prompts.values())
+        recipe.scorer.bind(recipe.model)
 
     # ------------------------------------------------------------ building
 
@@ -159,7 +144,7 @@ class AlignModule(Forward):
         epochs, steps = self.trainer.max_epochs or 1, self.trainer.max_steps
         limits = [self.geometry.steps_per_epoch * epochs] * (epochs > 0) + [steps] * (steps > 0)
         total = min(limits, default=0)  # without a limit only a constant schedule is accepted
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(r.schedule, total=total))
+        scheduler = LambdaLR(optimizer, partial(r.schedule, total=total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def train_dataloader(self) -> IndexLoader:
@@ -170,12 +155,7 @@ class AlignModule(Forward):
     # ------------------------------------------------------------ rollout phase
 
     def on_train_start(self) -> None:
-        # The rate in a checkpoint is that of the schedule it was written under: 0, where that run was to end there.
-        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
-            for group, lr, factor in zip(
-                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = lr * factor(scheduler.last_epoch)
+        set_rates(cast(LambdaLR, self.lr_schedulers()))
 
     def on_train_epoch_start(self) -> None:
         self._ensure_rollout()

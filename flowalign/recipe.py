@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,7 +18,8 @@ from flowalign.models.base import FlowModel
 from flowalign.policy import Tune
 from flowalign.policy.follow import Follow
 from flowalign.policy.policy import Place
-from flowalign.prompts import PromptSet
+from flowalign.prompt_media import check_images
+from flowalign.prompts import Prompt, PromptSet
 from flowalign.running import Running
 from flowalign.sampler import Sampling
 from flowalign.schedule import Schedule
@@ -121,6 +122,26 @@ class Planned(Protocol):
     rollout: Sampling
     scorer: Any
     """Only its `groupwise` is used."""
+
+
+def check_given_media(recipe: Recipe, evaluated: Iterable[Sequence[Prompt]]) -> None:
+    """Raise ValueError for a prompt without the images or videos that the model or the algorithm reads.
+
+    evaluated: the prompts of each evaluation.
+    """
+    trained = recipe.data["train"]
+    if recipe.model.sees_images:
+        for prompts in (trained.prompts, *evaluated):
+            check_images(prompts, recipe.model.max_images)
+    if recipe.algorithm.source == "rollout":
+        return
+    try:
+        trained.require_images(video=recipe.model.modality == "video")
+    except ValueError as error:
+        otherwise = "algo.sft_weight=0" if recipe.algorithm.source == "both" else "algo=nft"
+        raise ValueError(f"{error}, or {otherwise}.") from error
+    # An impossible size or a video that is too short is reported here, not in the first rollout.
+    trained.images([0], [1], *recipe.train_size.area)
 
 
 def batch_plan(recipe: Planned, world_size: int = 1) -> Geometry:

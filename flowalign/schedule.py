@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torch.optim.lr_scheduler import LambdaLR
+
 Kind = Literal["constant", "linear", "cosine"]
 
 
@@ -34,3 +36,13 @@ class Schedule:
         done = min((step - self.warmup) / max(total - self.warmup, 1), 1.0)
         left = 1 - done if self.kind == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.floor + (1 - self.floor) * left
+
+
+def set_rates(scheduler: LambdaLR) -> None:
+    """Set the optimiser's rates to those of the schedule at its present step.
+
+    The rates of a checkpoint are those of the schedule that it was written under: 0, where that run was to end.
+    """
+    groups = scheduler.optimizer.param_groups
+    for group, rate, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = rate * factor(scheduler.last_epoch)
