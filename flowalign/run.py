@@ -131,8 +131,8 @@ def build_trainer(cfg: DictConfig, accumulate: int) -> Trainer:
         for name in [name for name, node in nodes.items() if keeps_best(node)]:
             log.warning("callbacks.%s keeps nothing: evaluations do not measure this reward; set its monitor.", name)
             del nodes[name]
-    # The checkpoint for resuming comes last: it saves the state of the other callbacks after this epoch.
-    callbacks = sorted(nodes.items(), key=lambda item: item[0] == "last")
+    # Checkpoints to resume from come last, `last` at the very end: they save the other callbacks' state of this epoch.
+    callbacks = sorted(nodes.items(), key=lambda item: (item[0] == "last", item[1].get("save_top_k") == -1))
     trainer: Trainer = instantiate(
         cfg.trainer,
         callbacks=[instantiate(node) for _, node in callbacks],

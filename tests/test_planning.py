@@ -64,6 +64,13 @@ def test_no_checkpoint_is_the_best_by_a_reward_that_evaluations_do_not_measure(
     assert [callback.filename for callback in build_trainer(cfg, 1).checkpoint_callbacks] == kept
 
 
+def test_checkpoints_are_written_after_what_they_record(compose: Callable[..., Any]):
+    """Each saves the state of all, of which that of the best checkpoint changes in the same epoch."""
+    cfg = compose("callbacks=[milestones,default]", "callbacks.milestones.every_n_epochs=1", "logger=none")
+    written = build_trainer(cfg, 1).checkpoint_callbacks
+    assert [callback.filename for callback in written] == ["best_epoch{epoch:03d}", "epoch{epoch:03d}", "last"]
+
+
 def test_a_share_of_levels_that_nobody_draws_is_no_obstacle(compose: Callable[..., Any]):
     check_plan(compose("algo=grpo", "times=stratified", "times.share=0.05"))
 
