@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowalign.prompt_files import FORMATS, KINDS, Prompt, read_prompts
 from flowalign.prompt_media import check_videos, load_images, load_video, other_kind_hint, video_paths
+from flowalign.turns import Turns
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -31,44 +32,59 @@ Painter = Callable[[dict[str, Any], int, int, int], np.ndarray]
 """(metadata of a prompt, image number, height, width) → (height, width, 3) in [0, 1]."""
 
 
+Shares = Sequence[int] | Mapping[str, int]
+"""Turns of each file, or of each value of the metadata key to balance by."""
+
+
 class PromptSet:
     """Chooses prompts by index. With `balance`, a metadata key such as "tag", each of its values gets an equal share.
+
+    `shares` makes them unequal, and also divides by files: whole numbers of turns, by value of that key (1 for values
+    that it does not name), or as a list, for the files that the prompts come from, in their order.
 
     A prompt's given image is the file named by its `image` key, or is rendered by `images`. Its given video is the file
     or folder of frames named by its `video` key, or one of several named by `videos`.
     """
 
-    def __init__(self, prompts: list[Prompt], balance: str | None = None, images: Painter | None = None) -> None:
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        balance: str | None = None,
+        images: Painter | None = None,
+        shares: Shares | None = None,
+    ) -> None:
         if not prompts:
             raise ValueError("a prompt set needs at least one prompt")
         self.prompts = prompts
         self._painter = images
-        classes: dict[Any, list[int]] = {}
+        classes: dict[str, list[int]] = {}
+        by_file = shares is not None and not isinstance(shares, Mapping)
         for i, prompt in enumerate(prompts):
-            if balance is not None and balance not in prompt.metadata:
-                known = ", ".join(sorted(prompt.metadata)) or "none"
-                raise ValueError(
-                    f"{prompt.source}: no {balance!r} to balance by; the keys of this prompt are: {known} "
-                    "(data=folder does not balance unless it is told to, and balance=null switches it off)"
-                )
-            classes.setdefault(
-                json.dumps(prompt.metadata[balance], sort_keys=True) if balance is not None else None, []
-            ).append(i)
+            kind = prompt.source.rpartition(":")[0] if by_file else _value(prompt, balance)
+            classes.setdefault(kind, []).append(i)
         self._classes = list(classes.values())
+        self._turns = Turns(_numbers(shares, list(classes), balance))
 
     @classmethod
     def read(
         cls,
-        path: str,
+        path: str | Sequence[str],
         balance: str | None = None,
         limit: int | None = None,
         images: Painter | None = None,
         otherwise: str | None = None,
+        shares: Shares | None = None,
     ) -> PromptSet:
-        """Read the first `limit` prompts of a file, or of the file `otherwise` if it does not exist.
+        """Read the first `limit` prompts of a file, or of the file `otherwise` if it does not exist; or of several.
 
         A path that does not exist may name a file inside this package. Without a suffix, those of FORMATS are tried.
         """
+        paths = [path] if isinstance(path, str) else path
+        prompts = [prompt for one in paths for prompt in cls._read_file(one, limit, otherwise)]
+        return cls(prompts, balance, images, shares)
+
+    @staticmethod
+    def _read_file(path: str, limit: int | None, otherwise: str | None) -> list[Prompt]:
         candidates = [path, *([] if otherwise is None else [otherwise])]
         found = next((file for name in candidates if (file := _resolve(name)) is not None), None)
         if found is None:
@@ -80,7 +96,7 @@ class PromptSet:
             raise ValueError(f"there is no prompt file {path}{suffixes}; {nearby}embedded ones are {embedded}")
         if limit is not None and limit < 1:
             raise ValueError(f"limit keeps the first prompts of a file and must be at least 1 (got {limit})")
-        return cls(read_prompts(found)[:limit], balance, images)
+        return read_prompts(found)[:limit]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -130,10 +146,9 @@ class PromptSet:
         repeats. Within an epoch no prompt repeats while its class has an unused one.
         """
         chosen: list[int] = []
-        share = -(-number // len(self._classes))
         for index, members in enumerate(self._classes):
-            start, stop = self._num_drawn(index, epoch * number), self._num_drawn(index, (epoch + 1) * number)
-            size = len(members)
+            start, stop = (self._turns.taken(index, drawn * number) for drawn in (epoch, epoch + 1))
+            size, share = len(members), self._turns.most(index, number)
             for i in range(start, stop):
                 chosen.append(members[_pass_order(size, share, (seed, index), i // size)[i % size]])
         order = np.random.default_rng(np.random.SeedSequence([seed, epoch])).permutation(len(chosen))
@@ -141,12 +156,39 @@ class PromptSet:
 
     def fixed(self, number: int) -> list[int]:
         """A fixed choice of `number` indices: classes in turn, each traversed cyclically in file order."""
-        kinds = len(self._classes)
-        return [self._classes[i % kinds][i // kinds % len(self._classes[i % kinds])] for i in range(number)]
+        turns = ((self._turns.whose(i), i) for i in range(number))
+        return [(members := self._classes[k])[self._turns.taken(k, i) % len(members)] for k, i in turns]
 
-    def _num_drawn(self, index: int, total: int) -> int:
-        """How many of the first `total` prompts ever drawn belong to this class, when classes take turns."""
-        return (total - index + len(self._classes) - 1) // len(self._classes)
+
+def _value(prompt: Prompt, balance: str | None) -> str:
+    """The value to balance by, as JSON; "" if there is none."""
+    if balance is None:
+        return ""
+    if balance not in prompt.metadata:
+        known = ", ".join(sorted(prompt.metadata)) or "none"
+        raise ValueError(
+            f"{prompt.source}: no {balance!r} to balance by; the keys of this prompt are: {known} "
+            "(data=folder does not balance unless it is told to, and balance=null switches it off)"
+        )
+    return json.dumps(prompt.metadata[balance], sort_keys=True)
+
+
+def _numbers(shares: Shares | None, classes: Sequence[str], balance: str | None) -> list[int]:
+    """The turns of each class."""
+    if isinstance(shares, Mapping):
+        if balance is None:
+            raise ValueError("shares by name need a key whose values they name: set balance, or give a list for files")
+        named = {name if name in classes else json.dumps(name): share for name, share in shares.items()}
+        if unknown := sorted(named.keys() - set(classes)):
+            raise ValueError(f"shares names {', '.join(unknown)}, and the values of {balance} are {', '.join(classes)}")
+        return [named.get(kind, 1) for kind in classes]
+    if shares is None:
+        return [1] * len(classes)
+    if balance is not None:
+        raise ValueError("a list of shares divides by files, and balance by a key: use one of them")
+    if len(shares) != len(classes):
+        raise ValueError(f"shares has {len(shares)} numbers, and the prompts come from {len(classes)} files")
+    return list(shares)
 
 
 @lru_cache(maxsize=64)

@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "footage",
         "prompt_files",
         "prompt_media",
+        "turns",
         "prompts",
         "suites",
         "sampler",

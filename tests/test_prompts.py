@@ -1,12 +1,15 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flowalign.prompt_media import image_paths
 from flowalign.prompts import Prompt, PromptSet, read_prompts
+from flowalign.turns import Turns
 
 
 def balanced(**sizes: int) -> PromptSet:
@@ -257,3 +260,58 @@ def test_a_bad_table_or_list_is_named(tmp_path, name: str, content: str, sentenc
 def test_a_folder_of_flow_grpo_is_read_as_it_is(tmp_path):
     (tmp_path / "train_metadata.jsonl").write_text('{"prompt": "a", "tag": "two_object"}')
     assert PromptSet.read(f"{tmp_path}/train").prompts[0].metadata == {"tag": "two_object"}
+
+
+# ------------------------------------------------------------ shares
+
+
+@pytest.mark.parametrize("shares", [[1], [1, 1, 1], [3, 1], [2, 5, 1, 2], [4, 2], [7, 100]])
+def test_turns_are_taken_in_proportion_and_spread_evenly(shares: list[int]):
+    turns, total = Turns(shares), sum(shares)
+    order = [turns.whose(i) for i in range(3 * total + 8)]
+    for i in range(3 * total + 1):
+        for k, share in enumerate(shares):
+            assert turns.taken(k, i) == order[:i].count(k)
+            assert abs(order[:i].count(k) - i * share / total) < len(shares)
+    for k in range(len(shares)):
+        for length in (0, 1, 4, total, total + 3):
+            windows = [order[i : i + length].count(k) for i in range(total)]
+            assert turns.most(k, length) == max(windows)
+
+
+def test_equal_shares_are_turns_in_order():
+    assert [Turns([5, 5, 5]).whose(i) for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_files_are_drawn_by_their_shares(tmp_path: Path):
+    for name, size in (("a", 6), ("b", 50)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name}{i}\n" for i in range(size)))
+    prompts = PromptSet.read([str(tmp_path / "a"), str(tmp_path / "b.txt")], shares=[1, 3])
+    drawn = [prompts[i].text for e in range(4) for i in prompts.epoch(0, e, 24)]
+    assert Counter(text[0] for text in drawn) == {"a": 24, "b": 72}
+    for e in range(4):  # six of `a` in every epoch: each of them once
+        assert sorted(text for text in drawn[24 * e : 24 * e + 24] if text[0] == "a") == [f"a{i}" for i in range(6)]
+    assert Counter(prompts[i].text[0] for i in prompts.fixed(8)) == {"a": 2, "b": 6}
+    together = PromptSet.read([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert sorted(together.epoch(0, 0, 56)) == list(range(56))
+
+
+def test_values_of_a_key_are_drawn_by_their_shares():
+    lines = [Prompt(f"{tag} {i}", metadata={"tag": tag}) for tag in ("a", "b", "c") for i in range(4)]
+    prompts = PromptSet(lines, balance="tag", shares={"b": 2})
+    assert Counter(prompts[i].metadata["tag"] for i in prompts.epoch(0, 0, 40)) == {"a": 10, "b": 20, "c": 10}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shares": [1, 2]}, "shares has 2 numbers, and the prompts come from 1 files"),
+        ({"shares": [0]}, r"at least 1 \(got \[0\]\)"),
+        ({"shares": [1], "balance": "tag"}, "use one of them"),
+        ({"shares": {"a": 2}}, "set balance"),
+        ({"shares": {"z": 2}, "balance": "tag"}, 'shares names "z", and the values of tag are "a"'),
+    ],
+)
+def test_shares_without_a_meaning_are_refused(arguments: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        PromptSet([Prompt("a", metadata={"tag": "a"}, source="p.txt:1")], **arguments)
