@@ -29,6 +29,7 @@ from flowalign.memory import GIB
 from flowalign.points import subsample_weights
 from flowalign.policy import Policy
 from flowalign.policy.fingerprint import weights_fingerprint
+from flowalign.policy.optimiser import check_state
 from flowalign.recipe import Recipe, check_copies, check_given_media
 from flowalign.schedule import set_rates
 from flowalign.scoring import ScoreQueue
@@ -139,6 +140,7 @@ class AlignModule(Forward):
         r = self.recipe
         with as_config_errors():  # for example of a negative learning rate
             optimizer = r.optimizer(list(self.live.trained().values()))
+            check_state(r.optimizer, self.device)
         # A fused step would unscale float16 gradients itself, after they have been checked and clipped.
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         epochs, steps = self.trainer.max_epochs or 1, self.trainer.max_steps
