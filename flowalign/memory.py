@@ -19,6 +19,7 @@ from flowalign.models.base import FlowModel
 from flowalign.models.quantised import inner_tensors, is_quantised
 from flowalign.policy import Policy
 from flowalign.policy.merge import adapter_layers
+from flowalign.policy.optimiser import state_share
 from flowalign.recipe import Recipe
 from flowalign.rollouts import SHOWN
 from flowalign.tensors import is_sharded, local
@@ -236,7 +237,7 @@ def plan(
         PlanLine("text encoders", 0 if recipe.encoding.release else text, "encoding.release=true"),
         PlanLine("VAE", weight_bytes(model.pipe.vae)),
         PlanLine("gradients", trained, adapters),
-        PlanLine("optimiser: two moments", 2 * trained, adapters),
+        PlanLine("optimiser's state", round(state_share(recipe.optimizer, device) * trained), adapters),
         PlanLine(f"{copies} frozen copies", copies * trained, "policy.device_of_frozen=cpu"),
         PlanLine("weights from before training", storage_bytes(before), "test=false"),
         PlanLine(

@@ -220,7 +220,7 @@ def test_little_memory_of_the_machine_makes_small_micro_batches(
     module = fit("batch.micro=auto", "trainer.max_epochs=1")
     lines = {line.name: line.size for line in module.memory_plan()}
     row = lines["forward and backward of 6 points"] / 6
-    besides = lines["gradients"] + lines["optimiser: two moments"] + lines["12 training points"]
+    besides = lines["gradients"] + lines["optimiser's state"] + lines["12 training points"]
     monkeypatch.setattr(memory, "_machine_available", lambda: (besides + 2.5 * row) / SHARE)
     assert fit("batch.micro=auto", "trainer.max_epochs=1").geometry.micro == 2
     monkeypatch.setattr(memory, "_machine_available", lambda: (besides + 0.5 * row) / SHARE)
@@ -307,7 +307,7 @@ def test_with_a_reward_of_noisy_latents_a_trial_asks_for_its_gradient(
 def test_two_processes_agree_and_keep_to_it_when_they_are_resumed(fit: Callable[..., AlignModule], tmp_path: Path):
     """The second has memory for two points only; afterwards it would have for all. Shards are read late."""
     lines = {line.name: line.size for line in fit("batch.micro=1", "tune.rank=4").memory_plan()}
-    besides = lines["gradients"] + lines["optimiser: two moments"] + lines["12 training points"] / 2
+    besides = lines["gradients"] + lines["optimiser's state"] + lines["12 training points"] / 2
     little = 2 * (besides + 2.5 * lines["forward and backward of 1 points"]) / SHARE  # for both
     jobs = []
     for strategy in ("ddp", "fsdp"):

@@ -112,10 +112,10 @@ def test_the_plan_of_a_run_adds_up(tiny: Callable[..., DictConfig], tune: str, c
     lines = {line.name: line.size for line in module.memory_plan()}
     trained = 4 * sum(p.numel() for p in module.live.trained().values())
     assert lines["gradients"] == trained
-    assert lines["optimiser: two moments"] == 2 * trained
+    assert lines["optimiser's state"] == 2 * trained
     assert lines[f"{copies} frozen copies"] == copies * trained
     state = trainer.optimizers[0].state_dict()["state"].values()
-    assert lines["optimiser: two moments"] == pytest.approx(
+    assert lines["optimiser's state"] == pytest.approx(
         sum(4 * t.numel() for entry in state for t in entry.values()), rel=0.001
     )
     points = module.buffer.points
@@ -242,7 +242,7 @@ def test_optimiser_steps_take_what_is_planned(
     trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     trainer.fit(module)
     lines = {line.name: line.size for line in module.memory_plan()}
-    names = ("gradients", "optimiser: two moments", "forward and backward of 6 points")
+    names = ("gradients", "optimiser's state", "forward and backward of 6 points")
     planned = sum(lines[name] for name in names)
     assert seen[0].peak == pytest.approx(planned, rel=0.1)
     assert all(p.grad is None for p in module.live.trained().values())  # a rollout and an evaluation have the room

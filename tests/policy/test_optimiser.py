@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowalign.policy.optimiser import check_state
+from flowalign.policy.optimiser import check_state, state_share
 
 CPU = torch.device("cpu")
 
@@ -39,9 +39,20 @@ def test_a_state_in_tensors_of_another_class_is_refused():
         check_state(partial(Heavy, lr=0.1, kept=lambda t: t.as_subclass(Coded)), CPU)
 
 
-def test_plain_tensors_are_accepted_and_torchs_own_optimisers_are_not_tried():
-    check_state(partial(Heavy, lr=0.1), CPU)
-    check_state(partial(torch.optim.LBFGS, lr=0.1), CPU)
+@pytest.mark.parametrize(
+    ("make", "share"),
+    [
+        (partial(Heavy, lr=0.1), 1),
+        (partial(Heavy, lr=0.1, kept=lambda t: t.to(torch.int8)), 0.25),
+        (partial(torch.optim.SGD, lr=0.1), 0),
+        (partial(torch.optim.AdamW, lr=0.1, fused=True), 2),
+        (partial(torch.optim.AdamW, lr=0.1, amsgrad=True), 3),
+        (partial(torch.optim.LBFGS, lr=0.1), 0),
+    ],
+)
+def test_plain_state_is_accepted_and_counted(make: Callable[..., Any], share: float):
+    check_state(make, CPU)
+    assert state_share(make, CPU) == share
 
 
 def test_it_is_refused_before_training(tiny: Callable[..., Any], random_sd3: tuple[str, ...]):
