@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks import ConfigError, RunError, as_config_errors, check_signatures
+from flowalign.checks.arguments import collapse_rewards
 from flowalign.checks.errors import one_line
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from flowalign.compatibility import check_groups
@@ -244,7 +245,9 @@ def typed_words(node: Any) -> list[str]:
         "--config-name": "" if node.job.config_name == "train" else node.job.config_name,
     }
     searched = [word for word in node.overrides.hydra if word.startswith("hydra.searchpath=")]
-    return [part for flag in flags.items() if flag[1] for part in flag] + searched + list(node.overrides.task)
+    return (
+        [part for flag in flags.items() if flag[1] for part in flag] + searched + collapse_rewards(node.overrides.task)
+    )
 
 
 def postpones_test(cfg: DictConfig) -> bool:

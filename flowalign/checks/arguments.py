@@ -17,6 +17,7 @@ from flowalign.checks.suggest import nearest
 
 NUMBER = re.compile(r"\d[\d_.]*")
 SEVERAL_REWARDS = re.compile(r"\+?reward=\[([^\[\],]+(?:,[^\[\],]+)+)\]")
+SEVERAL, PART, WEIGHT, EQUAL = "reward=several", "+reward@reward.parts.", "+reward.weights.", "=1.0"
 EXCLUSIVE = ("run", "multirun", "cfg", "info", "shell_completion")
 VERSION_FLAG = "--version"  # argparse would print it and exit
 
@@ -60,7 +61,7 @@ def _quote_choice(word: str, folders: Sequence[Path]) -> str:
     return f"{key}=" + ",".join(f"'{option}'" if NUMBER.fullmatch(option) else option for option in options)
 
 
-def join_rewards(argv: Sequence[str]) -> list[str]:
+def expand_rewards(argv: Sequence[str]) -> list[str]:
     """Replace reward=[a,b], whose keys Hydra would mix, by reward=several and a package for each of its parts.
 
     The replacements come before all other overrides, so that those can set their keys.
@@ -71,9 +72,20 @@ def join_rewards(argv: Sequence[str]) -> list[str]:
     first = next(i for i, word in enumerate(argv) if "=" in word and not word.startswith("-"))
     options = [option.strip().strip("'\"") for option in found[0][1].split(",")]
     parts = [(option.rsplit("/", 1)[-1], option) for option in options]
-    added = ["reward=several", *(f"+reward@reward.parts.{name}={option}" for name, option in parts)]
-    added += [f"+reward.weights.{name}=1.0" for name, _ in parts]
+    added = [SEVERAL, *(f"{PART}{name}={option}" for name, option in parts)]
+    added += [f"{WEIGHT}{name}{EQUAL}" for name, _ in parts]
     return [*argv[:first], *added, *(word for word in argv[first:] if word != found[0][0])]
+
+
+def collapse_rewards(words: Sequence[str]) -> list[str]:
+    """The inverse of `expand_rewards`, for a command line that is shown."""
+    options = [word.partition("=")[2] for word in words if word.startswith(PART)]
+    if len(options) < 2 or not set(words).issuperset(
+        expand_rewards([f"reward=[{','.join(options)}]"])[: -len(options)]
+    ):
+        return list(words)
+    added = [word for word in words if word.startswith(PART) or (word.startswith(WEIGHT) and word.endswith(EQUAL))]
+    return [f"reward=[{','.join(options)}]", *(word for word in words if word not in [*added, SEVERAL])]
 
 
 def parse(lines: Sequence[str], loader: ConfigLoader) -> list[Override]:

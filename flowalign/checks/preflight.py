@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from flowalign.checks.arguments import asks_hydra, join_rewards, parse, quote_choices, read_flags, runs
+from flowalign.checks.arguments import asks_hydra, expand_rewards, parse, quote_choices, read_flags, runs
 from flowalign.checks.composing import Composer, belongs_to_class, composer, exists, plain, short, walk, without_hydra
 from flowalign.checks.errors import ConfigError, one_line
 from flowalign.checks.explain import chooses, explain, suggest_key
@@ -30,15 +30,15 @@ def preflight(argv: Sequence[str], conf_dir: str | Path, config_name: str, also:
 
     argv: the arguments without the program's name. also: an additional check of every composed config (without its
     hydra node); its ValueErrors become ConfigErrors too. Resolvers must be registered before.
-    Returns the arguments to pass to Hydra, which differ in quotes (quote_choices) and several rewards (join_rewards).
+    Returns the arguments to pass to Hydra, which differ in quotes (quote_choices) and several rewards (expand_rewards).
     """
     flags = read_flags(argv)
     folder, name = Path(flags.config_path or conf_dir), flags.config_name or config_name
     folders = [folder] + [Path(extra) for extra in [flags.config_dir] if extra]
-    argv = join_rewards(quote_choices(argv, folders))
+    argv = expand_rewards(quote_choices(argv, folders))
     if asks_hydra(argv, flags):
         return argv
-    flags.overrides = join_rewards(quote_choices(flags.overrides, folders))
+    flags.overrides = expand_rewards(quote_choices(flags.overrides, folders))
     with composer(folder, flags.config_dir, name, flags.overrides) as compose:
         overrides = parse(flags.overrides, compose.loader)
         overrides += _swept_by_config(compose, overrides, flags.multirun)
@@ -53,7 +53,7 @@ def section(key: str, lines: Sequence[str], conf_dir: Path, extra_dir: str | Non
     Raises ConfigError as `preflight` does. extra_dir: an additional folder of config groups.
     """
     folders = [conf_dir, *([Path(extra_dir)] if extra_dir else [])]
-    lines = join_rewards(quote_choices(lines, folders))
+    lines = expand_rewards(quote_choices(lines, folders))
     with composer(conf_dir, extra_dir, config_name, lines) as compose:
         overrides = parse(lines, compose.loader)
         task = without_hydra(_composed(compose, overrides))

@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from flowalign.checks import ConfigError
-from flowalign.checks.arguments import quote_choices
+from flowalign.checks.arguments import collapse_rewards, expand_rewards, quote_choices
 from flowalign.checks.preflight import preflight, preflight_or_exit
 from tests.checks.conftest import write
 from tests.conftest import ROOT, installed
@@ -198,3 +198,31 @@ def test_a_file_that_overrides_groups_from_inside_its_own_is_told_its_first_line
     (tmp_path / "algo" / "mine.yaml").write_text("# algo/mine.yaml\n" + text)
     with pytest.raises(ConfigError, match=r"`# @package _global_` as its first line"):
         preflight(["--config-dir", str(tmp_path), "algo=mine"], ROOT / "conf", "train")
+
+
+# ------------------------------------------------------------ several rewards
+
+
+def test_several_rewards_become_parts_ahead_of_what_sets_their_keys():
+    argv = ("-m", "--config-dir=x", "reward.weights.b=2", "seed=1,2", "reward=[a, own/b]")
+    assert expand_rewards(argv) == [
+        *argv[:2],
+        *("reward=several", "+reward@reward.parts.a=a", "+reward@reward.parts.b=own/b"),
+        *("+reward.weights.a=1.0", "+reward.weights.b=1.0", "reward.weights.b=2", "seed=1,2"),
+    ]
+
+
+@pytest.mark.parametrize("words", [("reward=a",), ("reward=[a]",), ("reward=[a,b],[c,d]",), ("+x.reward=[a,b]",), ()])
+def test_other_words_stay(words: tuple[str, ...]):
+    assert expand_rewards(words) == collapse_rewards(words) == list(words)
+
+
+def test_a_command_is_shown_as_it_was_typed():
+    typed = ["reward=[a,b,c]", "reward.weights.b=2", "seed=1"]
+    expanded = expand_rewards(typed)
+    assert collapse_rewards(expanded) == typed
+    assert (
+        collapse_rewards([word for word in expanded if word != "+reward.weights.b=1.0"]) == typed
+    )  # as Hydra lists it
+    own = ["reward=several", "+reward@reward.parts.x=a", "+reward@reward.parts.y=a"]
+    assert collapse_rewards(own) == own
