@@ -132,7 +132,7 @@ def _try(compose: Composer, lines: Sequence[str]) -> DictConfig | Exception:
 
 def _explain_override(compose: Composer, override: Override, before: DictConfig, error: Exception) -> str:
     if chooses(compose, override):
-        return _explain_choice(override, before, error)
+        return _explain_choice(compose, override, before, error)
     key, node, bare = override.key_or_group, plain(before), short(override).lstrip("+~")
     if "/" in key:
         return f"unknown config group {key}; {suggest(key, compose.groups())}"
@@ -147,10 +147,11 @@ def _explain_override(compose: Composer, override: Override, before: DictConfig,
     return f"{short(override)}: {_sentence(error)}"
 
 
-def _explain_choice(override: Override, before: DictConfig, error: Exception) -> str:
+def _explain_choice(compose: Composer, override: Override, before: DictConfig, error: Exception) -> str:
     group, chosen = override.key_or_group, before.hydra.runtime.choices
     if override.value() is None and not override.is_delete():
-        return f"{group}=null is not understood by Hydra: leave {group} out, or remove it with ~{group}"
+        instead = f"use {group}=none" if compose.has_option(group, "none") else f"leave {group} out"
+        return f"{group}=null is not understood by Hydra: {instead}"
     if override.is_add() and group in chosen:
         return f"{group} is in the defaults already: write {short(override).lstrip('+')}, without the plus"
     if override.type is OverrideType.CHANGE and group not in chosen:
