@@ -64,6 +64,7 @@ WRONG = {
     "seed=abc": "seed: expected a number such as 42, got 'abc'",
     "train=maybe": "train: expected true or false, got 'maybe'",
     "rollout=5": "rollout: expected a section",
+    "rollout={num_steps: 4, order: 3}": "the YAML does not list rollout.order: add it with +rollout.order=…",
     "algo.beta=${algo.kl_bta}": "algo.beta refers to ${algo.kl_bta}, which does not exist; did you mean algo.kl_beta?",
     "algo.beta=${oc.env:NO_SUCH_VARIABLE}": "'NO_SUCH_VARIABLE' not found",
     "algo.beta=${algo.beta}": "algo.beta: Recursive interpolation detected",
