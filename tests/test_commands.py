@@ -436,6 +436,7 @@ def test_help_is_of_one_command_where_one_is_named(say: Callable[..., Any]):
     [
         (("sample", "prompt=a"), "flowalign sample needs ckpt=…"),
         (("sample", "ckpt={last}"), "needs either prompt=… or prompts=FILE"),
+        (("sample", "ckpt={last}", "prompts=nowhere.txt"), "there is no prompt file nowhere.txt"),
         (("sample", "ckpt={last}", "prompt=a", "to=a.mp4"), "a.mp4 cannot hold a picture"),
         (("sample", "ckpt={last}", "prompt=a", "compare=perhaps"), "compare takes true or false, and not 'perhaps'"),
         (("sample", "ckpt={last}", "prompt=a", "num=-1"), "makes num=1 or more pictures"),

@@ -297,6 +297,15 @@ def test_the_commands_are_found():
     assert sum(bool(command.refusal) for command in commands) >= 9
 
 
+# ------------------------------------------------------------ tables
+
+
+def test_every_table_has_its_header_right_above_the_rule():
+    """With an empty line between them, the page shows neither as a table."""
+    apart = re.compile(r"^\|.*\|\n\n\|[ :]*-[-|: ]*\|$", re.MULTILINE)
+    assert [str(page.relative_to(ROOT)) for page in DOCUMENTED if apart.search(page.read_text())] == []
+
+
 # ------------------------------------------------------------ links
 
 

@@ -43,7 +43,7 @@ def asks_hydra(argv: Sequence[str], flags: argparse.Namespace) -> bool:
 
 
 def quote_choices(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """Quote numeric group options: resolution=64 becomes resolution='64'.
+    """Quote numeric group options: resolution=64 becomes resolution='64', also in a list.
 
     Hydra parses 64 as a number and then rejects it, since an option must be a name. folders: config folders to look for
     the groups in.
@@ -53,12 +53,15 @@ def quote_choices(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 def _quote_choice(word: str, folders: Sequence[Path]) -> str:
     key, _, value = word.partition("=")
-    group, options = key.lstrip("+").partition("@")[0], value.split(",")
+    opening, closing = ("[", "]") if value.startswith("[") and value.endswith("]") else ("", "")
+    group = key.lstrip("+").partition("@")[0]
+    options = value.removeprefix(opening).removesuffix(closing).split(",")
     if not group or not any(NUMBER.fullmatch(option) for option in options):
         return word
     if not any((folder / group).is_dir() for folder in folders):
         return word
-    return f"{key}=" + ",".join(f"'{option}'" if NUMBER.fullmatch(option) else option for option in options)
+    quoted = ",".join(f"'{option}'" if NUMBER.fullmatch(option) else option for option in options)
+    return f"{key}={opening}{quoted}{closing}"
 
 
 def expand_rewards(argv: Sequence[str]) -> list[str]:

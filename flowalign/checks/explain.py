@@ -75,7 +75,9 @@ def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mappi
     if taken := _taken(node, key):
         return taken
     group, _, leaf = key.partition(".")
-    if group in chosen and (having := compose.options_with(group, leaf)):
+    # Names given by the user, as in reward.weights, are not those of another option.
+    named = len(way) == len(parts(key)) > 2 and isinstance(way[-1], dict) and way[-1] and "_target_" not in way[-1]
+    if group in chosen and not named and (having := compose.options_with(group, leaf)):
         others = " and ".join(f"{group}={option}" for option in having[:3])
         return f"{group}={chosen[group]} has no {leaf}, but {others} {'have' if having[1:] else 'has'} one"
     if group == "trainer" and leaf in SET_BY_THE_RUN:
@@ -132,7 +134,7 @@ def _try(compose: Composer, lines: Sequence[str]) -> DictConfig | Exception:
 
 def _explain_override(compose: Composer, override: Override, before: DictConfig, error: Exception) -> str:
     if chooses(compose, override):
-        return _explain_choice(override, before, error)
+        return _explain_choice(compose, override, before, error)
     key, node, bare = override.key_or_group, plain(before), short(override).lstrip("+~")
     if "/" in key:
         return f"unknown config group {key}; {suggest(key, compose.groups())}"
@@ -144,13 +146,24 @@ def _explain_override(compose: Composer, override: Override, before: DictConfig,
         return f"{key} is null, which Hydra takes for absent: {key}=0 {short(override)} removes it"
     if not override.is_add() and not override.is_force_add() and not exists(node, key):
         return unknown_key(compose, node, key, before.hydra.runtime.choices)
+    if unlisted := _unlisted(node, key, override.value()):
+        return f"the YAML does not list {unlisted}: add it with +{unlisted}=…"
     return f"{short(override)}: {_sentence(error)}"
 
 
-def _explain_choice(override: Override, before: DictConfig, error: Exception) -> str:
+def _unlisted(node: dict[str, Any], key: str, value: Any) -> str | None:
+    """The first key of a mapping that its section does not have, which Hydra only adds with a plus."""
+    section = walk(node, key)[-1]
+    if not isinstance(value, dict) or not isinstance(section, dict):
+        return None
+    return next((f"{key}.{name}" for name in map(str, value) if name not in section), None)
+
+
+def _explain_choice(compose: Composer, override: Override, before: DictConfig, error: Exception) -> str:
     group, chosen = override.key_or_group, before.hydra.runtime.choices
     if override.value() is None and not override.is_delete():
-        return f"{group}=null is not understood by Hydra: leave {group} out, or remove it with ~{group}"
+        instead = f"use {group}=none" if compose.has_option(group, "none") else f"leave {group} out"
+        return f"{group}=null is not understood by Hydra: {instead}"
     if override.is_add() and group in chosen:
         return f"{group} is in the defaults already: write {short(override).lstrip('+')}, without the plus"
     if override.type is OverrideType.CHANGE and group not in chosen:

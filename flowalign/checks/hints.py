@@ -51,6 +51,14 @@ def describe(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
+def hint_of_items(hint: Any) -> Any:
+    """The hint of a mapping's values; None if no mapping is accepted, or one of anything."""
+    hint = _bare(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return next((found for arg in get_args(hint) if (found := hint_of_items(arg)) is not None), None)
+    return get_args(hint)[1] if get_origin(hint) in (dict, Mapping) else None
+
+
 def nearest_literal(hint: Any, value: Any) -> str | None:
     """The Literal string of the hint that `value` resembles, or None."""
     words = [word for word in _literals(hint) if isinstance(word, str)]

@@ -20,7 +20,7 @@ from flowalign.checks.composing import Composer, belongs_to_class, composer, exi
 from flowalign.checks.errors import ConfigError, one_line
 from flowalign.checks.explain import chooses, explain, suggest_key
 from flowalign.checks.signatures import check_signatures
-from flowalign.checks.suggest import nearest
+from flowalign.checks.suggest import listing, nearest
 
 Check = Callable[[DictConfig], object]
 
@@ -83,6 +83,7 @@ def _exit(error: ConfigError) -> NoReturn:
 
 def _check_run(compose: Composer, overrides: Sequence[Override], also: Check | None) -> None:
     _check_merges(compose, overrides)
+    _check_removals(compose, overrides)
     cfg = _composed(compose, overrides)
     _check_merges_of_files(compose, cfg, overrides)
     _check_interpolations(cfg)
@@ -114,6 +115,21 @@ def _check_merges(compose: Composer, overrides: Sequence[Override]) -> None:
                 f"{short(override)} would mix options that exclude each other: choose one, or write "
                 f"{group}={','.join(map(str, named))} with -m to run one job for each"
             )
+
+
+def _check_removals(compose: Composer, overrides: Sequence[Override]) -> None:
+    """Reject ~steps and steps=[]: Hydra composes a config without the group's node, which every run reads."""
+    removed = [o for o in overrides if (o.is_delete() or o.value() == []) and o.package is None and chooses(compose, o)]
+    removed = [o for o in removed if not o.is_hydra_override()]
+    if not removed:
+        return
+    before = _composed(compose, [o for o in overrides if o not in removed])
+    for override in removed:
+        group = override.key_or_group
+        if group in before:
+            options = compose.options(group)
+            instead = f"{group}=none" if "none" in options else f"another option ({listing(options)})"
+            raise ConfigError(f"{short(override)} removes what every run needs: use {instead}")
 
 
 def _check_merges_of_files(compose: Composer, cfg: DictConfig, overrides: Sequence[Override]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from flowalign.checks.errors import ConfigError, one_line
-from flowalign.checks.hints import accepts, describe, nearest_literal
+from flowalign.checks.hints import accepts, describe, hint_of_items, nearest_literal
 from flowalign.checks.suggest import nearest, suggest
 
 INSTRUCTIONS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}  # to hydra.utils.instantiate
@@ -86,9 +86,18 @@ def _check_value(path: str, target: Any, parameters: dict[str, Any], key: str, v
         raise ConfigError(f"{full}: {name} has no parameter {key}; {suggest(key, parameters)}{removal}")
     hint = parameters[key]
     if not accepts(hint, value):
-        near = nearest_literal(hint, value)
-        suggestion = f"; did you mean {near}?" if near else ""
-        raise ConfigError(f"{full}: expected {describe(hint)}, got {_shown(value)}{suggestion}")
+        raise ConfigError(_misfit(full, hint, value))
+
+
+def _misfit(path: str, hint: Any, value: Any) -> str:
+    """'algo.clip: expected a float, got …'; for a mapping, of its first item that does not fit."""
+    item = hint_of_items(hint)
+    if isinstance(value, Mapping) and item is not None:
+        name, wrong = next((name, inner) for name, inner in value.items() if not accepts(item, inner))
+        return _misfit(f"{path}.{name}", item, wrong) + (f"; ~{path}.{name} removes it" if wrong is None else "")
+    near = nearest_literal(hint, value)
+    suggestion = f"; did you mean {near}?" if near else ""
+    return f"{path}: expected {describe(hint)}, got {_shown(value)}{suggestion}"
 
 
 def parameters_of(target: Any) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from flowalign.generate import generate
 from flowalign.grid import grid
 from flowalign.media import check_suffix, save
 from flowalign.prompt_media import check_images
-from flowalign.prompts import Prompt, read_prompts
+from flowalign.prompts import Prompt, PromptSet
 from flowalign.sampler import Sampling
 from flowalign.scoring import Latents
 from flowalign.size import Size
@@ -45,7 +45,7 @@ def sample(
         raise ValueError("flowalign sample needs either prompt=… or prompts=FILE.")
     if num < 1 or seed < 0:
         raise ValueError(f"flowalign sample makes num=1 or more pictures from seed=0 or more (got {num}, {seed}).")
-    wanted = [p for p in ([Prompt(prompt)] if prompt else read_prompts(prompts)) for _ in range(num)]
+    wanted = [p for p in ([Prompt(prompt)] if prompt else PromptSet.read(prompts).prompts) for _ in range(num)]
     saved = load_run(ckpt, weights, base=compare)
     if prompt and saved.model.sees_images:
         raise ValueError(

@@ -114,6 +114,12 @@ class Groups:
         return self.valid & (self.high(x) > self.low(x))
 
 
+def check_eps(eps: float) -> None:
+    """ValueError for an eps that could turn the sign of an advantage."""
+    if not eps >= 0:
+        raise ValueError(f"eps is added to a standard deviation and must be ≥ 0 (got {eps}).")
+
+
 def standardised(x: Tensor, groups: Groups, pool: Groups, eps: float, floor: bool, ddof: int = 0) -> Tensor:
     """(x - group mean) / (std of the pool + eps), or over max(std, eps) with floor; 0 in a group without spread."""
     std = pool.std(x, ddof)

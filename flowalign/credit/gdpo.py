@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from flowalign.credit.base import Credit, Groups, standardised, weighted
+from flowalign.credit.base import Credit, Groups, check_eps, standardised, weighted
 
 
 class GDPO(Credit):
@@ -12,6 +12,7 @@ class GDPO(Credit):
     """
 
     def __init__(self, eps: float = 1e-6, floor: bool = True) -> None:
+        check_eps(eps)
         self.eps = eps
         self.floor = floor
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from flowalign.credit.base import Credit, Groups, standardised, weighted
+from flowalign.credit.base import Credit, Groups, check_eps, standardised, weighted
 
 
 class GroupCredit(Credit):
@@ -28,6 +28,9 @@ class GroupCredit(Credit):
             raise ValueError(f'std is "group" or "global" (got {std!r}).')
         if aggregate not in ("rewards", "advantages"):
             raise ValueError(f'aggregate is "rewards" or "advantages" (got {aggregate!r}).')
+        if ddof not in (0, 1):
+            raise ValueError(f"ddof is 0 for the population's deviation or 1 for the unbiased one (got {ddof}).")
+        check_eps(eps)
         self.std = std
         self.eps = eps
         self.ddof = ddof

@@ -54,5 +54,9 @@ class Average:
 
     cap: float = 0.9
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.cap <= 1:
+            raise ValueError(f"the cap of an average is the largest share that is kept, in [0, 1] (got {self.cap}).")
+
     def __call__(self, k: int) -> float:
         return min((1 + k) / (10 + k), self.cap)

@@ -37,6 +37,9 @@ WRONG = {
     "num_steps=4": "did you mean rollout.num_steps or evaluation.num_steps?",
     "seed.x=3": "seed is a value, not a section; did you mean seed=42?",
     "~loger": "unknown option loger; did you mean logger?",
+    "~logger": "~logger removes what every run needs: use another option (available: csv, tensorboard)",
+    "~algo=nft": "~algo=nft removes what every run needs",
+    "algo=[]": "algo=[] removes what every run needs: use another option (available: absent, grpo, nft)",
     "algo/nft=1": "unknown config group algo/nft; did you mean algo?",
     # groups
     "algo=nftt": "no algo called nftt; did you mean nft? (available: absent, grpo, nft)",
@@ -61,6 +64,7 @@ WRONG = {
     "seed=abc": "seed: expected a number such as 42, got 'abc'",
     "train=maybe": "train: expected true or false, got 'maybe'",
     "rollout=5": "rollout: expected a section",
+    "rollout={num_steps: 4, order: 3}": "the YAML does not list rollout.order: add it with +rollout.order=…",
     "algo.beta=${algo.kl_bta}": "algo.beta refers to ${algo.kl_bta}, which does not exist; did you mean algo.kl_beta?",
     "algo.beta=${oc.env:NO_SUCH_VARIABLE}": "'NO_SUCH_VARIABLE' not found",
     "algo.beta=${algo.beta}": "algo.beta: Recursive interpolation detected",
@@ -75,6 +79,7 @@ WRONG = {
     "algo=nft,grpo": "algo=nft,grpo gives several values: add -m",
     "resolution=64,128": "gives several values: add -m to run one job for each",
     # options that exclude each other
+    "resolution=[64,128]": "would mix options that exclude each other: choose one, or write resolution=64,128 with -m",
     "algo=[nft,grpo]": "algo=[nft,grpo] would mix options that exclude each other: choose one, or write algo=nft,grpo",
 }
 
@@ -145,6 +150,13 @@ def test_a_further_check_sees_the_config_and_its_refusal_is_one_sentence(conf: P
         preflight(["algo=grpo"], conf, "train", also)
 
 
+def test_a_group_that_can_be_switched_off_is_told_how(conf: Path, tmp_path: Path):
+    write(tmp_path, {"logger/none.yaml": "{}"})
+    way = ("--config-dir", str(tmp_path))
+    assert "logger=null is not understood by Hydra: use logger=none" in refusal(conf, "logger=null", *way)
+    assert "~logger removes what every run needs: use logger=none" in refusal(conf, "~logger", *way)
+
+
 def test_a_users_own_folder_is_honoured(conf: Path, tmp_path: Path):
     write(tmp_path, {"algo/mine.yaml": "{_target_: TOYS.NFT, beta: 2.0}"})
     assert "no algo called mine" in refusal(conf, "algo=mine")
@@ -162,9 +174,10 @@ def test_nothing_of_hydra_stays_behind(conf: Path):
 
 
 def test_numeric_options_are_quoted_for_hydra_and_other_numbers_are_not(conf: Path):
-    argv = ["resolution=64,128", "+resolution=64", "seed=64", "resolution='64'", "-m"]
+    argv = ["resolution=64,128", "resolution=[64,a]", "+resolution=64", "seed=64", "resolution='64'", "-m"]
     assert quote_choices(argv, [conf]) == [
         "resolution='64','128'",
+        "resolution=['64',a]",
         "+resolution='64'",
         "seed=64",
         "resolution='64'",

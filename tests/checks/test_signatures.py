@@ -48,7 +48,9 @@ def test_what_the_class_takes_passes(node: dict[str, Any]):
         (toy("GRPO", kl="gausian"), "expected one of 'x', 'gaussian', 'v', got 'gausian'; did you mean gaussian?"),
         (toy("Recipe", size=[1, 2, 3]), "node.size: expected a list of 2, got [1, 2, 3]"),
         (toy("Recipe", size=[1, "b"]), "node.size: expected a list of 2, got [1, 'b']"),
-        (toy("Recipe", weights={"a": "b"}), "node.weights: expected a mapping"),
+        (toy("Recipe", weights=3), "node.weights: expected a mapping, got 3"),
+        (toy("Recipe", weights={"a": 1, "b": "c"}), "node.weights.b: expected a float, got 'c'"),
+        (toy("Recipe", weights={"a": None}), "node.weights.a: expected a float, got null; ~node.weights.a removes it"),
         (toy("Recipe", names="abc"), "node.names: expected a list of text, got 'abc'"),
         (toy("Recipe", deep="yes"), "node.deep: expected true or false, got 'yes'"),
         (toy("Logger", folder=3), "node.folder: expected text, got 3"),
@@ -71,6 +73,9 @@ def test_a_plain_value_is_no_object_of_ours():
         node = {"_target_": "flowalign.sampler.Sampling", "num_steps": 4, "solver": value}
         assert solver in refusal(node)
     check_signatures({"node": {"_target_": "flowalign.sampler.Sampling", "solver": {"_target_": "math.prod"}}})
+    parts = {"objective": {"_target_": "math.prod"}, "held_out": {"strict": None}}
+    sentence = "node.held_out.strict: expected a section with the _target_ of a Reward or"
+    assert sentence in refusal({"_target_": "flowalign.scoring.Scorer", **parts})
 
 
 def test_our_own_classes_are_judged_before_libraries():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from flowalign.credit import GroupCredit, group_stats
+from flowalign.credit import GDPO, Energies, GroupCredit, LogTame, Rank, group_stats
 
 NAN = float("nan")
 
@@ -131,6 +131,14 @@ def test_as_many_weights_as_rewards_are_needed():
 def test_an_unknown_meeting_of_rewards_is_refused():
     with pytest.raises(ValueError, match="energies"):
         GroupCredit(aggregate="energies")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_deviation_that_could_turn_the_sign_is_refused():
+    for make in (GroupCredit, GDPO, Rank, LogTame, Energies):
+        with pytest.raises(ValueError, match="eps"):
+            make(eps=-1e-4)
+    with pytest.raises(ValueError, match="ddof"):
+        GroupCredit(ddof=2)
 
 
 def test_group_stats_by_hand():

@@ -179,6 +179,9 @@ def test_the_average_for_evaluation_forgets_faster_at_the_start():
     average = Average(cap=0.9)
     assert [round(average(k), 3) for k in (0, 1, 8, 1000)] == [0.1, 0.182, 0.5, 0.9]
     assert Follow(average).every == "rollout"
+    for cap in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="cap of an average"):
+            Average(cap=cap)
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [({"rank": 0}, "at least 1"), ({"dropout": 0.1}, "must be 0")])
