@@ -237,7 +237,8 @@ def _check_plain_values(compose: Composer, cfg: DictConfig, overrides: Sequence[
 
 def _check_kind(key: str, default: Any, value: Any) -> None:
     kinds: dict[type, tuple[Any, str]] = {bool: (bool, "true or false"), int: (int | float, "a number")}
-    kinds |= {float: kinds[int], dict: (dict, "a section with keys of its own")}
+    keys = ", ".join(str(k) for k in default if not str(k).startswith("_")) if isinstance(default, dict) else ""
+    kinds |= {float: kinds[int], dict: (dict, f"a section, of which you set a key ({keys})")}
     if value is None or type(default) not in kinds or (isinstance(value, str) and value.startswith("${")):
         return
     kind, words = kinds[type(default)]
