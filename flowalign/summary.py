@@ -228,11 +228,13 @@ def _best(trainer: Trainer) -> list[str]:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
             continue
-        path, score = callback.best_model_path, callback.best_model_score
+        path = callback.best_model_path
         if path and Path(path).exists():
-            epochs = read_split(Path(path))[0]["epoch"] + 1
-            value = "" if score is None else f" {float(score):.3f}"  # not restored for a file in another folder
-            found.append(f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {epochs}")
+            saved = read_split(Path(path))[0]
+            # The file's own: Lightning does not restore the score of one in another folder, as with train=false.
+            score = saved["callbacks"].get(callback.state_key, {}).get("best_model_score")
+            value = "" if score is None else f" {float(score):.3f}"
+            found.append(f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {saved['epoch'] + 1}")
     return found
 
 
