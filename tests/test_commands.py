@@ -407,6 +407,19 @@ def test_evaluate_has_the_precision_and_the_weights_of_the_run(
     assert abs(live["quality"] - scores["quality"]) > 1e-3
 
 
+def test_evaluate_refuses_a_prompt_that_cannot_be_scored_before_it_samples(
+    trained: Path, tmp_path: Path, say: Callable[..., Any]
+):
+    from flowalign.cli import main
+
+    (tmp_path / "asked.txt").write_text('the word "red"\ntwo red circles\n')
+    words = (f"prompts={tmp_path / 'asked.txt'}", "reward=ocr", f"to={tmp_path / 'judged'}")
+    code, out, err = say(main, "evaluate", f"ckpt={trained}", *words)
+    assert (code, out) == (2, "")
+    assert "asked.txt:2: reward `reward` (OCR): the OCR reward looks for a text" in err
+    assert not (tmp_path / "judged").exists()
+
+
 def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
     trained: Path, tmp_path: Path, say: Callable[..., Any]
 ):
