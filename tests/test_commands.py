@@ -285,6 +285,20 @@ def test_merged_adapters_are_the_adapted_model(trained: Path, tmp_path: Path, sa
     assert (picture(pipe) - base).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("interval", [1, 8])
+def test_an_average_that_has_not_moved_yet_is_told_of(
+    of_ones_own: Path, tmp_path: Path, say: Callable[..., Any], caplog: pytest.LogCaptureFixture, interval: int
+):
+    from flowalign.cli import main
+
+    state = torch.load(of_ones_own / "checkpoints" / "last.ckpt", weights_only=True)
+    state["flowalign"]["config"]["frozen"]["ema"]["interval"] = interval
+    torch.save(state, tmp_path / "last.ckpt")
+    assert say(main, "export", f"ckpt={tmp_path / 'last.ckpt'}", f"to={tmp_path / 'export'}")[0] == 0
+    told = "frozen.ema follows every 8 optimiser steps, and there were 2: it still holds the weights from before training"
+    assert (told in caplog.text) == (interval == 8)
+
+
 def test_a_card_tells_base_recipe_curve_and_rewards(trained: Path, tmp_path: Path, say: Callable[..., Any]):
     from flowalign.cli import main
 
