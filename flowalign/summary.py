@@ -214,12 +214,13 @@ class Summary:
 
 def _without(words: Sequence[str], options: Collection[str]) -> list[str]:
     """Command-line words without those that set `options`, and only the last of several for the same option."""
-
-    def option(word: str) -> str:
-        return word.partition("=")[0].lstrip("+")
-
-    last = {option(word): i for i, word in enumerate(words)}
-    return [word for i, word in enumerate(words) if last[option(word)] == i and option(word) not in options]
+    kept: dict[str, str] = {}
+    for word in words:
+        option = word.partition("=")[0].lstrip("+")
+        # One that an earlier word adds, as reward=[a,b] does with weights, still needs its plus.
+        added = kept.pop(option, "").startswith("+") and not word.startswith("+")
+        kept[option] = f"+{word}" if added else word
+    return [word for option, word in kept.items() if option not in options]
 
 
 def _best(trainer: Trainer) -> list[str]:
@@ -234,7 +235,9 @@ def _best(trainer: Trainer) -> list[str]:
             # The file's own: Lightning does not restore the score of one in another folder, as with train=false.
             score = saved["callbacks"].get(callback.state_key, {}).get("best_model_score")
             value = "" if score is None else f" {float(score):.3f}"
-            found.append(f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {saved['epoch'] + 1}")
+            found.append(
+                f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {saved['epoch'] + 1}"
+            )
     return found
 
 

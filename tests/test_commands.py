@@ -295,7 +295,9 @@ def test_an_average_that_has_not_moved_yet_is_told_of(
     state["flowalign"]["config"]["frozen"]["ema"]["interval"] = interval
     torch.save(state, tmp_path / "last.ckpt")
     assert say(main, "export", f"ckpt={tmp_path / 'last.ckpt'}", f"to={tmp_path / 'export'}")[0] == 0
-    told = "frozen.ema follows every 8 optimiser steps, and there were 2: it still holds the weights from before training"
+    told = (
+        "frozen.ema follows every 8 optimiser steps, and there were 2: it still holds the weights from before training"
+    )
     assert (told in caplog.text) == (interval == 8)
 
 

@@ -30,6 +30,12 @@ from flowalign.sweeps import record_failures
             "trainer.max_epochs=-1 {again} trainer.max_steps=40",
         ),
         (2, -1, ["seed=1", "algo=nft", "seed=2"], "algo=nft seed=2 {again} trainer.max_epochs=4"),
+        (
+            2,
+            -1,
+            ["+reward.weights.a=1", "+reward.weights.b=1", "reward.weights.a=2"],
+            "+reward.weights.b=1 +reward.weights.a=2 {again} trainer.max_epochs=4",
+        ),
         (50, 20, ["+trainer.max_steps=20", "ckpt_path=auto"], "{again} trainer.max_epochs=100 trainer.max_steps=40"),
     ],
 )

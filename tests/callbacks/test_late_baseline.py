@@ -93,7 +93,9 @@ def test_a_run_too_short_for_its_average_says_so(trained: Callable[..., Run], ca
     words = ("algo=nft", "tune=lora", "evaluation.weights=ema", "frozen.ema.interval=8")
     module, trainer, found = trained(*words, late=False)
     assert evaluate(trainer, module, test=False)["val/reward"] == found.results["baseline"]["val/reward"]
-    assert "frozen.ema follows every 8 optimiser steps, and there were 4: it still holds the weights from" in caplog.text
+    assert (
+        "frozen.ema follows every 8 optimiser steps, and there were 4: it still holds the weights from" in caplog.text
+    )
 
 
 def test_the_first_checkpoint_holds_the_whole_baseline(trained: Callable[..., Run]):
