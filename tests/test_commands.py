@@ -94,6 +94,8 @@ def test_the_last_checkpoint_is_that_of_ones_own_folder(tmp_path: Path, monkeypa
     assert find_checkpoint("last", older.parents[1]) == str(older)
     assert Path(find_checkpoint("last", tmp_path / "elsewhere") or "").resolve() == newer
     assert find_checkpoint(str(older.parents[1])) == str(older)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_checkpoint("~/outputs/train/a") == str(older)  # not every shell replaces the tilde behind an equals sign
     with pytest.raises(ConfigError, match="train holds no checkpoint"):  # as a run that ended in its first epoch
         find_checkpoint(str(older.parents[2]))
 
@@ -159,7 +161,9 @@ def test_tensorboard_holds_the_fixed_names_and_pictures_of_start_and_end(trained
 # ------------------------------------------------------------ sample and export
 
 
-def test_sample_writes_a_picture_of_the_asked_size(trained: Path, tmp_path: Path, say: Callable[..., Any]):
+def test_sample_writes_a_picture_of_the_asked_size(
+    trained: Path, tmp_path: Path, say: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
     from flowalign.cli import main
 
     last, target = trained / "checkpoints" / "last.ckpt", tmp_path / "deep" / "picture.png"
@@ -173,7 +177,9 @@ def test_sample_writes_a_picture_of_the_asked_size(trained: Path, tmp_path: Path
     assert (one != two).any()
     say(main, "sample", *words, "size=32")
     assert (np.asarray(Image.open(written[0])) == one).all()
-    code, out, _ = say(main, "sample", f"ckpt={last}", "prompt=a", "steps=1", f"to={target}", "weights=old")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, _ = say(main, "sample", f"ckpt={last}", "prompt=a", "steps=1", "to=~/a.png", "weights=old")
+    assert out.strip() == str(tmp_path / "a.png")
     assert Image.open(out.strip()).size == (64, 64)
 
 

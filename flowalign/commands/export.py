@@ -31,7 +31,7 @@ def export(ckpt: str, to: str, weights: str = "", merge: bool = False) -> None:
     if saved.weights != "live":
         saved.policy.copy_into_live(saved.weights)
     lora = saved.config.tune["_target_"].endswith("Lora")
-    folder = Path(to)
+    folder = Path(to).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     if lora and not merge:
         saved.model.save_lora(folder)
