@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 
 from flowalign.checks import ConfigError
+from flowalign.planning import instantiate
 from flowalign.resuming import find_checkpoint
+from flowalign.reward_nodes import final_weights
 from tests.conftest import ROOT, TINY, settled
 
 if TYPE_CHECKING:
@@ -358,6 +360,40 @@ def test_a_card_names_the_reward_that_another_one_wraps(saved: SavedRun, compose
     config = compose("reward=pickscore_video", "resolution.eval.height=64", "resolution.eval.width=64")
     said = "| reward | Frames(PickScore); watched beside it: motion, smoothness |"
     assert said in card(replace(saved, config=config), lora=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("reward=shapes_light", "reward.weights.light=0.25"), "1 × Shapes, 0.25 × Brightness"),
+        (
+            (
+                *("reward=several", "+reward@reward.parts.light=shapes_light", "+reward@reward.parts.jpeg=jpeg"),
+                *("+reward.weights.light=4", "reward.parts.light.weights.shapes=0.5"),
+                "reward.parts.light.weights.light={_target_:flowalign.scoring.Ramp,epochs:[0,9],values:[0,0.25]}",
+            ),
+            "2 × Shapes, 1 × Brightness, 1 × Jpeg",
+        ),
+    ],
+)
+def test_a_card_names_the_weights_of_several_rewards(
+    saved: SavedRun, compose: Callable[..., DictConfig], words: tuple[str, ...], said: str
+):
+    from flowalign.commands.export import card
+
+    config = compose(*words)
+    assert f"| reward | {said}; watched" in card(replace(saved, config=config), lora=True)
+    assert list(final_weights(config.reward).values()) == instantiate(config.reward).weights().tolist()
+
+
+def test_a_card_names_the_recipe_of_the_run(saved: SavedRun, tmp_path: Path):
+    from flowalign.commands.export import card
+
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "hydra.yaml").write_text("hydra: {runtime: {choices: {experiment: published_nft}}}\n")
+    text = card(replace(saved, path=tmp_path / "checkpoints" / "last.ckpt"), lora=True)
+    assert "| recipe | `experiment=published_nft`: NFT with CPS" in text
+    assert "experiment=" not in card(saved, lora=True)
 
 
 @pytest.mark.parametrize("word", CARDS)
