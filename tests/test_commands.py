@@ -553,6 +553,7 @@ WRONG = [
     (("algo=grpo", "optimisation.guidance=4"), "rollout.guidance"),
     (("algo.adv_mode=some",), "adv_mode"),
     (("reward=[pickscore,hpsv3x]",), "no reward called hpsv3x; did you mean hpsv3?"),
+    (("reward=[jpeg,jpeg]",), "reward=[jpeg,jpeg] names jpeg twice: name it once, with reward.weights.jpeg=2"),
     (("reward=[jpeg,brightness]", "reward.weights.light=2"), "unknown option reward.weights.light"),
     (("-m", "reward=[jpeg,brightness],[jpeg,shapes]"), "reward=[jpeg,brightness] cannot be one value of a sweep"),
     (("reward=several",), "reward.parts needs a value"),

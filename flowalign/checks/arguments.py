@@ -71,6 +71,8 @@ def join_rewards(argv: Sequence[str]) -> list[str]:
     first = next(i for i, word in enumerate(argv) if "=" in word and not word.startswith("-"))
     options = [option.strip().strip("'\"") for option in found[0][1].split(",")]
     parts = [(option.rsplit("/", 1)[-1], option) for option in options]
+    if twice := sorted({name for name, _ in parts if [other for other, _ in parts].count(name) > 1}):
+        raise ConfigError(f"{found[0][0]} names {twice[0]} twice: name it once, with reward.weights.{twice[0]}=2")
     added = ["reward=several", *(f"+reward@reward.parts.{name}={option}" for name, option in parts)]
     added += [f"+reward.weights.{name}=1.0" for name, _ in parts]
     return [*argv[:first], *added, *(word for word in argv[first:] if word != found[0][0])]
