@@ -75,7 +75,8 @@ def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mappi
     if taken := _taken(node, key):
         return taken
     group, _, leaf = key.partition(".")
-    if group in chosen and (having := compose.options_with(group, leaf)):
+    # The keys of `several`, which reward=[a,b] stands for, are named after its parts: other options' are no help.
+    if chosen.get(group, "several") != "several" and (having := compose.options_with(group, leaf)):
         others = " and ".join(f"{group}={option}" for option in having[:3])
         return f"{group}={chosen[group]} has no {leaf}, but {others} {'have' if having[1:] else 'has'} one"
     if group == "trainer" and leaf in SET_BY_THE_RUN:
