@@ -31,6 +31,8 @@ CHECKED_GROUPS = ("tune", "encoding", "evaluation", "optimisation", "schedule", 
 """Groups that are instantiated early only for the checks of their classes."""
 OBJECTIVE = "val/reward"
 """The metric of the whole objective at evaluations."""
+CHECKPOINT_KEYS = ("monitor", "mode", "every_n_train_steps", "every_n_epochs", "train_time_interval")
+"""Arguments by which Lightning tells ModelCheckpoints apart."""
 MAX_CHECKED_EPOCHS = 1000
 """Epochs whose steps are counted in advance, at most."""
 
@@ -150,7 +152,7 @@ def _check_checkpoints(callbacks: DictConfig) -> None:
     for name, node in callbacks.items():
         if node is None or not str(node["_target_"]).endswith(".ModelCheckpoint"):
             continue
-        same = (node.get("monitor"), node.get("mode"), node.get("every_n_epochs"), node.get("every_n_train_steps"))
+        same = tuple(node.get(key) for key in CHECKPOINT_KEYS)
         if (other := keepers.setdefault(same, str(name))) != name:
             raise ConfigError(
                 f"callbacks.{other} and callbacks.{name} keep the same checkpoint, by monitor={same[0]}: leave one "

@@ -217,9 +217,10 @@ def _without(words: Sequence[str], options: Collection[str]) -> list[str]:
     kept: dict[str, str] = {}
     for word in words:
         option = word.partition("=")[0].lstrip("+")
+        earlier = kept.pop(option, "")
         # One that an earlier word adds, as reward=[a,b] does with weights, still needs its plus.
-        added = kept.pop(option, "").startswith("+") and not word.startswith("+")
-        kept[option] = f"+{word}" if added else word
+        pluses = "" if word.startswith("+") else earlier[: len(earlier) - len(earlier.lstrip("+"))]
+        kept[option] = pluses + word
     return [word for option, word in kept.items() if option not in options]
 
 
@@ -233,7 +234,7 @@ def _best(trainer: Trainer) -> list[str]:
         if path and Path(path).exists():
             saved = read_split(Path(path))[0]
             # The file's own: Lightning does not restore the score of one in another folder, as with train=false.
-            score = saved["callbacks"].get(callback.state_key, {}).get("best_model_score")
+            score = saved.get("callbacks", {}).get(callback.state_key, {}).get("best_model_score")
             value = "" if score is None else f" {float(score):.3f}"
             found.append(
                 f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {saved['epoch'] + 1}"

@@ -36,6 +36,7 @@ from flowalign.sweeps import record_failures
             ["+reward.weights.a=1", "+reward.weights.b=1", "reward.weights.a=2"],
             "+reward.weights.b=1 +reward.weights.a=2 {again} trainer.max_epochs=4",
         ),
+        (2, -1, ["++algo.kl_beta=1", "algo.kl_beta=2"], "++algo.kl_beta=2 {again} trainer.max_epochs=4"),
         (50, 20, ["+trainer.max_steps=20", "ckpt_path=auto"], "{again} trainer.max_epochs=100 trainer.max_steps=40"),
     ],
 )
