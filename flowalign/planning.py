@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from flowalign.checks import ConfigError, as_config_errors, check_signatures
@@ -21,12 +24,15 @@ if TYPE_CHECKING:  # they import PyTorch, which takes longer than printing a hel
     from flowalign.geometry import Geometry
     from flowalign.steps.base import StepPlan, Steps
 
+log = logging.getLogger("flowalign")
 PLAN_GROUPS = {"batch": "batch", "algorithm": "algo", "steps": "steps", "times": "times", "rollout": "rollout"}
 """Config group by the Recipe field that the batch plan depends on."""
 CHECKED_GROUPS = ("tune", "encoding", "evaluation", "optimisation", "schedule", "dynamics", "credit")
 """Groups that are instantiated early only for the checks of their classes."""
 OBJECTIVE = "val/reward"
 """The metric of the whole objective at evaluations."""
+CHECKPOINT_KEYS = ("monitor", "mode", "every_n_train_steps", "every_n_epochs", "train_time_interval")
+"""Arguments by which Lightning tells ModelCheckpoints apart."""
 MAX_CHECKED_EPOCHS = 1000
 """Epochs whose steps are counted in advance, at most."""
 
@@ -71,7 +77,11 @@ def check_plan(cfg: DictConfig) -> None:
         _check_every_epoch(geometry, plans)
         if locate(cfg.dynamics["_target_"]).still_at_end:
             _check_last_step(parts["rollout"].num_steps, plans)
+    if parts["batch"].micro != "auto":
+        _check_batches(cfg.trainer, geometry)
     _check_monitors(cfg)
+    _check_optimised(cfg)
+    _check_checkpoints(cfg.callbacks)
 
 
 def _plans(steps: Steps, num_steps: int, epochs: Any) -> list[StepPlan]:
@@ -99,15 +109,54 @@ def _check_last_step(num_steps: int, plans: Sequence[StepPlan]) -> None:
         )
 
 
+def _check_batches(trainer: DictConfig, geometry: Geometry) -> None:
+    """Reject a share of an epoch's batches that is none, which Lightning would notice after loading the model."""
+    limit = trainer.get("limit_train_batches")
+    if isinstance(limit, float) and 0 < limit < 1 and int(limit * geometry.batches_per_epoch) == 0:
+        raise ConfigError(
+            f"trainer.limit_train_batches={limit} leaves none of an epoch's batches ({geometry.batches_per_epoch}): "
+            "use trainer.limit_train_batches=1.0, or a smaller batch.micro."
+        )
+
+
 def _check_monitors(cfg: DictConfig) -> None:
     """Reject callbacks that wait for a val/reward without values; `build_trainer` leaves out checkpoints by it."""
     for name, node in ({} if is_evaluated(cfg.reward) else cfg.callbacks).items():
         if node is not None and node.get("monitor") == OBJECTIVE and not keeps_best(node):
-            measured = [f"val/{measure}" for measure in held_out(cfg.reward)]
+            raise ConfigError(f"callbacks.{name}.monitor={OBJECTIVE} {_unmeasured(cfg.reward, 'val/')}")
+
+
+def _check_optimised(cfg: DictConfig) -> None:
+    """Check that the runs of a sweep can be compared: a search without values would be in vain, a grid is told."""
+    stage, _, name = str(cfg.optimized_metric).rpartition("/")
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if not sweeping or name != "reward" or is_evaluated(cfg.reward):
+        return
+    problem = f"optimized_metric={cfg.optimized_metric} {_unmeasured(cfg.reward, f'{stage}/')}"
+    if not HydraConfig.get().sweeper._target_.endswith(".BasicSweeper"):
+        raise ConfigError(problem)
+    log.warning("the sweep will end without a comparison: %s", problem)
+
+
+def _unmeasured(reward: DictConfig, stage: str) -> str:
+    measured = [f"{stage}{measure}" for measure in held_out(reward)]
+    return (
+        "has no value with this reward, which is not measured at evaluations (one image per prompt leaves nothing to "
+        f"compare): use {' or '.join(measured) or 'a measure that you add under reward.held_out'}."
+    )
+
+
+def _check_checkpoints(callbacks: DictConfig) -> None:
+    """Reject two callbacks that keep the best checkpoint by the same metric: Lightning would mix their states."""
+    keepers: dict[tuple[Any, ...], str] = {}
+    for name, node in callbacks.items():
+        if node is None or not str(node["_target_"]).endswith(".ModelCheckpoint"):
+            continue
+        same = tuple(node.get(key) for key in CHECKPOINT_KEYS)
+        if (other := keepers.setdefault(same, str(name))) != name:
             raise ConfigError(
-                f"callbacks.{name}.monitor={OBJECTIVE} has no value with this reward, which is not measured at "
-                "evaluations (one image per prompt leaves nothing to compare): use "
-                f"{' or '.join(measured) or 'a measure that you add under reward.held_out'}."
+                f"callbacks.{other} and callbacks.{name} keep the same checkpoint, by monitor={same[0]}: leave one "
+                f"out, by callbacks.{other}=null, or give it another monitor."
             )
 
 

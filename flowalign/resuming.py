@@ -44,7 +44,7 @@ def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None
     own = None if folder is None else own_checkpoint(folder)
     if given == "last":
         return own or _newest()
-    path = Path(given)
+    path = Path(given).expanduser()
     _restore_if_idle(path.parent, folder)
     if (last := last_checkpoint(path, folder)) is not None:
         return last
@@ -52,7 +52,7 @@ def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None
         nearby = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         wrong = "holds no checkpoint" if path.is_dir() else "does not exist"
         raise ConfigError(f"ckpt_path={given} {wrong}" + (f"; there is {', '.join(nearby)}." if nearby else "."))
-    return given
+    return str(path)
 
 
 def _last(run: Path) -> str | None:

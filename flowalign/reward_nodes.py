@@ -19,6 +19,22 @@ def held_out(reward: DictConfig) -> dict[str, DictConfig]:
     return {name: _unwrapped(node) for name, node in _held_out(reward)}
 
 
+def final_weights(reward: DictConfig) -> dict[str, float]:
+    """Weights of the rewards that are trained on, by name, as at the end of a ramp."""
+    given = reward.get("weights") or {}
+    found = {}
+    for part, node in (reward.get("parts") or {}).items():
+        inside = final_weights(node)
+        found |= {part if name == "reward" else name: _final(given.get(part)) * w for name, w in inside.items()}
+    for name, node in _objective(DictConfig({"objective": reward.get("objective")})):
+        found[name] = _final(given.get(name, node.get("weight") if _is_measure(node) else None))
+    return found
+
+
+def _final(weight: float | DictConfig | None) -> float:
+    return 1.0 if weight is None else float(weight["values"][-1] if isinstance(weight, DictConfig) else weight)
+
+
 def is_groupwise(node: DictConfig) -> bool:
     """Whether a reward compares the samples of a group."""
     return bool(node.get("groupwise", getattr(locate(node["_target_"]), "groupwise", False)))

@@ -279,6 +279,8 @@ def fit(trainer: Trainer, module: AlignModule, summary: Summary, ckpt_path: str 
             trainer.current_epoch,
             trainer.max_epochs,
         )
+    if (evaluated := module.recipe.evaluation.copy) is not None:
+        module.recipe.frozen[evaluated].warn_if_waiting(evaluated, trainer.global_step)
     summary.end_training()
     if late and baseline.waiting:  # there was nothing to train, so these are the initial weights
         summary.extend_baseline(to_floats(trainer.test(module, verbose=False)), 0.0)

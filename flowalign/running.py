@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from flowalign.attention import use_float32_attention_on_cpu
 from flowalign.checks.suggest import suggest
@@ -74,6 +73,11 @@ class Running:
                 f"{name} predicts something else under gradient checkpointing, since diffusers then drops "
                 "its attention mask: use running.gradient_checkpointing=false."
             )
+        if self.vae_channels_last and family.vae_in_3d:
+            raise ValueError(
+                f"the VAE of {name} has 3-d convolutions, and running.vae_channels_last is for 2-d ones: use "
+                "running.vae_channels_last=false."
+            )
         if self.attention is not None:
             _check_backend(self.attention, name, family.takes_attention_backend)
 
@@ -107,7 +111,7 @@ class Running:
                     raise ValueError(f"the VAE of {type(model).__name__} has no {switch}().")
                 getattr(model.pipe.vae, switch)()
         if self.vae_channels_last:
-            _channels_last(model)
+            model.pipe.vae.to(memory_format=torch.channels_last)
 
 
 def _check_backend(name: str, family: str, any_backend: bool) -> None:
@@ -118,12 +122,3 @@ def _check_backend(name: str, family: str, any_backend: bool) -> None:
     if not any_backend:
         check_kernel(name, family)
     check_installed(name)
-
-
-def _channels_last(model: FlowModel) -> None:
-    if any(isinstance(part, nn.Conv3d) for part in model.pipe.vae.modules()):
-        raise ValueError(
-            f"the VAE of {type(model).__name__} has 3-d convolutions, and running.vae_channels_last is for 2-d ones: "
-            "use running.vae_channels_last=false."
-        )
-    model.pipe.vae.to(memory_format=torch.channels_last)

@@ -214,12 +214,14 @@ class Summary:
 
 def _without(words: Sequence[str], options: Collection[str]) -> list[str]:
     """Command-line words without those that set `options`, and only the last of several for the same option."""
-
-    def option(word: str) -> str:
-        return word.partition("=")[0].lstrip("+")
-
-    last = {option(word): i for i, word in enumerate(words)}
-    return [word for i, word in enumerate(words) if last[option(word)] == i and option(word) not in options]
+    kept: dict[str, str] = {}
+    for word in words:
+        option = word.partition("=")[0].lstrip("+")
+        earlier = kept.pop(option, "")
+        # One that an earlier word adds, as reward=[a,b] does with weights, still needs its plus.
+        pluses = "" if word.startswith("+") else earlier[: len(earlier) - len(earlier.lstrip("+"))]
+        kept[option] = pluses + word
+    return [word for option, word in kept.items() if option not in options]
 
 
 def _best(trainer: Trainer) -> list[str]:
@@ -228,11 +230,15 @@ def _best(trainer: Trainer) -> list[str]:
     for callback in trainer.checkpoint_callbacks:
         if not isinstance(callback, ModelCheckpoint) or callback.monitor is None:
             continue
-        path, score = callback.best_model_path, callback.best_model_score
+        path = callback.best_model_path
         if path and Path(path).exists():
-            epochs = read_split(Path(path))[0]["epoch"] + 1
-            value = "" if score is None else f" {float(score):.3f}"  # not restored for a file in another folder
-            found.append(f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {epochs}")
+            saved = read_split(Path(path))[0]
+            # The file's own: Lightning does not restore the score of one in another folder, as with train=false.
+            score = saved.get("callbacks", {}).get(callback.state_key, {}).get("best_model_score")
+            value = "" if score is None else f" {float(score):.3f}"
+            found.append(
+                f"flowalign evaluate ckpt={path}  # {callback.monitor}{value} after epoch {saved['epoch'] + 1}"
+            )
     return found
 
 

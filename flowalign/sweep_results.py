@@ -80,6 +80,7 @@ def table(results: Sequence[Result]) -> list[str]:
 def _line(words: str, same: Sequence[Result], mean: float) -> str:
     if len(same) == 1:
         return f"{mean:>7.4f}  {shlex.join(same[0].words)}  in {same[0].folder}"
-    spread = statistics.stdev(result.value for result in same)
+    values = [result.value for result in same]
+    spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan  # it fails for such a value
     folders = ", ".join(result.folder for result in same)
     return f"{mean:>7.4f} ± {spread:.4f}  {words}{'  ' * bool(words)}{len(same)} seeds, in {folders}"

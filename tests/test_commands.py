@@ -17,7 +17,9 @@ import torch
 from PIL import Image
 
 from flowalign.checks import ConfigError
+from flowalign.planning import instantiate
 from flowalign.resuming import find_checkpoint
+from flowalign.reward_nodes import final_weights
 from tests.conftest import ROOT, TINY, settled
 
 if TYPE_CHECKING:
@@ -94,6 +96,10 @@ def test_the_last_checkpoint_is_that_of_ones_own_folder(tmp_path: Path, monkeypa
     assert find_checkpoint("last", older.parents[1]) == str(older)
     assert Path(find_checkpoint("last", tmp_path / "elsewhere") or "").resolve() == newer
     assert find_checkpoint(str(older.parents[1])) == str(older)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_checkpoint("~/outputs/train/a") == str(
+        older
+    )  # not every shell replaces the tilde behind an equals sign
     with pytest.raises(ConfigError, match="train holds no checkpoint"):  # as a run that ended in its first epoch
         find_checkpoint(str(older.parents[2]))
 
@@ -159,7 +165,9 @@ def test_tensorboard_holds_the_fixed_names_and_pictures_of_start_and_end(trained
 # ------------------------------------------------------------ sample and export
 
 
-def test_sample_writes_a_picture_of_the_asked_size(trained: Path, tmp_path: Path, say: Callable[..., Any]):
+def test_sample_writes_a_picture_of_the_asked_size(
+    trained: Path, tmp_path: Path, say: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
     from flowalign.cli import main
 
     last, target = trained / "checkpoints" / "last.ckpt", tmp_path / "deep" / "picture.png"
@@ -173,7 +181,9 @@ def test_sample_writes_a_picture_of_the_asked_size(trained: Path, tmp_path: Path
     assert (one != two).any()
     say(main, "sample", *words, "size=32")
     assert (np.asarray(Image.open(written[0])) == one).all()
-    code, out, _ = say(main, "sample", f"ckpt={last}", "prompt=a", "steps=1", f"to={target}", "weights=old")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, out, _ = say(main, "sample", f"ckpt={last}", "prompt=a", "steps=1", "to=~/a.png", "weights=old")
+    assert out.strip() == str(tmp_path / "a.png")
     assert Image.open(out.strip()).size == (64, 64)
 
 
@@ -285,6 +295,22 @@ def test_merged_adapters_are_the_adapted_model(trained: Path, tmp_path: Path, sa
     assert (picture(pipe) - base).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("interval", [1, 8])
+def test_an_average_that_has_not_moved_yet_is_told_of(
+    of_ones_own: Path, tmp_path: Path, say: Callable[..., Any], caplog: pytest.LogCaptureFixture, interval: int
+):
+    from flowalign.cli import main
+
+    state = torch.load(of_ones_own / "checkpoints" / "last.ckpt", weights_only=True)
+    state["flowalign"]["config"]["frozen"]["ema"]["interval"] = interval
+    torch.save(state, tmp_path / "last.ckpt")
+    assert say(main, "export", f"ckpt={tmp_path / 'last.ckpt'}", f"to={tmp_path / 'export'}")[0] == 0
+    told = (
+        "frozen.ema follows every 8 optimiser steps, and there were 2: it still holds the weights from before training"
+    )
+    assert (told in caplog.text) == (interval == 8)
+
+
 def test_a_card_tells_base_recipe_curve_and_rewards(trained: Path, tmp_path: Path, say: Callable[..., Any]):
     from flowalign.cli import main
 
@@ -334,6 +360,40 @@ def test_a_card_names_the_reward_that_another_one_wraps(saved: SavedRun, compose
     config = compose("reward=pickscore_video", "resolution.eval.height=64", "resolution.eval.width=64")
     said = "| reward | Frames(PickScore); watched beside it: motion, smoothness |"
     assert said in card(replace(saved, config=config), lora=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("reward=shapes_light", "reward.weights.light=0.25"), "1 × Shapes, 0.25 × Brightness"),
+        (
+            (
+                *("reward=several", "+reward@reward.parts.light=shapes_light", "+reward@reward.parts.jpeg=jpeg"),
+                *("+reward.weights.light=4", "reward.parts.light.weights.shapes=0.5"),
+                "reward.parts.light.weights.light={_target_:flowalign.scoring.Ramp,epochs:[0,9],values:[0,0.25]}",
+            ),
+            "2 × Shapes, 1 × Brightness, 1 × Jpeg",
+        ),
+    ],
+)
+def test_a_card_names_the_weights_of_several_rewards(
+    saved: SavedRun, compose: Callable[..., DictConfig], words: tuple[str, ...], said: str
+):
+    from flowalign.commands.export import card
+
+    config = compose(*words)
+    assert f"| reward | {said}; watched" in card(replace(saved, config=config), lora=True)
+    assert list(final_weights(config.reward).values()) == instantiate(config.reward).weights().tolist()
+
+
+def test_a_card_names_the_recipe_of_the_run(saved: SavedRun, tmp_path: Path):
+    from flowalign.commands.export import card
+
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "hydra.yaml").write_text("hydra: {runtime: {choices: {experiment: published_nft}}}\n")
+    text = card(replace(saved, path=tmp_path / "checkpoints" / "last.ckpt"), lora=True)
+    assert "| recipe | `experiment=published_nft`: NFT with CPS" in text
+    assert "experiment=" not in card(saved, lora=True)
 
 
 @pytest.mark.parametrize("word", CARDS)
@@ -405,6 +465,19 @@ def test_evaluate_has_the_precision_and_the_weights_of_the_run(
     assert say(main, "evaluate", words[0], "weights=live", f"to={tmp_path / 'live'}")[0] == 0
     live = json.loads((tmp_path / "live" / "summary.json").read_text())["scores"]
     assert abs(live["quality"] - scores["quality"]) > 1e-3
+
+
+def test_evaluate_refuses_a_prompt_that_cannot_be_scored_before_it_samples(
+    trained: Path, tmp_path: Path, say: Callable[..., Any]
+):
+    from flowalign.cli import main
+
+    (tmp_path / "asked.txt").write_text('the word "red"\ntwo red circles\n')
+    words = (f"prompts={tmp_path / 'asked.txt'}", "reward=ocr", f"to={tmp_path / 'judged'}")
+    code, out, err = say(main, "evaluate", f"ckpt={trained}", *words)
+    assert (code, out) == (2, "")
+    assert "asked.txt:2: reward `reward` (OCR): the OCR reward looks for a text" in err
+    assert not (tmp_path / "judged").exists()
 
 
 def test_sample_reads_a_file_of_prompts_and_compares_with_the_base(
@@ -481,6 +554,7 @@ WRONG = [
     (("algo=grpo", "optimisation.guidance=4"), "rollout.guidance"),
     (("algo.adv_mode=some",), "adv_mode"),
     (("reward=[pickscore,hpsv3x]",), "no reward called hpsv3x; did you mean hpsv3?"),
+    (("reward=[jpeg,jpeg]",), "reward=[jpeg,jpeg] names jpeg twice: name it once, with reward.weights.jpeg=2"),
     (("reward=[jpeg,brightness]", "reward.weights.light=2"), "unknown option reward.weights.light"),
     (("-m", "reward=[jpeg,brightness],[jpeg,shapes]"), "reward=[jpeg,brightness] cannot be one value of a sweep"),
     (("reward=several",), "reward.parts needs a value"),

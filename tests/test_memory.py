@@ -24,7 +24,6 @@ from flowalign.policy import Policy
 from flowalign.recipe import batch_plan
 from flowalign.run import build_recipe, build_trainer, plan_accumulation
 from flowalign.running import Running
-from tests.models.tiny.parts import wan_vae
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,10 +91,13 @@ def test_channels_last_decode_the_same_pictures(tiny: Callable[..., DictConfig])
     assert torch.allclose(model.encode_images(before), model.encode_images(after), atol=1e-3)
 
 
-def test_channels_last_are_refused_where_convolutions_have_three_dimensions(sd3: SD3):
-    sd3.pipe.register_modules(vae=wan_vae())
-    with pytest.raises(ValueError, match="3-d convolutions, .* use running.vae_channels_last=false"):
-        Running(vae_channels_last=True).apply(sd3)
+@pytest.mark.parametrize("model", ["wan2_1_t2v", "qwen_image"])
+def test_channels_last_are_refused_where_convolutions_have_three_dimensions(
+    compose: Callable[..., DictConfig], model: str
+):
+    """Before the model is loaded."""
+    with pytest.raises(ConfigError, match="3-d convolutions, .* use running.vae_channels_last=false"):
+        check_groups(compose(f"model={model}", "tune=lora", "running.vae_channels_last=true"))
 
 
 def test_storages_are_counted_once():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.types import RunMode
 
 from flowalign.checks import ConfigError
 from flowalign.planning import check_plan, devices, replicas
@@ -25,6 +28,14 @@ from flowalign.run import assemble, build_recipe, build_trainer
             r"monitor=val/reward .*: use val/strict or val/quality",
         ),
         (("reward=judge_ranking", "callbacks=early_stopping"), r"use a measure that you add under reward.held_out"),
+        (
+            ("trainer.limit_train_batches=0.5", "batch.micro=576", "batch.updates=1"),
+            r"leaves none of an epoch's batches \(1\)",
+        ),
+        (
+            ("callbacks=[default,hacking_guard]", "callbacks.best.monitor=val/quality"),
+            r"callbacks.best and callbacks.best_gold keep the same checkpoint, by monitor=val/quality: leave one out",
+        ),
         (("algo=tempflow", "batch.group_size=10"), r"trunks of 12 branches: use batch.group_size=12"),
         (("algo=crd", "batch.micro=1"), r"batch.micro=1 leaves .* nothing can be learnt: use batch.micro=2\.$"),
         (("algo=awm", "algo.off_policy=true", "frozen.old.decay.kind=2"), r"frozen.old for the weights .*decay.kind=0"),
@@ -38,6 +49,27 @@ from flowalign.run import assemble, build_recipe, build_trainer
 def test_a_plan_is_refused_from_the_config_alone(compose: Callable[..., Any], words: tuple[str, ...], sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         check_plan(compose(*words))
+
+
+@pytest.mark.parametrize("sweeper", ["Basic", "Optuna"])
+@pytest.mark.parametrize("word", ["reward=shapes_win_rate", "reward=shapes"])
+def test_a_sweep_is_told_at_once_that_its_metric_has_no_value(
+    compose: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    sweeper: str,
+    word: str,
+):
+    """A search would be in vain; the runs of a grid may be of use without a comparison."""
+    cfg = compose(word)
+    node = SimpleNamespace(mode=RunMode.MULTIRUN, sweeper=SimpleNamespace(_target_=f"hydra.{sweeper}Sweeper"))
+    patched = SimpleNamespace(get=lambda: node, initialized=lambda: True)
+    monkeypatch.setattr("flowalign.planning.HydraConfig", patched)
+    said = "optimized_metric=val/reward has no value with this reward, .*: use val/strict or val/quality"
+    unmeasured = word == "reward=shapes_win_rate"
+    with pytest.raises(ConfigError, match=said) if unmeasured and sweeper == "Optuna" else nullcontext():
+        check_plan(cfg)
+    assert bool(re.search(said, caplog.text)) == (unmeasured and sweeper == "Basic")
 
 
 HIDDEN = (

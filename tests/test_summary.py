@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hydra.types import RunMode
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from flowalign.summary import Summary
+from flowalign.summary import Summary, _best
 from flowalign.sweeps import record_failures
 
 
@@ -28,6 +30,13 @@ from flowalign.sweeps import record_failures
             "trainer.max_epochs=-1 {again} trainer.max_steps=40",
         ),
         (2, -1, ["seed=1", "algo=nft", "seed=2"], "algo=nft seed=2 {again} trainer.max_epochs=4"),
+        (
+            2,
+            -1,
+            ["+reward.weights.a=1", "+reward.weights.b=1", "reward.weights.a=2"],
+            "+reward.weights.b=1 +reward.weights.a=2 {again} trainer.max_epochs=4",
+        ),
+        (2, -1, ["++algo.kl_beta=1", "algo.kl_beta=2"], "++algo.kl_beta=2 {again} trainer.max_epochs=4"),
         (50, 20, ["+trainer.max_steps=20", "ckpt_path=auto"], "{again} trainer.max_epochs=100 trainer.max_steps=40"),
     ],
 )
@@ -60,6 +69,18 @@ def test_an_evaluation_alone_counts_what_its_checkpoint_was_trained(trained: tup
     trainer: Any = SimpleNamespace(current_epoch=trained[0], global_step=trained[1])
     module: Any = SimpleNamespace(done=(2, 8))
     assert Summary(Path(), 0, module, [])._done(trainer) == counted
+
+
+def test_the_best_checkpoint_of_another_folder_is_named_with_its_value(tmp_path: Path):
+    """That of a run which is resumed or only evaluated elsewhere: Lightning restores its path, and not its score."""
+    here, there = (ModelCheckpoint(tmp_path / name, monitor="val/reward") for name in ("here", "there"))
+    there.best_model_path, there.best_model_score = str(tmp_path / "best.ckpt"), torch.tensor(0.625)
+    state = {"epoch": 3, "callbacks": {there.state_key: there.state_dict()}}
+    torch.save(state, tmp_path / "best.ckpt")
+    with pytest.warns(UserWarning, match="dirpath has changed"):
+        here.load_state_dict(state["callbacks"][here.state_key])
+    said = _best(SimpleNamespace(checkpoint_callbacks=[here]))  # type: ignore[arg-type]
+    assert said == [f"flowalign evaluate ckpt={tmp_path}/best.ckpt  # val/reward 0.625 after epoch 4"]
 
 
 @pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])

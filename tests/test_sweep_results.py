@@ -46,6 +46,12 @@ def test_seeds_alone_make_one_line(tmp_path: Path):
     assert table(read_results(tmp_path, COMMON, ())) == [" 0.5000 ± 0.0000  2 seeds, in 0, 1"]
 
 
+def test_seeds_of_which_one_has_no_value_make_a_line(tmp_path: Path):
+    for seed, value in enumerate((0.5, None)):
+        ended(tmp_path / str(seed), value, f"seed={seed}")
+    assert table(read_results(tmp_path, COMMON, ())) == ["    nan ± nan  2 seeds, in 0, 1"]
+
+
 def test_the_file_has_the_options_and_metrics_of_every_run(sweep: Path):
     write_results(read_results(sweep, COMMON, {"11"}), sweep / "sweep.csv")
     rows = list(csv.DictReader((sweep / "sweep.csv").open()))

@@ -75,6 +75,8 @@ def expand_rewards(argv: Sequence[str]) -> list[str]:
     first = next(i for i, word in enumerate(argv) if "=" in word and not word.startswith("-"))
     options = [option.strip().strip("'\"") for option in found[0][1].split(",")]
     parts = [(option.rsplit("/", 1)[-1], option) for option in options]
+    if twice := sorted({name for name, _ in parts if [other for other, _ in parts].count(name) > 1}):
+        raise ConfigError(f"{found[0][0]} names {twice[0]} twice: name it once, with reward.weights.{twice[0]}=2")
     added = [SEVERAL, *(f"{PART}{name}={option}" for name, option in parts)]
     added += [f"{WEIGHT}{name}{EQUAL}" for name, _ in parts]
     return [*argv[:first], *added, *(word for word in argv[first:] if word != found[0][0])]
@@ -83,9 +85,8 @@ def expand_rewards(argv: Sequence[str]) -> list[str]:
 def collapse_rewards(words: Sequence[str]) -> list[str]:
     """The inverse of `expand_rewards`, for a command line that is shown."""
     options = [word.partition("=")[2] for word in words if word.startswith(PART)]
-    if len(options) < 2 or not set(words).issuperset(
-        expand_rewards([f"reward=[{','.join(options)}]"])[: -len(options)]
-    ):
+    named = {SEVERAL, *(f"{PART}{option.rsplit('/', 1)[-1]}={option}" for option in options)}
+    if len(options) < 2 or not named <= set(words):  # parts with names of their own
         return list(words)
     added = [word for word in words if word.startswith(PART) or (word.startswith(WEIGHT) and word.endswith(EQUAL))]
     return [f"reward=[{','.join(options)}]", *(word for word in words if word not in [*added, SEVERAL])]

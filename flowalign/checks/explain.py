@@ -77,7 +77,8 @@ def unknown_key(compose: Composer, node: dict[str, Any], key: str, chosen: Mappi
     group, _, leaf = key.partition(".")
     # Names given by the user, as in reward.weights, are not those of another option.
     named = len(way) == len(parts(key)) > 2 and isinstance(way[-1], dict) and way[-1] and "_target_" not in way[-1]
-    if group in chosen and not named and (having := compose.options_with(group, leaf)):
+    other = group in chosen and chosen[group] != "several" and not named  # reward=[a,b] has the keys of all its parts
+    if other and (having := compose.options_with(group, leaf)):
         others = " and ".join(f"{group}={option}" for option in having[:3])
         return f"{group}={chosen[group]} has no {leaf}, but {others} {'have' if having[1:] else 'has'} one"
     if group == "trainer" and leaf in SET_BY_THE_RUN:

@@ -79,8 +79,9 @@ def evaluate(
     evaluation, node = saved.config.evaluation, saved.config.reward if node is None else node
     seed = evaluation.seed if seed < 0 else seed
     sampling, area, scorer = saved.sampling(steps, guidance, batch), saved.size(size), saved.required_scorer
+    scorer.check_prompts((), [texts[i] for i in chosen])
     about = _about(saved, samples, suite, seed, sampling, area, node)
-    record = Record.open(Path(to), about, scorer.measures, again)
+    record = Record.open(Path(to).expanduser(), about, scorer.measures, again)
     shown = [samples[i] for i in instantiate(evaluation).shown_indices(len(samples))]
     missing = record.missing(samples)
     if missing:

@@ -12,7 +12,7 @@ from torch import nn
 from flowalign.commands.saved import SavedRun, load_run
 from flowalign.curves import curves
 from flowalign.models.loading import resolve
-from flowalign.reward_nodes import held_out, objective
+from flowalign.reward_nodes import final_weights, held_out, objective
 
 
 def export(ckpt: str, to: str, weights: str = "", merge: bool = False) -> None:
@@ -31,7 +31,7 @@ def export(ckpt: str, to: str, weights: str = "", merge: bool = False) -> None:
     if saved.weights != "live":
         saved.policy.copy_into_live(saved.weights)
     lora = saved.config.tune["_target_"].endswith("Lora")
-    folder = Path(to)
+    folder = Path(to).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     if lora and not merge:
         saved.model.save_lora(folder)
@@ -109,16 +109,29 @@ def _load_line(denoiser: str, lora: bool, by_pipeline: bool) -> str:
 def _facts(saved: SavedRun) -> dict[str, str]:
     config, judged = saved.config, saved.config.evaluation.sampling
     algorithm, dynamics = (config[part]["_target_"].rsplit(".", 1)[-1] for part in ("algo", "dynamics"))
-    rewards = [_reward_name(node) for node in objective(config.reward).values()]
+    weights = final_weights(config.reward)
+    rewards = {name: _reward_name(node) for name, node in objective(config.reward).items()}
+    trained = [f"{weights[name]:g} × {reward}" if len(rewards) > 1 else reward for name, reward in rewards.items()]
     size = saved.size()
     return {
         "base": f"`{saved.model.pretrained}`" + (f", in {kind}" if (kind := saved.model.quantised) else ""),
-        "recipe": f"{algorithm} with {dynamics}, {saved.epoch} epochs of {config.batch.prompts} prompts × "
-        f"{config.batch.group_size}, seed {config.seed}; whole in flowalign.json",
+        "recipe": f"{_experiment(saved)}{algorithm} with {dynamics}, {saved.epoch} epochs of {config.batch.prompts} "
+        f"prompts × {config.batch.group_size}, seed {config.seed}; whole in flowalign.json",
         "weights": saved.weights,
-        "reward": f"{', '.join(rewards)}; watched beside it: {', '.join(held_out(config.reward)) or 'nothing'}",
+        "reward": f"{', '.join(trained)}; watched beside it: {', '.join(held_out(config.reward)) or 'nothing'}",
         "judged with": f"{judged.num_steps} steps, guidance {judged.guidance}, {size.height}×{size.width}",
     }
+
+
+def _experiment(saved: SavedRun) -> str:
+    """The recipe that the run named, if its folder is at hand."""
+    file = _run_folder(saved) / ".hydra" / "hydra.yaml"
+    chosen = OmegaConf.load(file).hydra.runtime.choices.get("experiment") if file.is_file() else None
+    return f"`experiment={chosen}`: " if chosen else ""
+
+
+def _run_folder(saved: SavedRun) -> Path:
+    return saved.path.parents[1] if len(saved.path.parents) > 1 else saved.path.parent
 
 
 def _reward_name(node: DictConfig) -> str:
@@ -129,7 +142,7 @@ def _reward_name(node: DictConfig) -> str:
 
 def _curve(saved: SavedRun) -> str:
     """A table of validation metrics by epoch, or a sentence if the run's folder no longer has them."""
-    folder = saved.path.parents[1] if len(saved.path.parents) > 1 else saved.path.parent
+    folder = _run_folder(saved)
     if not (folder / ".hydra" / "config.yaml").is_file():
         return "The run's folder was not at hand."
     measures = ["reward", *held_out(saved.config.reward)]

@@ -52,7 +52,7 @@ def sample(
             "prompt=… names no image, and this model takes some: use prompts=FILE, with `image` in each line."
         )
     video = saved.model.modality == "video"
-    target = Path(to or ("sample.gif" if video else "sample.png"))
+    target = Path(to or ("sample.gif" if video else "sample.png")).expanduser()
     check_suffix(target, video)
     _check_folder(target.parent)
     sampling, area = saved.sampling(steps, guidance), saved.size(size)

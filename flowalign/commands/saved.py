@@ -100,6 +100,8 @@ def load_run(
     weights = weights or config.evaluation.weights
     if weights not in (known := ["live", *copies, "base"]):
         raise ValueError(f"weights={weights}: the checkpoint holds {', '.join(known)}.")
+    if (node := config.frozen.get(weights)) is not None:
+        instantiate(node).warn_if_waiting(weights, state["global_step"])
     model = instantiate(config.model)
     if state["flowalign"].get("base") not in (None, weights_fingerprint(model.denoisers())):
         raise ValueError(f"ckpt={ckpt} was trained on another base than {config.model.pretrained} is now.")

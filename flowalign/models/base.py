@@ -70,6 +70,8 @@ class FlowModel(ABC):
     """Whether gradient checkpointing leaves the prediction unchanged."""
     takes_attention_backend: ClassVar[bool] = True
     """Whether an attention backend of diffusers, once set, is used by the denoiser's layers."""
+    vae_in_3d: ClassVar[bool] = False
+    """Whether the VAE has 3-d convolutions."""
     one_text_length: ClassVar[bool] = True
     """Whether all prompts have the same number of tokens; otherwise a batch is padded to its longest prompt."""
 

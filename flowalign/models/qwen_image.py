@@ -18,6 +18,7 @@ class QwenImage(FlowModel):
     pipeline = "QwenImagePipeline"
     default_max_sequence_length = 512
     one_text_length = False
+    vae_in_3d = True
     default_lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     @property

@@ -14,6 +14,7 @@ class VideoModel(FlowModel):
     """The VAE is causal in time: the first latent frame encodes one frame, each later one `compression[0]` frames."""
 
     modality = "video"
+    vae_in_3d = True
 
     @property
     def compression(self) -> tuple[int, int]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from flowalign.algorithms.decay import Decay
+
+log = logging.getLogger("flowalign")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,15 @@ class Follow:
     def due(self, when: Literal["step", "rollout"], steps: int) -> bool:
         """Whether the copy is updated now, after `steps` optimiser steps."""
         return self.every == when and (steps + 1) % self.interval == 0
+
+    def warn_if_waiting(self, name: str, steps: int) -> None:
+        """Warn if the copy `name`, which is about to be used, still holds the initial weights after `steps` steps."""
+        if self.every == "step" and steps + 1 < self.interval:
+            log.warning(
+                "frozen.%s follows every %d optimiser steps, and there were %d: it still holds the weights from before "
+                "training. Train for longer, set frozen.%s.interval=1, or use the live weights.",
+                *(name, self.interval, steps, name),
+            )
 
     def stays_live(self, steps_per_rollout: int) -> bool:
         """Whether the copy equals the live weights before each optimiser step: it is overwritten after each step, or

@@ -14,8 +14,8 @@ from flowalign.rewards.base import RewardError
 Policy = Literal["drop_sample", "drop_group", "stop"]
 CAUSES = (
     "Likely causes: a reward server that is down or too slow, a worker that was killed for its memory, prompts without "
-    "the metadata that the reward reads, pictures that are not finite. The last checkpoint is whole: fix the "
-    "cause and resume from it with ckpt_path=…"
+    "the metadata that the reward reads, pictures that are not finite. Fix the cause and resume with ckpt_path=… from "
+    "the last checkpoint, which is whole; before the end of the first epoch there is none."
 )
 
 

@@ -89,6 +89,15 @@ def test_it_differs_from_the_trained_policy(trained: Callable[..., Run]):
     assert evaluate(trainer, module, test=True)["test/velocity_rms"] != found.results["baseline"]["test/velocity_rms"]
 
 
+def test_a_run_too_short_for_its_average_says_so(trained: Callable[..., Run], caplog: pytest.LogCaptureFixture):
+    words = ("algo=nft", "tune=lora", "evaluation.weights=ema", "frozen.ema.interval=8")
+    module, trainer, found = trained(*words, late=False)
+    assert evaluate(trainer, module, test=False)["val/reward"] == found.results["baseline"]["val/reward"]
+    assert (
+        "frozen.ema follows every 8 optimiser steps, and there were 4: it still holds the weights from" in caplog.text
+    )
+
+
 def test_the_first_checkpoint_holds_the_whole_baseline(trained: Callable[..., Run]):
     _, trainer, found = trained("algo=nft", "trainer.max_epochs=1", late=True)
     file = torch.load(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", weights_only=True)

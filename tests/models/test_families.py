@@ -269,6 +269,12 @@ def test_a_pass_of_fake_tensors_takes_what_a_real_one_does(make: Callable[[str],
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_family_knows_the_convolutions_of_its_vae(family: Family):
+    parts = family.model.pipe.vae.modules()
+    assert family.model.vae_in_3d == any(isinstance(part, nn.Conv3d) for part in parts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_mixed_noise_levels_equals_its_rows_alone(family: Family):
     model, guidance = family.model, max(family.tiny.GUIDANCE)
     cond = family.encode()

@@ -41,7 +41,7 @@ def test_a_reward_that_does_not_count_is_not_missed():
 def test_too_many_stop_the_run_and_the_sentence_says_which_reward(missing: Missing, rewards: Tensor, sentence: str):
     with pytest.raises(RewardError, match=sentence) as refusal:
         valid(missing, rewards)
-    assert "The last checkpoint is whole" in str(refusal.value)
+    assert "before the end of the first epoch there is none" in str(refusal.value)
 
 
 def test_the_limit_itself_is_allowed():
