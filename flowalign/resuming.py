@@ -49,7 +49,8 @@ def find_checkpoint(given: str | None, folder: Path | None = None) -> str | None
     if (last := last_checkpoint(path, folder)) is not None:
         return last
     if not path.is_file() and not is_folder(path):
-        nearby = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        beside = path.parent.glob("*.ckpt") if path.parent.is_dir() else []
+        nearby = sorted(str(other) for other in beside if other != path)
         wrong = "holds no checkpoint" if path.is_dir() else "does not exist"
         raise ConfigError(f"ckpt_path={given} {wrong}" + (f"; there is {', '.join(nearby)}." if nearby else "."))
     return str(path)

@@ -40,6 +40,9 @@ OWN = {a: (CONF / "algo" / f"{a}.yaml").read_text().partition("override /dynamic
 EXTRAS = {"hparams_search/optuna": "hydra_plugins.hydra_optuna_sweeper"}
 """Options that compose only with an extra of the package."""
 
+NEEDS = {"reward/several": ("+reward@reward.parts.jpeg=jpeg", "+reward@reward.parts.brightness=brightness")}
+"""What an option needs beside it."""
+
 
 def refused(cfg: DictConfig) -> str:
     """What check_groups says against a config, or nothing."""
@@ -55,7 +58,9 @@ def test_every_option_composes_and_its_classes_accept_what_it_says(compose: Call
     if option in EXTRAS and not installed(EXTRAS[option]):
         pytest.skip(f"{option} needs {EXTRAS[option]}")
     group, _, name = option.rpartition("/")
-    cfg = compose(f"{group}='{name}'", paths=group != "paths")  # quoted, since 64 would be a number
+    cfg = compose(
+        f"{group}='{name}'", *NEEDS.get(option, ()), paths=group != "paths"
+    )  # quoted, since 64 would be a number
     if group == "paths":
         cfg.paths.output_dir = "outputs"
     if refusal := refused(cfg):  # with the default of another group; the grid below has every pair

@@ -166,5 +166,5 @@ def test_a_folder_without_its_last_file_is_no_checkpoint(tmp_path: Path):
     folders.write(checkpoint(1), target, first=True)
     (target / folders.META).unlink()
     assert not folders.is_folder(target)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match=r"last.ckpt holds no checkpoint\.$"):
         find_checkpoint(str(target))
