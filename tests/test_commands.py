@@ -556,7 +556,7 @@ WRONG = [
     (("reward=[pickscore,hpsv3x]",), "no reward called hpsv3x; did you mean hpsv3?"),
     (("reward=[jpeg,jpeg]",), "reward=[jpeg,jpeg] names jpeg twice: name it once, with reward.weights.jpeg=2"),
     (("reward=[jpeg,brightness]", "reward.weights.light=2"), "unknown option reward.weights.light"),
-    (("-m", "reward=[jpeg,brightness],[jpeg,shapes]"), "reward=[jpeg,brightness] cannot be one value of a sweep"),
+    (("reward=[jpeg,brightness],[jpeg,shapes]", "-m"), "reward=[jpeg,brightness] cannot be one value of a sweep"),
     (("reward=several",), "reward.parts needs a value"),
     (("model=[tiny_sd3,sana]",), "would mix options that exclude each other"),
     (("data=folder,shapes",), "data=folder,shapes gives several values: add -m"),
