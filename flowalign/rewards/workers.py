@@ -118,11 +118,10 @@ class Worker:
         self.process: Any = None
         self.pipe: Connection | None = None
         self.closed = False
+        self._starting = threading.Lock()
 
     def ask(self, what: str, arguments: tuple[Any, ...]) -> Any:
         """Call the reward in the process. Raises what the reward raises, or WorkerDiedError."""
-        if self.closed:
-            raise WorkerDiedError("has been closed")
         late = threading.Event()
         try:
             process, pipe = self._running()
@@ -144,20 +143,28 @@ class Worker:
         return answer
 
     def _running(self) -> tuple[Any, Connection]:
-        if self.process is None or self.pipe is None or not self.process.is_alive():
-            # Workers are forked from a server without threads or accelerators that has already imported torch.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
-            self.pipe, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, self.packed, self.threads), daemon=True)
-            process.start()
-            theirs.close()  # otherwise the pipe would stay open when the process dies
-            self.process = process
-        return self.process, self.pipe
+        with self._starting:
+            if self.closed:
+                raise WorkerDiedError("has been closed")
+            if self.process is None or self.pipe is None or not self.process.is_alive():
+                self.process, self.pipe = self._start()
+            return self.process, self.pipe
+
+    def _start(self) -> tuple[Any, Connection]:
+        # Workers are forked from a server without threads or accelerators that has already imported torch.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self.packed, self.threads), daemon=True)
+        process.start()
+        theirs.close()  # otherwise the pipe would stay open when the process dies
+        return process, pipe
 
     def end(self, forever: bool = False) -> str:
         """Kill the process if it still runs, and describe how it ended. forever: allow no new one."""
-        self.closed = self.closed or forever
+        if forever:
+            with self._starting:  # a process that another thread is starting would outlive Ctrl-C
+                self.closed = True
         if self.process is None:
             return "it did not start"
         self.process.join(0 if forever else 1)  # a dying process gets a second to report its own exit code

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from flowalign.rewards.base import RewardError
 from flowalign.rewards.jpeg import Jpeg
-from flowalign.rewards.workers import InWorkers
+from flowalign.rewards.workers import InWorkers, Worker, WorkerDiedError
 from tests.conftest import ROOT
 from tests.rewards.toys import Compared, Light, process
 
@@ -133,6 +136,32 @@ def test_closing_ends_the_processes(workers: Callable[..., InWorkers]):
     assert gone([number])
     with pytest.raises(RuntimeError, match="shutdown"):
         scores(reward, "a")
+
+
+def test_a_process_that_is_being_started_does_not_outlive_the_end(monkeypatch: pytest.MonkeyPatch):
+    """As with Ctrl-C, when one thread ends the worker while another one is about to ask it."""
+    begun, go_on, killed = threading.Event(), threading.Event(), threading.Event()
+    worker = Worker(pickle.dumps(Light()), timeout=60, threads=1)
+    start = worker._start
+
+    def slow_start() -> Any:
+        process, pipe = start()
+        begun.set()
+        assert go_on.wait(60)
+        return process, pipe
+
+    monkeypatch.setattr(worker, "_start", slow_start)
+    with ThreadPoolExecutor(2) as threads:
+        asked = threads.submit(worker.ask, "self_check", ())
+        assert begun.wait(60)
+        ended = threads.submit(lambda: (worker.end(forever=True), killed.set()))
+        assert not killed.wait(0.2)  # it waits for the process
+        go_on.set()
+        ended.result(60)
+        assert isinstance(asked.exception(60), WorkerDiedError | None)
+    assert gone([worker.process.pid])
+    with pytest.raises(WorkerDiedError, match="has been closed"):
+        worker.ask("self_check", ())
 
 
 PARENT = """
