@@ -55,7 +55,7 @@ def _read(sweep: Path, common: Collection[str], failed: Collection[str]) -> Iter
 
 def write_results(results: Sequence[Result], path: Path) -> None:
     """Write a row for each run: its folder, the value of each option that was swept, and all metrics."""
-    options = [{word.split("=", 1)[0]: word.split("=", 1)[-1] for word in result.words} for result in results]
+    options = [dict(map(_option, result.words)) for result in results]
     swept = list(dict.fromkeys(key for own in options for key in own))
     metrics = sorted({name for result in results for name in result.metrics})
     with path.open("w", newline="") as file:
@@ -64,6 +64,13 @@ def write_results(results: Sequence[Result], path: Path) -> None:
         for result, own in zip(results, options, strict=True):
             values = [result.metrics.get(name, math.nan) for name in metrics]
             rows.writerow([result.folder, *(own.get(key, "") for key in swept), *values])
+
+
+def _option(word: str) -> tuple[str, str]:
+    """Key and value of an override, without Hydra's plus and quotes."""
+    key, _, value = word.partition("=")
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return key.lstrip("+"), value[1:-1] if quoted else value
 
 
 def table(results: Sequence[Result]) -> list[str]:

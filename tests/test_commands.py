@@ -97,9 +97,8 @@ def test_the_last_checkpoint_is_that_of_ones_own_folder(tmp_path: Path, monkeypa
     assert Path(find_checkpoint("last", tmp_path / "elsewhere") or "").resolve() == newer
     assert find_checkpoint(str(older.parents[1])) == str(older)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert find_checkpoint("~/outputs/train/a") == str(
-        older
-    )  # not every shell replaces the tilde behind an equals sign
+    # Not every shell replaces the tilde behind an equals sign.
+    assert find_checkpoint("~/outputs/train/a") == str(older)
     with pytest.raises(ConfigError, match="train holds no checkpoint"):  # as a run that ended in its first epoch
         find_checkpoint(str(older.parents[2]))
 

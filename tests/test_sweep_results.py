@@ -66,3 +66,10 @@ def test_an_evaluation_without_training_counts_with_its_baseline(tmp_path: Path)
     ended(tmp_path / "0", 0.5, "seed=0")
     (tmp_path / "0" / "summary.json").write_text(json.dumps({"baseline": {"val/reward": 0.125}, "final": {}}))
     assert [result.value for result in read_results(tmp_path, COMMON, ())] == [0.125]
+
+
+def test_the_file_has_no_signs_of_hydra(tmp_path: Path):
+    ended(tmp_path / "0", 0.5, "+reward.weights.jpeg=1.0", "task_name='a, b'", "~schedule")
+    write_results(read_results(tmp_path, COMMON, ()), tmp_path / "sweep.csv")
+    row = next(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert (row["reward.weights.jpeg"], row["task_name"], row["~schedule"]) == ("1.0", "a, b", "")
