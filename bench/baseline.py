@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.measuring import QUIET, alone, built, composed, cpu  # noqa: E402
+from bench.measuring import QUIET, TEN_STEPS, alone, built, composed, cpu  # noqa: E402
 from bench.rows import Rows, markdown, place  # noqa: E402
 
 COMMON = (
@@ -31,7 +31,7 @@ COMMON = (
     "trainer.accelerator=cpu", *QUIET,
 )  # fmt: skip
 GRPO = ("algo=grpo", "steps=all", "rollout.same_noise=false", "algo.clip=1e-4")
-NFT = ("algo=nft", "frozen.old.every=always")
+NFT = ("algo=nft", *TEN_STEPS, "frozen.old.every=always")
 AWM = ("algo=awm", "algo.ema_beta=0", "batch.micro=9")  # a micro-batch holds the nine points of an image
 LORA = ("tune=lora", "tune.rank=8", "tune.alpha=16")
 FULL = ("tune=full",)

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.measuring import QUIET, alone, built, composed  # noqa: E402
+from bench.measuring import QUIET, TEN_STEPS, alone, built, composed  # noqa: E402
 from bench.rows import Rows, markdown, place  # noqa: E402
 from bench.utilisation import flops_a_point, mfu, peak_of  # noqa: E402
 
@@ -35,7 +35,7 @@ ALGORITHMS = {
     "grpo": ("algo=grpo", "steps=all"),
     "flow_grpo_fast": ("algo=flow_grpo_fast",),
     "mixgrpo": ("algo=mixgrpo",),
-    "nft": ("algo=nft",),
+    "nft": ("algo=nft", *TEN_STEPS),
     "flowawr": ("algo=flowawr",),
 }
 """Each with the steps that the method trains on: all of them, or a window."""

@@ -21,6 +21,8 @@ QUIET = (
     "logger=none", "callbacks=none", "trainer.check_val_every_n_epoch=9999", "+trainer.enable_checkpointing=false",
 )  # fmt: skip
 """Overrides that leave nothing but the epochs themselves."""
+TEN_STEPS = ("times=permuted", "rollout.num_steps=10", "rollout.solver._target_=flowalign.solvers.Euler")
+"""For `nft`: the rollouts and noise levels of the other algorithms."""
 Result = TypeVar("Result")
 
 

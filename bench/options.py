@@ -19,7 +19,7 @@ from statistics import median
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench.measuring import QUIET, built, composed  # noqa: E402
+from bench.measuring import QUIET, TEN_STEPS, built, composed  # noqa: E402
 
 COMMON = (
     "seed=0", "reward=brightness", "reward.self_check=false", "trainer.max_epochs=1", "trainer.accelerator=cpu",
@@ -27,8 +27,8 @@ COMMON = (
 )  # fmt: skip
 GROUP = ("algo=grpo", "steps=fast", "steps.width=1", "batch.prompts=2", "batch.group_size=24", "batch.micro=24")
 SMALL = ("batch.prompts=4", "batch.group_size=8", "batch.micro=8", "batch.updates=2", "rollout.batch_size=32")
-LORA = ("algo=nft", "tune=lora", *SMALL)
-GUIDED = ("algo=nft", *SMALL, "rollout.guidance=3")
+LORA = ("algo=nft", "tune=lora", *TEN_STEPS, *SMALL)
+GUIDED = ("algo=nft", *TEN_STEPS, *SMALL, "rollout.guidance=3")
 
 
 def first_noise(step: int) -> tuple[str, ...]:

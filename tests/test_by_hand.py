@@ -115,8 +115,8 @@ class NFT(ByHand):
     """beta 0.5, penalty 0.01, d = min(0.1 k, 0.5), three of four noise levels for each picture, and an average."""
 
     words = (
-        "algo=nft", "algo.beta=0.5", "algo.kl_beta=0.01", "algo.adv_range=null",
-        "frozen.old.decay.kind=[0,0.1,0.5]", "evaluation.weights=ema",
+        "algo=nft", "times=permuted", "rollout.solver._target_=flowalign.solvers.Euler", "algo.beta=0.5",
+        "algo.kl_beta=0.01", "algo.adv_range=null", "frozen.old.decay.kind=[0,0.1,0.5]", "evaluation.weights=ema",
     )  # fmt: skip
     copies = ("old", "ema")
 

@@ -20,8 +20,8 @@ from flowalign.run import assemble, build_recipe, build_trainer
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("batch.micro=7",), r"144 training points .* batch.micro=7: use batch.micro=8\.$"),
-        (("trainer.devices=5",), r"cannot be dealt to 5 ranks: use batch.prompts=10 and batch.micro=24 together\.$"),
+        (("batch.micro=7",), r"72 training points .* batch.micro=7: use batch.micro=8\.$"),
+        (("trainer.devices=5",), r"cannot be dealt to 5 ranks: use batch.prompts=10 and batch.micro=12 together\.$"),
         (("reward=shapes_win_rate", "batch.prompts=11", "trainer.devices=2"), r"2 ranks in whole groups"),
         (
             ("reward=shapes_win_rate", "callbacks=early_stopping"),
@@ -29,7 +29,7 @@ from flowalign.run import assemble, build_recipe, build_trainer
         ),
         (("reward=judge_ranking", "callbacks=early_stopping"), r"use a measure that you add under reward.held_out"),
         (
-            ("trainer.limit_train_batches=0.5", "batch.micro=576", "batch.updates=1"),
+            ("trainer.limit_train_batches=0.5", "batch.micro=288", "batch.updates=1"),
             r"leaves none of an epoch's batches \(1\)",
         ),
         (
@@ -42,7 +42,7 @@ from flowalign.run import assemble, build_recipe, build_trainer
         (("algo=awm", "algo.off_policy=true", "frozen.old.every=step", "+frozen.old.interval=2"), "and no interval"),
         (("dynamics=cps", "dynamics.eta=2.3"), r"^dynamics: CPS needs eta in \[0, 2\) \(got 2.3\)"),
         (("credit=energies", "credit.clip=0"), "^credit: temperature and clips must be positive"),
-        (("times=stratified", "times.share=0.05"), r"times.share=0.05 of 10 steps leaves no noise level: use a larger"),
+        (("times=stratified", "times.share=0.05"), r"times.share=0.05 of 6 steps leaves no noise level: use a larger"),
         (("algo=mixgrpo", "steps.parity=true", "steps.stay=1"), r"2 steps of a picture in epoch 0 and 1 in epoch 7"),
     ],
 )
