@@ -22,18 +22,21 @@ class Placed:
     radius: float
 
 
-def coverage(shape: str, x: np.ndarray, y: np.ndarray, softness: float) -> np.ndarray:
-    """Share of each pixel inside a shape of radius 1 at the origin. x, y: in radii; softness: pixel size in radii."""
+def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance of points from a shape of radius 1 at the origin, negative inside. x, y: in radii."""
     if shape == "circle":
-        distance = np.hypot(x, y) - 1
-    elif shape == "square":
-        distance = np.maximum(abs(x), abs(y)) - 0.88
-    elif shape == "triangle":  # upright, base at the bottom; the side's normal is (2, -1)/sqrt(5)
-        distance = np.maximum((2 * abs(x) - y - 0.95) / 5**0.5, y - 0.95)
-    else:
-        ax, ay = abs(x), abs(y)
-        distance = np.maximum(np.minimum(ax, ay) - CROSS_ARM, np.maximum(ax, ay) - 1)
-    return np.clip(0.5 - distance / softness, 0, 1)
+        return np.hypot(x, y) - 1
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.88
+    if shape == "triangle":  # upright, base at the bottom; the side's normal is (2, -1)/sqrt(5)
+        return np.maximum((2 * abs(x) - y - 0.95) / 5**0.5, y - 0.95)
+    ax, ay = abs(x), abs(y)
+    return np.maximum(np.minimum(ax, ay) - CROSS_ARM, np.maximum(ax, ay) - 1)
+
+
+def coverage(distances: np.ndarray, softness: float | np.ndarray) -> np.ndarray:
+    """Share of each pixel inside a shape, from its distance to the shape. softness: pixel size, in the same unit."""
+    return np.minimum(np.maximum(0.5 - distances / softness, 0), 1)
 
 
 def render(placed: list[Placed], background: np.ndarray, size: int, colours: np.ndarray) -> np.ndarray:
@@ -44,7 +47,7 @@ def render(placed: list[Placed], background: np.ndarray, size: int, colours: np.
         high = np.ceil([(item.x + item.radius) * size + 1, (item.y + item.radius) * size + 1]).astype(int).clip(0, size)
         xs = ((np.arange(low[0], high[0]) + 0.5) / size - item.x) / item.radius
         ys = ((np.arange(low[1], high[1]) + 0.5) / size - item.y) / item.radius
-        share = coverage(item.thing[1], xs[None, :], ys[:, None], 1 / (item.radius * size))[..., None]
+        share = coverage(distance(item.thing[1], xs[None, :], ys[:, None]), 1 / (item.radius * size))[..., None]
         patch = image[low[1] : high[1], low[0] : high[0]]
         patch += share * (colour - patch)
     return image

@@ -15,13 +15,14 @@ passes, everything visible must be accounted for, and doubt counts against the i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from flowalign.shapes.render import CROSS_ARM, coverage
+from flowalign.shapes.render import CROSS_ARM, coverage, distance
 from flowalign.shapes.world import COLOURS, SHAPES, Spec
 
 _NAMES = tuple(COLOURS)
@@ -32,7 +33,7 @@ _LIGHT = np.float32(0.94)  # the mean background
 _OFFSET = _LIGHT - _PALETTE
 _LENGTH = np.linalg.norm(_OFFSET, axis=1)
 _DIRECTION = _OFFSET / _LENGTH[:, None]
-_BACKGROUND = -1
+_BACKGROUND, _FAINT = -1, len(_NAMES)  # labels of pixels, besides the indices of the palette
 _NEIGHBOURS = ndimage.generate_binary_structure(2, 1)
 MIN_COVER = 0.45  # of the way from the background to the colour
 COLOUR_RADIUS = 0.22  # RGB distance of a thing's median colour; renders reach 0.09, palette entries are 0.48 apart
@@ -64,26 +65,20 @@ class Component:
     area: float
 
 
-# For radius 1: the area, and the distance of the centroid below the centre.
-_AREAS = {"circle": np.pi, "square": 1.76**2, "triangle": 1.9**2 / 2, "cross": 8 * CROSS_ARM - 4 * CROSS_ARM**2}
-_SINK = {"circle": 0.0, "square": 0.0, "triangle": 0.95 - 1.9 / 3, "cross": 0.0}
-
-
-def _components(layer: np.ndarray) -> np.ndarray:
-    """(H, W) label of the connected component of each pixel of a mask, from 1; 0 outside the mask."""
-    labels = np.zeros(layer.shape, dtype=np.int32)
-    ndimage.label(layer, _NEIGHBOURS, labels)
-    return labels
+# For radius 1: the area, and the distance of the centroid below the centre; by shape, as in SHAPES.
+_AREAS = (np.pi, 1.76**2, 1.9**2 / 2, 8 * CROSS_ARM - 4 * CROSS_ARM**2)
+_SINK = np.array([0, 0, 0.95 - 1.9 / 3, 0])
 
 
 def _holes(mask: np.ndarray) -> int:
     """Number of pixels enclosed by a component."""
-    if ((mask[:, 1:] != mask[:, :-1]).sum(1) + mask[:, 0] + mask[:, -1]).max() <= 2:
+    runs = np.count_nonzero(mask[:, 0]) + np.count_nonzero(mask[:, 1:] > mask[:, :-1])
+    if runs == len(mask):
         return 0  # a hole would split a row in two
     padded = np.ones((mask.shape[0] + 2, mask.shape[1] + 2), dtype=bool)
     np.logical_not(mask, out=padded[1:-1, 1:-1])
-    outside = _components(padded)
-    return int((outside > 1).sum())  # the padding, which is scanned first, is component 1
+    outside, _ = ndimage.label(padded, _NEIGHBOURS)
+    return np.count_nonzero(outside > 1)  # the padding, which is scanned first, is component 1
 
 
 def _overlaps(share: np.ndarray) -> np.ndarray:
@@ -93,24 +88,22 @@ def _overlaps(share: np.ndarray) -> np.ndarray:
     apex.
     """
     area, (height, width) = share.sum(), share.shape
-    x = np.arange(width) - share.sum(0) @ np.arange(width) / area
-    y = np.arange(height) - share.sum(1) @ np.arange(height) / area
-    radii = [(area / _AREAS[shape]) ** 0.5 for shape in SHAPES]
-    masks = [
-        coverage(s, x[None, :] / r, y[:, None] / r + _SINK[s], 1 / (EDGE * r))
-        for s, r in zip(SHAPES, radii, strict=True)
-    ]
-    return np.array([np.minimum(share, m).sum() / np.maximum(share, m).sum() for m in masks])
+    columns, rows = np.arange(width), np.arange(height)
+    radii = np.array([(area / unit) ** 0.5 for unit in _AREAS])
+    x = (columns - share.sum(0) @ columns / area) / radii[:, None]
+    y = (rows - share.sum(1) @ rows / area) / radii[:, None] + _SINK[:, None]
+    distances = np.array([distance(s, u, v[:, None]) for s, u, v in zip(SHAPES, x, y, strict=True)])
+    masks = coverage(distances, 1 / (EDGE * radii[:, None, None])).reshape(len(SHAPES), -1)
+    share = share.ravel()
+    return np.minimum(share, masks).sum(1) / np.maximum(share, masks).sum(1)
 
 
 def _shape_of(mask: np.ndarray, share: np.ndarray) -> str | None:
     height, width = mask.shape
-    if max(height, width) > MAX_STRETCH * min(height, width) or _holes(mask) > MAX_HOLES * mask.sum():
+    if max(height, width) > MAX_STRETCH * min(height, width) or _holes(mask) > MAX_HOLES * np.count_nonzero(mask):
         return None
-    overlaps = _overlaps(share)
-    second, best = np.argsort(overlaps)[-2:]
-    clear = overlaps[best] >= MIN_OVERLAP[SHAPES[best]] and overlaps[best] - overlaps[second] >= MIN_LEAD
-    return SHAPES[best] if clear else None
+    *_, (second, _), (best, shape) = sorted(zip(_overlaps(share).tolist(), SHAPES, strict=True))
+    return shape if best >= MIN_OVERLAP[shape] and best - second >= MIN_LEAD else None
 
 
 def _share(patch: np.ndarray, core: np.ndarray, background: np.ndarray) -> np.ndarray:
@@ -119,23 +112,25 @@ def _share(patch: np.ndarray, core: np.ndarray, background: np.ndarray) -> np.nd
     The contrast is raised by EDGE.
     """
     offset = core - background
-    along = np.tensordot(offset, patch - background[:, None, None], 1)
-    return np.clip(0.5 + EDGE * (along / max(offset @ offset, 1e-6) - 0.5), 0, 1)
+    along = offset @ (patch - background[:, None, None]).reshape(3, -1)
+    raised = 0.5 + EDGE * (along / max(offset @ offset, 1e-6) - 0.5)
+    return np.minimum(np.maximum(raised, 0), 1).reshape(patch.shape[1:])
 
 
 def _labels(planes: np.ndarray) -> np.ndarray:
     """(H, W) palette index of each pixel's colour, or -1 for background."""
     along = _DIRECTION @ (_LIGHT - planes.reshape(3, -1))
-    best, colour = along[0], np.zeros(along.shape[1], dtype=np.intp)
+    best, colour = along[0], np.zeros(along.shape[1], dtype=np.int8)
     for index in range(1, len(along)):  # equals argmax and max, in 0.4 of their time
         np.putmask(colour, along[index] > best, index)
         best = np.maximum(best, along[index])
-    cover = best / _LENGTH[colour]
-    return np.where(cover > MIN_COVER, colour, _BACKGROUND).reshape(planes.shape[1:])
+    covered = best / _LENGTH.take(colour) > MIN_COVER
+    return np.where(covered, colour, np.int8(_BACKGROUND)).reshape(planes.shape[1:])
 
 
-def _median(values: np.ndarray) -> np.ndarray:
-    """(3,) median of (3, n); np.median takes several times as long for so few values."""
+def _median(planes: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(3,) median of the pixels in a mask; np.median takes several times as long for so few values."""
+    values = planes.reshape(3, -1).compress(mask.ravel(), axis=1)
     number = values.shape[1]
     ordered = np.partition(values, number // 2, axis=1)
     high = ordered[:, number // 2]
@@ -143,58 +138,80 @@ def _median(values: np.ndarray) -> np.ndarray:
     return (low + high) / 2
 
 
-def _faint(planes: np.ndarray, labels: np.ndarray, background: np.ndarray) -> np.ndarray:
+def _faint(planes: np.ndarray, empty: np.ndarray, background: np.ndarray) -> np.ndarray:
     """(H, W) mask of pixels that differ from the background but have no colour, away from those that have one."""
     red, green, blue = np.square(planes - background[:, None, None])
-    distance = np.sqrt(red + green + blue)
-    reach = 2 * int(np.ceil(HALO * max(labels.shape))) + 1
-    near = ndimage.maximum_filter((labels != _BACKGROUND).view(np.uint8), reach)
-    return (ndimage.uniform_filter(distance, 3) > FAINT) & (near == 0)
+    contrast, near = np.sqrt(red + green + blue), (~empty).view(np.uint8)
+    reach = 2 * int(np.ceil(HALO * max(empty.shape))) + 1
+    for axis in (0, 1):
+        contrast = ndimage.uniform_filter1d(contrast, 3, axis)
+        near = ndimage.maximum_filter1d(near, reach, axis)
+    return (contrast > FAINT) & (near == 0)
+
+
+def _colour(core: np.ndarray, index: int) -> str:
+    """Name of a component's median colour, whose pixels are nearest to a colour of the palette."""
+    offset = core - _PALETTE[index]
+    return _NAMES[index] if np.sqrt(offset @ offset) <= COLOUR_RADIUS else "other"
 
 
 def _name(
-    planes: np.ndarray, labels: np.ndarray, background: np.ndarray, mask: np.ndarray, box: tuple[slice, ...]
+    planes: np.ndarray, empty: np.ndarray, background: np.ndarray, index: int, mask: np.ndarray, box: tuple[slice, ...]
 ) -> tuple[str, str | None]:
-    """Colour and shape of the component `mask` in `box`."""
-    core = _median(planes[:, *box][:, mask])
-    index = labels[box][mask][0]
-    colour = _NAMES[index] if np.linalg.norm(core - _PALETTE[index]) <= COLOUR_RADIUS else "other"
-    if not MIN_READABLE <= mask.sum() / labels.size <= MAX_READABLE:
+    """Colour and shape of the component `mask` in `box`, whose pixels are nearest to palette entry `index`."""
+    core = _median(planes[:, *box], mask)
+    colour = _colour(core, index)
+    if not MIN_READABLE <= np.count_nonzero(mask) / empty.size <= MAX_READABLE:
         return colour, None
     wide = tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)  # includes the soft edge around the mask
     inner = tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, wide, strict=True))
-    own = labels[wide] == _BACKGROUND
+    own = empty[wide].copy()
     own[inner] |= mask  # excludes the pixels of other components
     return colour, _shape_of(mask, own * _share(planes[:, *wide], core, background))
+
+
+def _regions(layer: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[slice, ...]]]:
+    """Connected components of a mask: the mask of each within its bounding box, and the box."""
+    components, number = ndimage.label(layer, _NEIGHBOURS)
+    for region, box in enumerate(ndimage.find_objects(components, number), start=1):
+        yield components[box] == region, box
+
+
+def _together(specks: list[Component]) -> list[Component]:
+    """The one thing formed by specks, if they cover as much as the smallest thing."""
+    total = sum(speck.area for speck in specks)
+    if total < MIN_AREA:
+        return []
+    x, y = sum(speck.area * speck.x for speck in specks), sum(speck.area * speck.y for speck in specks)
+    return [Component("specks", None, x / total, y / total, total)]
 
 
 def find(image: np.ndarray) -> list[Component]:
     """Find all components of an image (H, W, 3) with values in [0, 1]."""
     planes = np.ascontiguousarray(np.moveaxis(np.asarray(image, dtype=np.float32), -1, 0))
     labels = _labels(planes)
-    empty = labels == _BACKGROUND
-    background = _median(planes[:, empty]) if empty.any() else np.full(3, _LIGHT)
-    layers = [(labels == i, False) for i in np.unique(labels[~empty])]
-    if (pale := _faint(planes, labels, background)).any():
-        layers.append((pale, True))
-    found, specks, total = [], np.zeros(2), 0.0
-    for layer, faint in layers:
-        components = _components(layer)
-        for region, box in enumerate(ndimage.find_objects(components), start=1):
-            mask = components[box] == region
+    empty, (height, width) = labels == _BACKGROUND, labels.shape
+    background = _median(planes, empty) if empty.any() else np.full(3, _LIGHT)
+    labels[_faint(planes, empty, background)] = _FAINT
+    things, specks = [], []
+    for index in range(_FAINT + 1):
+        layer = labels == index
+        if not layer.any():
+            continue
+        for mask, box in _regions(layer):
             rows, columns = np.nonzero(mask)
-            area = len(rows) / labels.size
-            centre = (
-                np.array([columns.mean() + box[1].start + 0.5, rows.mean() + box[0].start + 0.5]) / labels.shape[::-1]
-            )
+            number = len(rows)
+            x = float(columns.sum() / number + box[1].start + 0.5) / width
+            y = float(rows.sum() / number + box[0].start + 0.5) / height
+            area = number / labels.size
             if area < MIN_AREA:
-                specks, total = specks + area * centre, total + area
+                specks.append(Component("specks", None, x, y, area))
                 continue
-            colour, shape = ("faint", None) if faint else _name(planes, labels, background, mask, box)
-            found.append(Component(colour, shape, float(centre[0]), float(centre[1]), area))
-    if total >= MIN_AREA:
-        found.append(Component("specks", None, float(specks[0] / total), float(specks[1] / total), total))
-    return found
+            colour, shape = (
+                ("faint", None) if index == _FAINT else _name(planes, empty, background, index, mask, box)
+            )
+            things.append(Component(colour, shape, x, y, area))
+    return things + _together(specks)
 
 
 def _relation_margin(spec: Spec, found: list[Component]) -> float:
@@ -232,4 +249,4 @@ def verify(image: np.ndarray, spec: Spec) -> tuple[float, float]:
         return float(agreement == 1.0), agreement
     margin = _relation_margin(spec, found)
     strict = agreement == 1.0 and margin > 0.1
-    return float(strict), 0.7 * agreement + 0.3 * float(np.clip((margin + 0.2) / 0.4, 0, 1)) * (margin > -1)
+    return float(strict), 0.7 * agreement + 0.3 * min(max((margin + 0.2) / 0.4, 0.0), 1.0) * (margin > -1)
