@@ -1,8 +1,8 @@
 """How close an epoch comes to the cost of its network calls: `make bench`, or `make bench ARGS="--help"`.
 
 The floor of an epoch is (calls of the bare network × cost of one) + VAE decodes. Costs are measured in the same
-process, between the epochs that they are compared with, so that other load slows both. Every workload runs in its own
-process, since peak memory never decreases.
+process, right before and after the epoch that they are compared with, so that other load slows both. Every workload
+runs in its own process, since peak memory never decreases.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,27 +30,31 @@ WORKLOADS = {
     for tune in ("lora", "full")
 }
 
+CALLS = 3
+"""Timed calls of each kind per sitting."""
+
 
 @dataclass
 class Row:
-    """One workload: medians over epochs; raw_fwd_units: bare forward passes at the rollout's batch size."""
+    """One workload: medians over epochs. Efficiency is the median of the epochs' own floor ÷ time, between `lowest` and
+    `highest`; raw_fwd_units: bare forward passes at the rollout's batch size."""
 
     workload: str
     floor_s: float
     actual_s: float
     efficiency: float
+    lowest: float
+    highest: float
     images_per_s: float
     peak_rss_mb: float
     raw_fwd_units: float
 
 
 class Floor:
-    """Times single calls of the network and the VAE, with the batch sizes of the module's epochs."""
+    """Times calls of the network and the VAE, with the batch sizes of the module's epochs."""
 
     def __init__(self, module: Any) -> None:
         import copy
-
-        import torch
 
         from flowalign.buffer import IndexLoader
 
@@ -62,18 +67,17 @@ class Floor:
         self.bare.pipe.transformer = copy.deepcopy(r.model.pipe.transformer)
         if r.tune.kind == "lora":
             self.bare.pipe.transformer.unload_lora()
-        self.times: dict[str, list[float]] = {}
-        self.no_grad = torch.no_grad
+        self.costs: list[dict[str, float]] = []
+        """Mean seconds of a call of each kind, by sitting."""
+        self.counts: list[dict[str, int]] = []
+        """The module's counts so far, by sitting."""
 
     def measure(self) -> None:
-        """One call of each kind on the points of the last epoch."""
+        """A sitting, on the points of the last epoch."""
         import torch
 
         module, r = self.module, self.module.recipe
         point, cond = module.buffer.gather(torch.arange(self.batch) % len(module.buffer.points.x))
-        with self.no_grad():
-            self._time("forward", lambda: self.bare.velocity(point.x, point.sigma, cond, r.rollout.guidance))
-            self._time("decode", lambda: r.model.decode(point.x))
         small, small_cond = module.buffer.gather(self.micro)
         parameters = list(module.live.trained().values())
 
@@ -81,27 +85,41 @@ class Floor:
             v = module._velocity(small.x, small.sigma, small_cond)
             torch.autograd.grad(v.square().mean(), parameters, allow_unused=True)
 
-        self._time("train", train)
+        with torch.no_grad():
+            forward = seconds(lambda: self.bare.velocity(point.x, point.sigma, cond, r.rollout.guidance))
+            decode = seconds(lambda: r.model.decode(point.x))
+        self.costs.append({"forward": forward, "decode": decode, "train": seconds(train)})
+        self.counts.append(dict(module.counts))
 
-    def _time(self, name: str, call: Callable[[], object]) -> None:
-        began = time.perf_counter()
+    @property
+    def epochs(self) -> list[float]:
+        """Floor of each epoch between two sittings: its calls, as the module counts them, times their mean costs.
+        Partial batches count pro rata."""
+        g = self.module.geometry
+        calls = [
+            {
+                "forward": sum(after[kind] - before[kind] for kind in ("rollout", "frozen")) / self.batch,
+                "decode": g.samples_local / self.batch,
+                "train": g.batches_per_epoch,
+            }
+            for before, after in pairwise(self.counts)
+        ]
+        around = [{kind: (one[kind] + two[kind]) / 2 for kind in one} for one, two in pairwise(self.costs)]
+        return [sum(n[kind] * cost[kind] for kind in cost) for n, cost in zip(calls, around, strict=True)]
+
+    @property
+    def forward(self) -> float:
+        """Seconds of a bare forward pass."""
+        return median(cost["forward"] for cost in self.costs)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Mean time of a call, as an epoch is a sum of calls; the first one, which finds cold caches, is not timed."""
+    call()
+    began = time.perf_counter()
+    for _ in range(CALLS):
         call()
-        self.times.setdefault(name, []).append(time.perf_counter() - began)
-
-    def cost(self, name: str) -> float:
-        return median(self.times[name])
-
-    def seconds(self) -> float:
-        """The calls of an epoch, as the module counts them, times the cost of each; partial batches count pro rata."""
-        module = self.module
-        g = module.geometry
-        epochs = module.counts["samples"] / g.samples
-        forwards = (module.counts["rollout"] + module.counts["frozen"]) / epochs / self.batch
-        return (
-            forwards * self.cost("forward")
-            + g.samples_local / self.batch * self.cost("decode")
-            + g.batches_per_epoch * self.cost("train")
-        )
+    return (time.perf_counter() - began) / CALLS
 
 
 def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
@@ -123,21 +141,23 @@ def measure(workload: str, epochs: int, overrides: list[str]) -> Row:
 
     def measure_floor() -> None:
         found.extend([] if found else [Floor(module)])
-        for _ in range(3):
-            found[0].measure()
+        found[0].measure()
 
     watch = Phases(after=measure_floor)
     trainer.callbacks.append(watch)  # type: ignore
     trainer.fit(module)
-    actual, floor = median(watch.epochs[1:]), found[0].seconds()
+    actual, floors = watch.epochs[1:], found[0].epochs
+    ratios = [floor / whole for floor, whole in zip(floors, actual, strict=True)]
     return Row(
         workload=workload,
-        floor_s=round(floor, 4),
-        actual_s=round(actual, 4),
-        efficiency=round(floor / actual, 4),
-        images_per_s=round(module.geometry.samples / actual, 3),
+        floor_s=round(median(floors), 4),
+        actual_s=round(median(actual), 4),
+        efficiency=round(median(ratios), 4),
+        lowest=round(min(ratios), 4),
+        highest=round(max(ratios), 4),
+        images_per_s=round(module.geometry.samples / median(actual), 3),
         peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        raw_fwd_units=round(actual / found[0].cost("forward"), 2),
+        raw_fwd_units=round(median(actual) / found[0].forward, 2),
     )
 
 
@@ -165,7 +185,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for train.py")
-    parser.add_argument("--epochs", type=int, default=3, help="timed epochs, after one warm-up epoch")
+    parser.add_argument("--epochs", type=int, default=5, help="timed epochs, after one warm-up epoch")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="WORKLOAD")
     parser.add_argument("--model", default="tiny_sd3", help="or a random one: 8M, 30M (parameters)")
     parser.add_argument("--to", type=Path, default=place())
