@@ -13,7 +13,8 @@ from torch import Tensor
 class Batch:
     """The size of an epoch. `micro` is the number of training points (sample × step) per forward and backward pass.
 
-    micro="auto" leaves it open until the device is known; see Geometry.with_micro.
+    A smaller update is one micro-batch, so a plan for one device also fits several. micro="auto" leaves it open until
+    the device is known; see Geometry.with_micro.
     """
 
     prompts: int
@@ -154,8 +155,10 @@ class Geometry:
 
     @property
     def micro(self) -> int:
-        """Points per micro-batch; the smallest possible number while it is open."""
-        return min(self.micros(), default=self.coupled) if self.batch.micro == "auto" else self.batch.micro
+        """Points per micro-batch, at most a whole update; the smallest possible number while it is open."""
+        if self.batch.micro == "auto":
+            return min(self.micros(), default=self.coupled)
+        return min(self.batch.micro, self.points_per_update)
 
     def with_micro(self, micro: int | None) -> Geometry:
         """The plan with this micro-batch if it is open and the value is possible; else unchanged."""

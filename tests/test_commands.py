@@ -547,7 +547,10 @@ WRONG = [
     (("algo=grpo", "dynamics=ode"), "use dynamics=flow_sde, or algo=nft"),
     (("batch.group_size=1",), "use at least 2"),
     (("batch.micro=7",), "use batch.micro=8"),
-    (("batch.prompts=5", "trainer.devices=8", "algo=grpo"), "use batch.prompts=8 and batch.micro=18 together"),
+    (
+        ("batch.prompts=5", "trainer.devices=8", "batch.micro=4", "algo=grpo"),
+        "batch.prompts=8 and batch.micro=3 together",
+    ),
     (("rolout.num_steps=3",), "rollout"),
     (("dynamics.eta=0.3,0.7", "dynamics=cps"), "add -m"),
     (("algo=grpo", "optimisation.guidance=4"), "rollout.guidance"),

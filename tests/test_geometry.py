@@ -133,6 +133,16 @@ def test_a_micro_batch_holds_whole_groups_or_samples(together: Literal["group", 
         Geometry(Batch(prompts=4, group_size=6, micro=micro, updates=2), 3, together=together)
 
 
+@pytest.mark.parametrize("together", ["point", "sample", "group"])
+def test_a_micro_batch_for_one_rank_fits_several(together: Literal["point", "sample", "group"]):
+    """An update with fewer points is one micro-batch; one with more is cut evenly or refused."""
+    batch = Batch(prompts=12, group_size=6, micro=72, updates=2)
+    plans = [Geometry(batch, 2, ranks, together) for ranks in (1, 2, 3, 6)]
+    assert [(g.micro, g.accumulate) for g in plans] == [(72, 1), (36, 1), (24, 1), (12, 1)]
+    with pytest.raises(ValueError, match=r"72 training points .* batch.micro=48.*: use batch.micro=36\.$"):
+        Geometry(replace(batch, micro=48), 2, 1, together)
+
+
 def test_groups_that_belong_together_are_dealt_whole_to_the_updates():
     with pytest.raises(ValueError, match=r"4 groups on a rank .* batch.updates=3 .* use batch.updates=4\.$"):
         Geometry(Batch(prompts=4, group_size=6, micro=6, updates=3), 1, together="group")

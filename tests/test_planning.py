@@ -21,7 +21,7 @@ from flowalign.run import assemble, build_recipe, build_trainer
     ("words", "sentence"),
     [
         (("batch.micro=7",), r"72 training points .* batch.micro=7: use batch.micro=8\.$"),
-        (("trainer.devices=5",), r"cannot be dealt to 5 ranks: use batch.prompts=10 and batch.micro=12 together\.$"),
+        (("trainer.devices=5",), r"cannot be dealt to 5 ranks: use batch.prompts=10\.$"),
         (("reward=shapes_win_rate", "batch.prompts=11", "trainer.devices=2"), r"2 ranks in whole groups"),
         (
             ("reward=shapes_win_rate", "callbacks=early_stopping"),

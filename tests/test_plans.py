@@ -35,7 +35,7 @@ def check_even(g: Geometry) -> None:
     for rank in range(g.world_size):
         batches = list(IndexLoader(g, seed=0, rank=rank))
         assert len(batches) == len(IndexLoader(g, 0, rank)) == g.accumulate * g.steps_per_epoch
-        assert {len(batch) for batch in batches} == {g.batch.micro}
+        assert {len(batch) for batch in batches} == {g.micro}
         a_pass = g.accumulate * g.batch.updates
         for start in range(0, len(batches), a_pass):
             assert torch.cat(batches[start : start + a_pass]).sort().values.tolist() == every
