@@ -69,6 +69,8 @@ class Policy(nn.Module):
         if shard is not None:
             shard()
         self.denoisers = nn.ModuleDict(denoisers)
+        # Names, since a strategy may replace the parameters; a search costs milliseconds, several times per epoch.
+        self._trained = tuple(name for name, p in self.denoisers.named_parameters() if p.requires_grad)
         self.copies = nn.ModuleDict({name: self._copy() for name in copies})
         self.snapshots: dict[str, FrozenCopy] = {}
         """Temporary copies: not part of this module's state, so in no checkpoint."""
@@ -77,7 +79,7 @@ class Policy(nn.Module):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The live trained parameters by name, in a fixed order."""
-        return {name: p for name, p in self.denoisers.named_parameters() if p.requires_grad}
+        return {name: self.denoisers.get_parameter(name) for name in self._trained}
 
     def _copy(self) -> FrozenCopy:
         def value(p: Tensor) -> Tensor:
