@@ -242,12 +242,12 @@ class Geometry:
 
     def table(self) -> dict[str, str]:
         """The rows of the table that is printed at the start of a run."""
-        b = self.batch
+        b, accumulated = self.batch, "1 micro-batch" if self.accumulate == 1 else f"{self.accumulate} micro-batches"
         return {
             "samples per epoch": f"{b.prompts} prompts × {b.group_size} = {self.samples}",
             "on each rank": f"{self.samples_local} of {self.world_size} rank(s)",
             "training points": f"{self.trained_local} × {self.points_per_sample} steps = "
             f"{self.trained_local * self.points_per_sample}",
             "optimiser steps per epoch": f"{b.updates} updates × {b.passes} pass(es) = {self.steps_per_epoch}",
-            "one optimiser step": f"{self.accumulate} micro-batches × {self.micro} points",
+            "one optimiser step": f"{accumulated} × {self.micro} points",
         }

@@ -200,7 +200,7 @@ def test_the_run_is_that_of_a_given_micro_batch(fit: Callable[..., AlignModule])
     assert 0 < apart(found, given) < 1e-5
     names = {line.name for line in found.memory_plan()}
     assert "forward and backward of 6 points" in names
-    assert found.geometry.table()["one optimiser step"] == "1 micro-batches × 6 points"
+    assert found.geometry.table()["one optimiser step"] == "1 micro-batch × 6 points"
 
 
 def test_a_device_that_is_too_small_gets_the_next_smaller_one(
