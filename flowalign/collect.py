@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,15 @@ class SampleCredit:
     def uniform(number: int) -> SampleCredit:
         """Advantage 1 for every sample."""
         return SampleCredit(torch.ones(number), torch.ones(number, dtype=torch.bool))
+
+
+class Renoise(NamedTuple):
+    """What clean samples are mixed with."""
+
+    sigma: Tensor
+    """(n, S)"""
+    noise: Tensor
+    """(n, S, …)"""
 
 
 @dataclass
@@ -140,6 +150,7 @@ class Collector:
         prompt_ids = [chosen[sample // group_size] for sample in ids]
         prompts = [self.prompts.prompts[i] for i in prompt_ids]
         local = LocalSamples(epoch, ids, prompt_ids, prompts, cond.index(rows), device)
+        early = self._renoise_early(epoch, ids, device)
         if self.algorithm.source == "images":
             samples = self.rollouts.given(local, report)
             credit = partial(SampleCredit.uniform, self.geometry.samples)
@@ -151,10 +162,11 @@ class Collector:
         kept = torch.tensor([i for i, sample in enumerate(ids) if trained[sample]])
         mine = torch.tensor(ids)[kept]
         rollout = samples.rollout if len(kept) == len(ids) else samples.rollout.index(kept)
-        points = self._points(epoch, rollout, mine)
+        points = self._points(epoch, rollout, mine, early)
         if self.algorithm.source == "both":
             given = self.rollouts.given(local, lambda done, reward: None).rollout.index(kept)
-            points = interleave(points, self._points(epoch, given, mine, REAL), len(kept))
+            real = self._renoise(epoch, mine, given.sigmas, device, REAL)
+            points = interleave(points, self._points(epoch, given, mine, real), len(kept))
         of_point = rows[kept].repeat_interleave(self.geometry.points_per_sample)
         return Collected(
             points, cond, of_point, samples.rollout.x0, samples.images, prompts, samples.calls, trained, mine, credit
@@ -216,17 +228,33 @@ class Collector:
 
     # ------------------------------------------------------------ points
 
-    def _points(self, epoch: int, rollout: Rollout, sample: Tensor, stream: int = POINT) -> Point:
+    def _points(self, epoch: int, rollout: Rollout, sample: Tensor, renoise: Renoise | None) -> Point:
         """Training points of the samples `sample` (n,); advantages and weights are NaN until credit is assigned."""
         advantage = weight = torch.full((len(sample),), torch.nan)
-        group_size = self.geometry.batch.group_size
-        group = sample // (self.plan(epoch).branches or group_size)
+        group = sample // (self.plan(epoch).branches or self.geometry.batch.group_size)
         if self.algorithm.point == "transition":
             return transitions(rollout, advantage, group, sample, weight)
-        keys = sample // group_size * group_size if self.algorithm.shared_noise else sample
-        shape, device = tuple(rollout.x0.shape[1:]), rollout.x0.device
-        sigma = self.times(self.seed, epoch, keys, rollout.sigmas)
-        draws = [keyed_randn(self.seed, epoch, keys, stream + j, shape, device) for j in range(sigma.shape[1])]
-        points = noised(rollout.x0, sigma, torch.stack(draws, dim=1), advantage, group, sample, weight)
+        sigma, noise = renoise or self._renoise(epoch, sample, rollout.sigmas, rollout.x0.device)
+        points = noised(rollout.x0, sigma, noise, advantage, group, sample, weight)
         points.sigma_next = next_level(rollout.sigmas, points.sigma)
         return points
+
+    def _renoise_early(self, epoch: int, ids: list[int], device: torch.device) -> Renoise | None:
+        """The re-noising of all generated samples, unless their rewards decide which ones are trained on.
+
+        Rewards of the last batch are computed meanwhile on a thread, and thousands of small operations would each wait
+        for the interpreter: so they come first.
+        """
+        if self.algorithm.point != "noised" or self.algorithm.source == "images" or self.geometry.members is not None:
+            return None
+        return self._renoise(epoch, torch.tensor(ids), self.rollouts.schedule(self.plan(epoch)), device)
+
+    def _renoise(
+        self, epoch: int, sample: Tensor, sigmas: Tensor, device: torch.device, stream: int = POINT
+    ) -> Renoise:
+        """Noise levels and noise of the samples `sample` (n,), for the schedule `sigmas` of their rollout."""
+        keys = sample // (size := self.geometry.batch.group_size) * size if self.algorithm.shared_noise else sample
+        sigma = self.times(self.seed, epoch, keys, sigmas)
+        shape = self.model.latent_shape(*self.size.area)
+        draws = [keyed_randn(self.seed, epoch, keys, stream + j, shape, device) for j in range(sigma.shape[1])]
+        return Renoise(sigma, torch.stack(draws, dim=1))

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flowalign.buffer import Buffer, IndexLoader
 from flowalign.checks.errors import ConfigError, as_config_errors
-from flowalign.collect import Collector
+from flowalign.collect import Collected, Collector
 from flowalign.diversity import diversity
 from flowalign.exhausted import explain_oom
 from flowalign.forward import Forward
@@ -175,14 +175,7 @@ class AlignModule(Forward):
         g = self.geometry
         self.report.begin("rollout", g.samples_local)
         with self._precision(), ScoreQueue(self.recipe.scorer.ahead) as queue:
-            sampler = self.recipe.algorithm.samples_with
-            asked = None if sampler in self.recipe.same_as_live else sampler
-            with explain_oom("rollout"), self.live.use(asked):
-                collected = self.collect(
-                    self.current_epoch, self.replica, self.device, queue, self._gather, self._on_rollout_progress
-                )
-            self.buffer.fill(self.current_epoch, collected.points, collected.cond, collected.prompt_of_point)
-            self._evaluate_frozen()  # needs no rewards, so the last batches are scored meanwhile
+            collected = self._collect(queue)
             if self.current_epoch + 1 != self.trainer.max_epochs:
                 self.collect.encode_ahead(self.current_epoch + 1, self.replica)  # needs none either
             with explain_oom("rollout"):  # rewards may run out of memory here
@@ -199,6 +192,24 @@ class AlignModule(Forward):
             logger.log_metrics({f"rollout/{k}": v for k, v in self.stats.items()}, step=self.global_step)
         self.report.begin("optimise", g.batches_per_epoch)
 
+    def _collect(self, queue: ScoreQueue) -> Collected:
+        """Fill the buffer with points and frozen velocities, which need no rewards: those in `queue` may be pending."""
+        same, sampler = self.recipe.same_as_live, self.recipe.algorithm.samples_with
+        copies = [name for name in self.recipe.algorithm.frozen if name not in same]
+        asked = None if sampler in same else sampler
+        with explain_oom("rollout"), self.live.use(asked):
+            collected = self.collect(
+                self.current_epoch, self.replica, self.device, queue, self._gather, self._on_rollout_progress
+            )
+            self.buffer.fill(self.current_epoch, collected.points, collected.cond, collected.prompt_of_point)
+            collected.points.kl_weight = self._kl_weight(collected.points)
+            if asked in copies:  # its weights are in place
+                self._evaluate_frozen(asked)
+        for name in copies:
+            if name != asked:
+                self._evaluate_frozen(name)
+        return collected
+
     def _on_rollout_progress(self, done: int, reward: float | None) -> None:
         self.report.advance("rollout", done, **({} if reward is None else {"reward": reward}))
         self.between_batches(math.inf)
@@ -212,26 +223,22 @@ class AlignModule(Forward):
         return local[None] if self.trainer.world_size == 1 else self.all_gather(local)[:: self.context]  # type: ignore
 
     @explain_oom("frozen copies")
-    def _evaluate_frozen(self) -> None:
-        """Store the velocities of the frozen copies at the points. They are constant during the optimisation phase."""
-        r, points = self.recipe, self.buffer.points
-        weight = points.kl_weight = self._kl_weight(points)
-        for name in r.algorithm.frozen:
-            if name in r.same_as_live:
-                continue
-            every_row = torch.arange(len(points.x))
-            rows = every_row if weight is None or name != "reference" else weight.nonzero().flatten()
-            velocity = torch.zeros_like(points.x, dtype=torch.float32)  # stays 0 where it is not needed
-            self.report.begin("frozen", len(rows))
-            with self.live.use(name):
-                for i, part in enumerate(rows.split(r.rollout.batch_size)):
-                    p, cond = self.buffer.gather(part)
-                    velocity[part] = self._velocity(p.x, p.sigma, cond)
-                    self.report.advance("frozen", i * r.rollout.batch_size + len(part))
-                    self.between_batches(math.inf)
-            self.report.end("frozen")
-            points.frozen[name] = velocity
-            self.counts["frozen"] += len(rows) * self.replicas
+    def _evaluate_frozen(self, name: str) -> None:
+        """Store the velocities of a frozen copy at the points. They are constant during the optimisation phase."""
+        batch, points = self.recipe.rollout.batch_size, self.buffer.points
+        every_row, weight = torch.arange(len(points.x)), points.kl_weight
+        rows = every_row if weight is None or name != "reference" else weight.nonzero().flatten()
+        velocity = torch.zeros_like(points.x, dtype=torch.float32)  # stays 0 where it is not needed
+        self.report.begin("frozen", len(rows))
+        with self.live.use(name):
+            for i, part in enumerate(rows.split(batch)):
+                p, cond = self.buffer.gather(part)
+                velocity[part] = self._velocity(p.x, p.sigma, cond)
+                self.report.advance("frozen", i * batch + len(part))
+                self.between_batches(math.inf)
+        self.report.end("frozen")
+        points.frozen[name] = velocity
+        self.counts["frozen"] += len(rows) * self.replicas
 
     def _kl_weight(self, points: Point) -> Tensor | None:
         """Weights of the points at which the KL penalty is computed; None if the reference is needed at every point."""

@@ -90,7 +90,7 @@ class Rollouts:
     def generated(self, local: LocalSamples, scores: RolloutScores, report: Progress) -> Samples:
         """Sample the policy in batches; decode each batch and add it to `scores`."""
         plan = self.plan(local.epoch)
-        sigmas, shape = self._schedule(plan), self.model.latent_shape(*self.size.area)
+        sigmas, shape = self.schedule(plan), self.model.latent_shape(*self.size.area)
         batch, sharing = self._batch(plan)
         parts, images, calls = [], [], 0
         unscored: list[tuple[Tensor, Tensor | None]] = []
@@ -155,7 +155,8 @@ class Rollouts:
         media = torch.cat(decoded) if decoded else None
         return RewardInput(local.prompts[rows], media, Latents(x0, local.cond.index(rows)), groups)
 
-    def _schedule(self, plan: StepPlan) -> Tensor:
+    def schedule(self, plan: StepPlan) -> Tensor:
+        """Noise levels of a rollout, descending to 0, on the CPU."""
         area = self.size.area
         sigmas = self.model.sigmas(self.sampling.num_steps, *area)
         return sigmas if plan.tail is None else shorten(sigmas, plan.last_noisy, plan.tail, self.model.shift(*area))
@@ -183,7 +184,7 @@ class Rollouts:
             report(min(start + self.sampling.batch_size, len(local.ids)), None)
         row_of = {key: row for row, key in enumerate(distinct)}
         x0 = torch.cat(latents)[torch.tensor([row_of[key] for key in media_of], device=local.device)]
-        rollout = Rollout(x0, self._schedule(deterministic(0)))
+        rollout = Rollout(x0, self.schedule(deterministic(0)))
         return Samples(rollout, _stacked([kept[key] for key in shown]))
 
 

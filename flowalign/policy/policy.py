@@ -6,6 +6,7 @@ reference is their initial state. `use` swaps values in place, so parameters, wr
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -25,8 +26,8 @@ class FrozenCopy(nn.ParameterDict):
     """Values of the trained parameters. A copy on the CPU stays there when the policy is moved."""
 
     def __init__(self, values: dict[str, nn.Parameter], place: Place) -> None:
-        # Parameter names must not contain dots.
-        super().__init__({name.replace(".", "/"): p for name, p in values.items()})
+        # Parameter names must not contain dots, and those of a plain dict would be sorted.
+        super().__init__(OrderedDict((name.replace(".", "/"), p) for name, p in values.items()))
         self.place = place
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenCopy:
@@ -69,8 +70,13 @@ class Policy(nn.Module):
         if shard is not None:
             shard()
         self.denoisers = nn.ModuleDict(denoisers)
-        # Names, since a strategy may replace the parameters; a search costs milliseconds, several times per epoch.
-        self._trained = tuple(name for name, p in self.denoisers.named_parameters() if p.requires_grad)
+        # The modules that hold them, since a strategy may replace parameters; a search takes milliseconds per use.
+        self._holders = {
+            name: (self.denoisers.get_submodule(place), leaf)
+            for name, p in self.denoisers.named_parameters()
+            if p.requires_grad
+            for place, _, leaf in [name.rpartition(".")]
+        }
         self.copies = nn.ModuleDict({name: self._copy() for name in copies})
         self.snapshots: dict[str, FrozenCopy] = {}
         """Temporary copies: not part of this module's state, so in no checkpoint."""
@@ -79,7 +85,7 @@ class Policy(nn.Module):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The live trained parameters by name, in a fixed order."""
-        return {name: self.denoisers.get_parameter(name) for name in self._trained}
+        return {name: getattr(holder, leaf) for name, (holder, leaf) in self._holders.items()}
 
     def _copy(self) -> FrozenCopy:
         def value(p: Tensor) -> Tensor:
@@ -101,13 +107,19 @@ class Policy(nn.Module):
     def _pairs(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The live tensors and those of a copy, in the same order; of sharded ones the local shards."""
         copy = self.snapshots[name] if name in self.snapshots else self.copies[name]
-        live = self.trained()
-        return [local(p.data) for p in live.values()], [local(copy[n.replace(".", "/")].data) for n in live]  # type: ignore
+        kept = copy.parameters(recurse=False)  # in the order in which they were copied
+        return [local(p.data) for p in self.trained().values()], [local(p.data) for p in kept]
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Within this context, the live network has the weights of a copy (None: its own) and records no gradients."""
+        """Within this context, the live network has the weights of a copy (None: its own) and records no gradients.
+
+        A copy that is in use already may be asked for again, which costs nothing.
+        """
         with torch.no_grad(), ExitStack() as stack:
+            if name is not None and name == self._active:
+                yield
+                return
             if name is not None:
                 stack.enter_context(self._swapped(name))
             if self.merge:

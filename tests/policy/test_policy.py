@@ -131,6 +131,19 @@ def test_nested_use_is_refused_and_leaves_no_trace(transformer: Any):
     assert same(weights(policy), held)
 
 
+def test_the_copy_in_use_may_be_asked_for_again(transformer: Any):
+    policy = Policy({"transformer": transformer}, Lora(rank=4, alpha=8), TARGETS, ["old"], merge=True)
+    move(policy)
+    held = weights(policy)
+    with policy.use("old"):
+        used = outputs(transformer)
+        with torch.enable_grad(), policy.use("old"):
+            assert torch.equal(outputs(transformer), used)
+            assert not torch.is_grad_enabled()
+        assert torch.equal(outputs(transformer), used)
+    assert same(weights(policy), held)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.25, 0.9, 1.0])
 def test_a_copy_follows_by_exactly_its_decay(transformer: Any, decay: float):
     policy = tuned(transformer, "full", "old")
