@@ -158,6 +158,7 @@ class AlignModule(Forward):
 
     def on_train_start(self) -> None:
         set_rates(cast(LambdaLR, self.lr_schedulers()))
+        self._forget("train")
 
     def on_train_epoch_start(self) -> None:
         self._ensure_rollout()
@@ -268,9 +269,9 @@ class AlignModule(Forward):
             means["train/ratio_std"] = metrics["ratio"][point.counts].std(correction=0).nan_to_num()  # 0 without rows
         # The loss is a mean over the planned points, the diagnostics over those that were not skipped.
         for found, rows in ((means, len(idx)), ({"train/loss": loss.detach()}, planned)):
-            if not finite:  # every rank has to log the same keys; the batch size below gives these no weight
+            if not finite:  # every rank has to log the same keys; the weight below is 0
                 found = {name: torch.zeros_like(mean) for name, mean in found.items()}
-            self.log_dict(found, on_step=False, on_epoch=True, sync_dist=True, batch_size=rows * finite)
+            self._record(found, rows * finite)
         self.report.advance("optimise", batch_idx + 1)
         return loss
 
@@ -312,8 +313,8 @@ class AlignModule(Forward):
             self.finite.skip_step()
             optimizer.zero_grad()  # a step without gradients changes nothing, not even the moments
         else:
-            self.log("train/grad_norm", norm, on_step=False, on_epoch=True)
-        self.log("train/lr", optimizer.param_groups[0]["lr"], on_step=False, on_epoch=True)
+            self._record({"train/grad_norm": norm})
+        self._record({"train/lr": optimizer.param_groups[0]["lr"]})
 
     @explain_oom("optimise")
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -226,6 +226,35 @@ def test_a_step_that_is_not_finite_is_left_out(prepared: Callable[..., Run], spo
         assert trainer.callback_metrics["train/loss"].isfinite()
 
 
+def test_diagnostics_are_means_of_their_epoch_alone(prepared: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
+    """Also of the first epoch after a fit that was interrupted within one."""
+    run = prepared("algo=nft", "trainer.max_epochs=2")
+    module, trainer = run.build()
+    losses: list[float] = []
+
+    def watched(idx: Tensor, batch_idx: int) -> Tensor:
+        loss = type(module).training_step(module, idx, batch_idx)
+        losses.append(float(loss.detach()))
+        if len(losses) == 3:
+            raise KeyError
+        return loss
+
+    monkeypatch.setattr(module, "training_step", watched)
+    with pytest.raises(KeyError):
+        trainer.fit(module)
+    again, logged = build_trainer(run.cfg, plan_accumulation(run.cfg, run.recipe)), []
+    end = type(module).on_train_epoch_end
+    monkeypatch.setattr(
+        module, "on_train_epoch_end", lambda: (end(module), logged.append(float(again.callback_metrics["train/loss"])))
+    )
+    again.fit(module)
+    per_epoch = module.geometry.batches_per_epoch
+    means = [sum(losses[i : i + per_epoch]) / per_epoch for i in range(3, len(losses), per_epoch)]
+    assert len(means) == 2
+    assert logged == pytest.approx(means, rel=1e-6)
+    assert means[0] != pytest.approx(means[1], rel=1e-3)
+
+
 def test_points_are_gone_before_the_next_ones_are_made(prepared: Callable[..., Run], monkeypatch: pytest.MonkeyPatch):
     run = prepared("algo=grpo", "trainer.max_epochs=2")
     module, trainer = run.build()
