@@ -44,7 +44,8 @@ class FrameReward(ABC):
             return scores
         frames = videos.shape[1]
         which = [i for i in finite.nonzero().flatten().tolist() for _ in range(frames)]
-        found = self.score(videos[finite].flatten(0, 1), [prompts[i] for i in which], [metadata[i] for i in which])
+        judged = videos if finite.all() else videos[finite]
+        found = self.score(judged.flatten(0, 1), [prompts[i] for i in which], [metadata[i] for i in which])
         scores[finite] = found.to(scores).unflatten(0, (-1, frames)).mean(dim=1)
         return scores
 
@@ -86,7 +87,8 @@ def as_videos(media: Tensor, prompts: Sequence[str], metadata: Metadata) -> tupl
     videos = media.detach().float()
     videos = videos if media.ndim == 5 else videos[:, None]
     finite = videos.isfinite().flatten(1).all(dim=1)
-    values = videos[finite]
-    if values.numel() and (values.min() < -1e-3 or values.max() > 1 + 1e-3):
-        raise ValueError(f"media must lie in [0, 1]; got values from {values.min():.3g} to {values.max():.3g}")
+    values = videos if finite.all() else videos[finite]
+    low, high = values.aminmax() if values.numel() else (0, 1)
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"media must lie in [0, 1]; got values from {low:.3g} to {high:.3g}")
     return videos.clamp(0, 1), finite  # beyond [0, 1] is only rounding, as checked above; NaN stays
