@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from flowalign.checks.errors import ConfigError
 
@@ -77,14 +78,18 @@ class HackingGuard(Callback):
         suspicious = gold < self.best.gold - self.tolerance and objective > self.best.objective
         self.strikes = self.strikes + 1 if suspicious else 0
         if self.strikes == self.patience:
-            log.warning(
-                "the reward is being hacked: %s rose from %.3f to %.3f while %s fell from %.3f (%s) to %.3f, by more "
-                "than %g in %d evaluations in a row. Go back to the best checkpoint by %s, weigh the objective against "
-                "something that sees what is lost, or raise algo.kl_beta.",
-                self.objective, self.best.objective, objective, self.gold, self.best.gold, self.best, gold,
-                self.tolerance, self.patience, self.gold,
-            )  # fmt: skip
+            self._warn(self.best, objective, gold)
         return self.strikes >= self.patience
+
+    @rank_zero_only
+    def _warn(self, best: Best, objective: float, gold: float) -> None:
+        log.warning(
+            "the reward is being hacked: %s rose from %.3f to %.3f while %s fell from %.3f (%s) to %.3f, by more than "
+            "%g in %d evaluations in a row. Go back to the best checkpoint by %s, weigh the objective against "
+            "something that sees what is lost, or raise algo.kl_beta.",
+            *(self.objective, best.objective, objective, self.gold, best.gold, best, gold),
+            *(self.tolerance, self.patience, self.gold),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": None if self.best is None else asdict(self.best), "strikes": self.strikes}

@@ -32,6 +32,13 @@ def test_a_rising_objective_with_a_falling_gold_is_said_once_with_the_numbers(ca
     )
 
 
+def test_only_the_first_rank_says_so_and_all_come_to_the_same_verdict(caplog: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero.rank_zero_only.rank", 1)
+    with caplog.at_level(logging.WARNING, "flowalign"):
+        assert judged(HackingGuard(patience=1), BASELINE, (0.8, 0.5)) == [False, True]
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     "evaluations",
     [
