@@ -242,8 +242,8 @@ class Collector:
     def _renoise_early(self, epoch: int, ids: list[int], device: torch.device) -> Renoise | None:
         """The re-noising of all generated samples, unless their rewards decide which ones are trained on.
 
-        Rewards of the last batch are computed meanwhile on a thread, and thousands of small operations would each wait
-        for the interpreter: so they come first.
+        Drawn before the rollout, since afterwards the rewards of its last batch hold the interpreter, for which each of
+        these thousands of small operations would wait.
         """
         if self.algorithm.point != "noised" or self.algorithm.source == "images" or self.geometry.members is not None:
             return None
@@ -253,7 +253,8 @@ class Collector:
         self, epoch: int, sample: Tensor, sigmas: Tensor, device: torch.device, stream: int = POINT
     ) -> Renoise:
         """Noise levels and noise of the samples `sample` (n,), for the schedule `sigmas` of their rollout."""
-        keys = sample // (size := self.geometry.batch.group_size) * size if self.algorithm.shared_noise else sample
+        group_size = self.geometry.batch.group_size
+        keys = sample // group_size * group_size if self.algorithm.shared_noise else sample
         sigma = self.times(self.seed, epoch, keys, sigmas)
         shape = self.model.latent_shape(*self.size.area)
         draws = [keyed_randn(self.seed, epoch, keys, stream + j, shape, device) for j in range(sigma.shape[1])]
