@@ -26,6 +26,7 @@ class FiniteGuard:
         self.limit = limit
         self.skipped = 0
         """Steps skipped in the whole run; the module saves it in checkpoints."""
+        self._of_epoch = 0
         self._reason = ""
 
     def check(self, losses: Tensor, sigma: Tensor, epoch: int, step: int) -> bool:
@@ -45,10 +46,16 @@ class FiniteGuard:
         """Whether a micro-batch of this step had a non-finite loss on this rank."""
         return bool(self._reason)
 
+    def count_of_epoch(self) -> int:
+        """The steps skipped since the last call."""
+        count, self._of_epoch = self._of_epoch, 0
+        return count
+
     def skip_step(self) -> None:
         """Count a skipped step, on all ranks alike. Raises NotFiniteError beyond the limit."""
         reason, self._reason = self._reason or "the gradient, or a loss of another rank, is not finite", ""
         self.skipped += 1
+        self._of_epoch += 1
         if self.skipped > self.limit:
             raise NotFiniteError(
                 f"{reason}, and optimisation.max_skipped={self.limit} allows no further skipped step; a lower learning "

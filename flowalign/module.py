@@ -159,6 +159,7 @@ class AlignModule(Forward):
     def on_train_start(self) -> None:
         set_rates(cast(LambdaLR, self.lr_schedulers()))
         self._forget("train")
+        self.finite.count_of_epoch()  # of an interrupted fit
 
     def on_train_epoch_start(self) -> None:
         self._ensure_rollout()
@@ -308,7 +309,6 @@ class AlignModule(Forward):
         # float16's scaler finds its factor by letting gradients overflow, and skips those steps itself.
         overflow = not norm.isfinite() and str(self.trainer.precision) != "16-mixed"
         skip = self.trainer.strategy.reduce_boolean_decision(self.finite.failed or bool(overflow), all=False)
-        self.log("train/skipped_steps", float(skip), on_step=False, on_epoch=True, reduce_fx="sum")
         if skip:
             self.finite.skip_step()
             optimizer.zero_grad()  # a step without gradients changes nothing, not even the moments
@@ -329,6 +329,7 @@ class AlignModule(Forward):
     def on_train_epoch_end(self) -> None:
         self.report.end("optimise")
         self._follow("rollout")
+        self.log("train/skipped_steps", float(self.finite.count_of_epoch()))  # the same on all ranks
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / GIB
             self.log("memory/peak_gib", peak, sync_dist=True, reduce_fx="max")

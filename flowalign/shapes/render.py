@@ -22,16 +22,22 @@ class Placed:
     radius: float
 
 
-def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance of points from a shape of radius 1 at the origin, negative inside. x, y: in radii."""
+def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Distance (h, w) of the points (x, y) from a shape at the origin, negative inside. x: (w,), y: (h,).
+
+    Terms in one coordinate come first, since there are only h + w of them.
+    """
+    y, half, arm = y[:, None], 0.88 * radius, CROSS_ARM * radius
     if shape == "circle":
-        return np.hypot(x, y) - 1
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.88
+        return np.sqrt(x * x + y * y) - radius
     if shape == "triangle":  # upright, base at the bottom; the side's normal is (2, -1)/sqrt(5)
-        return np.maximum((2 * abs(x) - y - 0.95) / 5**0.5, y - 0.95)
+        base = 0.95 * radius
+        return np.maximum(((2 * abs(x) - base) - y) / 5**0.5, y - base)
     ax, ay = abs(x), abs(y)
-    return np.maximum(np.minimum(ax, ay) - CROSS_ARM, np.maximum(ax, ay) - 1)
+    if shape == "square":
+        return np.maximum(ax - half, ay - half)
+    lying, standing = np.maximum(ax - radius, ay - arm), np.maximum(ax - arm, ay - radius)
+    return np.minimum(lying, standing)
 
 
 def coverage(distances: np.ndarray, softness: float | np.ndarray) -> np.ndarray:
@@ -45,9 +51,9 @@ def render(placed: list[Placed], background: np.ndarray, size: int, colours: np.
     for item, colour in zip(placed, colours, strict=True):
         low = np.floor([(item.x - item.radius) * size - 1, (item.y - item.radius) * size - 1]).astype(int).clip(0)
         high = np.ceil([(item.x + item.radius) * size + 1, (item.y + item.radius) * size + 1]).astype(int).clip(0, size)
-        xs = ((np.arange(low[0], high[0]) + 0.5) / size - item.x) / item.radius
-        ys = ((np.arange(low[1], high[1]) + 0.5) / size - item.y) / item.radius
-        share = coverage(distance(item.thing[1], xs[None, :], ys[:, None]), 1 / (item.radius * size))[..., None]
+        xs = (np.arange(low[0], high[0]) + 0.5) / size - item.x
+        ys = (np.arange(low[1], high[1]) + 0.5) / size - item.y
+        share = coverage(distance(item.thing[1], xs, ys, item.radius), 1 / size)[..., None]
         patch = image[low[1] : high[1], low[0] : high[0]]
         patch += share * (colour - patch)
     return image

@@ -67,14 +67,13 @@ class Component:
 
 # For radius 1: the area, and the distance of the centroid below the centre; by shape, as in SHAPES.
 _AREAS = (np.pi, 1.76**2, 1.9**2 / 2, 8 * CROSS_ARM - 4 * CROSS_ARM**2)
-_SINK = np.array([0, 0, 0.95 - 1.9 / 3, 0])
+_SINK = (0.0, 0.0, 0.95 - 1.9 / 3, 0.0)
 
 
-def _components(layer: np.ndarray) -> np.ndarray:
-    """(H, W) label of the connected component of each pixel of a mask, from 1; 0 outside the mask."""
+def _components(layer: np.ndarray) -> tuple[np.ndarray, int]:
+    """(H, W) label of the connected component of each pixel of a mask, from 1; 0 outside the mask. And their number."""
     labels = np.zeros(layer.shape, dtype=np.int32)
-    ndimage.label(layer, _NEIGHBOURS, labels)
-    return labels
+    return labels, ndimage.label(layer, _NEIGHBOURS, labels)  # type: ignore[return-value]
 
 
 def _holes(mask: np.ndarray) -> int:
@@ -84,7 +83,7 @@ def _holes(mask: np.ndarray) -> int:
         return 0  # a hole would split a row in two
     padded = np.ones((mask.shape[0] + 2, mask.shape[1] + 2), dtype=bool)
     np.logical_not(mask, out=padded[1:-1, 1:-1])
-    outside = _components(padded)
+    outside, _ = _components(padded)
     return int((outside > 1).sum())  # the padding, which is scanned first, is component 1
 
 
@@ -94,14 +93,15 @@ def _overlaps(share: np.ndarray) -> np.ndarray:
     Templates are matched by moments rather than the bounding box: blur keeps a triangle's area and centre, but not its
     apex.
     """
-    area, columns, rows = share.sum(), np.arange(share.shape[1]), np.arange(share.shape[0])
-    radii = np.array([(area / unit) ** 0.5 for unit in _AREAS])
-    x = (columns - share.sum(0) @ columns / area) / radii[:, None]
-    y = (rows - share.sum(1) @ rows / area) / radii[:, None] + _SINK[:, None]
-    distances = np.array([distance(shape, u, v[:, None]) for shape, u, v in zip(SHAPES, x, y, strict=True)])
-    masks = coverage(distances, 1 / (EDGE * radii[:, None, None])).reshape(len(SHAPES), -1)
-    share = share.ravel()
-    return np.minimum(share, masks).sum(1) / np.maximum(share, masks).sum(1)
+    (height, width), area = share.shape, max(float(share.sum()), 1e-6)
+    pixels = np.arange(max(share.shape), dtype=np.float32)
+    x = pixels[:width] - float(share.sum(0) @ pixels[:width]) / area
+    y = pixels[:height] - float(share.sum(1) @ pixels[:height]) / area
+    radii = [(area / unit) ** 0.5 for unit in _AREAS]
+    distances = [distance(s, x, y + sink * r, r) for s, r, sink in zip(SHAPES, radii, _SINK, strict=True)]
+    masks = coverage(np.array(distances), 1 / EDGE).reshape(len(SHAPES), -1)
+    shared = np.minimum(share.ravel(), masks).sum(1)
+    return shared / (area + masks.sum(1) - shared)
 
 
 def _shape_of(mask: np.ndarray, share: np.ndarray) -> str | None:
@@ -118,8 +118,8 @@ def _share(patch: np.ndarray, core: np.ndarray, background: np.ndarray) -> np.nd
     The contrast is raised by EDGE.
     """
     offset = core - background
-    along = offset @ (patch - background[:, None, None]).reshape(3, -1)
-    raised = 0.5 + EDGE * (along / max(offset @ offset, 1e-6) - 0.5)
+    slope = offset * (EDGE / max(offset @ offset, 1e-6))
+    raised = slope @ patch.reshape(3, -1) + (0.5 - EDGE / 2 - slope @ background)
     return np.minimum(np.maximum(raised, 0), 1).reshape(patch.shape[1:])
 
 
@@ -182,7 +182,11 @@ def _regions(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray, tuple[slice,
     for label, extent in enumerate(ndimage.find_objects(labels), start=1):
         if extent is None:
             continue
-        components = _components(labels[extent] == label)
+        layer = labels[extent] == label
+        components, number = _components(layer)
+        if number == 1:
+            yield label, layer, extent
+            continue
         for region, part in enumerate(ndimage.find_objects(components), start=1):
             box = tuple(slice(e.start + p.start, e.start + p.stop) for e, p in zip(extent, part, strict=True))
             yield label, components[part] == region, box
@@ -199,7 +203,7 @@ def _together(specks: list[Component]) -> list[Component]:
 
 def find(image: np.ndarray) -> list[Component]:
     """Find all components of an image (H, W, 3) with values in [0, 1]."""
-    planes = np.ascontiguousarray(np.moveaxis(np.asarray(image, dtype=np.float32), -1, 0))
+    planes = np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1))
     labels = _labels(planes)
     empty, (height, width) = labels == _BACKGROUND, labels.shape
     background = _median(planes, empty) if empty.any() else np.full(3, _LIGHT)
