@@ -15,7 +15,6 @@ passes, everything visible must be accounted for, and doubt counts against the i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,50 +176,56 @@ def _name(
     return colour, _shape_of(mask, own * _share(planes[:, *wide], core, background))
 
 
-def _regions(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray, tuple[slice, ...]]]:
-    """Connected components of each label: the label, the mask of the component in its bounding box, and the box."""
+Region = tuple[int, np.ndarray, tuple[slice, ...]]
+"""A connected component: its label, its mask in its bounding box, and the box."""
+
+
+def _regions(labels: np.ndarray) -> tuple[list[Region], np.ndarray]:
+    """The connected components of each label that are no specks, and (H, W) the mask of all specks together."""
+    found, specks = [], np.zeros(labels.shape, dtype=bool)
     for label, extent in enumerate(ndimage.find_objects(labels), start=1):
         if extent is None:
             continue
         layer = labels[extent] == label
         components, number = _components(layer)
-        if number == 1:
-            yield label, layer, extent
+        if number == 1 and np.count_nonzero(layer) / labels.size >= MIN_AREA:
+            found.append((label, layer, extent))
             continue
-        for region, part in enumerate(ndimage.find_objects(components), start=1):
+        # Noise has hundreds of specks, so these are not looked at one by one.
+        large = np.bincount(components.ravel()) / labels.size >= MIN_AREA
+        specks[extent] |= layer & ~large[components]
+        boxes = ndimage.find_objects(components)
+        for region in np.flatnonzero(large[1:]):
+            part = boxes[region]
             box = tuple(slice(e.start + p.start, e.start + p.stop) for e, p in zip(extent, part, strict=True))
-            yield label, components[part] == region, box
+            found.append((label, components[part] == region + 1, box))
+    return found, specks
 
 
-def _together(specks: list[Component]) -> list[Component]:
-    """The one thing formed by specks, if they cover as much as the smallest thing."""
-    total = sum(speck.area for speck in specks)
-    if total < MIN_AREA:
-        return []
-    x, y = sum(speck.area * speck.x for speck in specks), sum(speck.area * speck.y for speck in specks)
-    return [Component("specks", None, x / total, y / total, total)]
+def _placed(mask: np.ndarray, box: tuple[slice, ...], labels: np.ndarray) -> tuple[float, float, float]:
+    """Centre x, y and area of a mask in `box`, in units of the image."""
+    (height, width), (rows, columns) = labels.shape, np.nonzero(mask)
+    x = float(columns.sum() / len(columns) + box[1].start + 0.5) / width
+    y = float(rows.sum() / len(rows) + box[0].start + 0.5) / height
+    return x, y, len(rows) / labels.size
 
 
 def find(image: np.ndarray) -> list[Component]:
     """Find all components of an image (H, W, 3) with values in [0, 1]."""
     planes = np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1))
     labels = _labels(planes)
-    empty, (height, width) = labels == _BACKGROUND, labels.shape
+    empty = labels == _BACKGROUND
     background = _median(planes, empty) if empty.any() else np.full(3, _LIGHT)
     np.putmask(labels, _faint(planes, empty, background), _FAINT)
-    things, specks = [], []
-    for label, mask, box in _regions(labels):
-        rows, columns = np.nonzero(mask)
-        x = float(columns.sum() / len(columns) + box[1].start + 0.5) / width
-        y = float(rows.sum() / len(rows) + box[0].start + 0.5) / height
-        area = len(rows) / labels.size
-        if area < MIN_AREA:
-            specks.append(Component("specks", None, x, y, area))
-        elif label == _FAINT:
-            things.append(Component("faint", None, x, y, area))
-        else:
-            things.append(Component(*_name(planes, empty, background, label - 1, mask, box), x, y, area))
-    return things + _together(specks)
+    regions, specks = _regions(labels)
+    things = []
+    for label, mask, box in regions:
+        name = ("faint", None) if label == _FAINT else _name(planes, empty, background, label - 1, mask, box)
+        things.append(Component(*name, *_placed(mask, box, labels)))
+    whole = tuple(slice(0, side) for side in labels.shape)
+    if np.count_nonzero(specks) / labels.size >= MIN_AREA:
+        things.append(Component("specks", None, *_placed(specks, whole, labels)))
+    return things
 
 
 def _relation_margin(spec: Spec, found: list[Component]) -> float:

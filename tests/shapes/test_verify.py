@@ -206,6 +206,18 @@ def test_strewn_specks_are_not_ignored(side):
     assert verify(specks(image, 1, 2, "blue"), CIRCLE)[0] == 1  # one slip of four pixels is not an object
 
 
+def test_specks_of_all_colours_are_one_thing_at_their_common_centre():
+    image = draw([Placed(("red", "circle"), 0.5, 0.5, 0.2)])
+    strewn = specks(specks(specks(image, 5, 2, "blue", 1), 4, 2, "green", 2), 3, 1, "red", 3)  # red, as the circle
+    rows, columns = np.nonzero((strewn != image).any(-1))
+    circle, together = find(strewn)
+    assert circle == find(image)[0]
+    assert (together.colour, together.shape) == ("specks", None)
+    assert together.area == len(rows) / 64**2 == (9 * 4 + 3) / 64**2
+    assert together.x == pytest.approx((columns.mean() + 0.5) / 64)
+    assert together.y == pytest.approx((rows.mean() + 0.5) / 64)
+
+
 @pytest.mark.parametrize("strength", [0.2, 0.3, 0.44])
 @pytest.mark.parametrize("name", ["red", "green", "blue", "purple"])
 def test_a_faint_second_object_counts(strength, name):
