@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -202,6 +203,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_a_sentence(prepared: Callabl
     run.recipe.algorithm.loss = spoilt  # type: ignore[method-assign]
     with pytest.raises(RunError, match=r"the loss of 1 of 3 points is not finite \(first: sigma 0\.\d+|1\.0"):
         run.fit()
+
+
+def test_skipped_steps_are_those_of_their_epoch_alone(prepared: Callable[..., Run]):
+    """One step of the first epoch is skipped, none of the second; nor does an interrupted fit leave any behind."""
+    run = prepared("optimisation.max_skipped=2", "algo=nft", "trainer.max_epochs=2")
+    loss, batches = run.recipe.algorithm.loss, count()
+
+    def first_is_not_a_number(p: Any, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, metrics = loss(p, v)
+        return losses * (torch.nan if next(batches) == 0 else 1.0), metrics
+
+    run.recipe.algorithm.loss = first_is_not_a_number  # type: ignore[method-assign]
+    module, trainer = run.build()
+    module.finite.skip_step()  # as an epoch did that was interrupted before its end
+    log, logged = module.log, []
+
+    def remembering(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        logged.extend([value] if name == "train/skipped_steps" else [])
+        log(name, value, *args, **kwargs)
+
+    module.log = remembering  # type: ignore[method-assign]
+    trainer.fit(module)
+    assert logged == [1.0, 0.0]
+    assert module.finite.skipped == 2
 
 
 @pytest.mark.parametrize(("spoilt", "made"), [((0,), 1), ((0, 1, 2, 3), 0)])

@@ -40,7 +40,7 @@ def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
     return np.minimum(lying, standing)
 
 
-def coverage(distances: np.ndarray, softness: float | np.ndarray) -> np.ndarray:
+def coverage(distances: np.ndarray, softness: float) -> np.ndarray:
     """Share of each pixel inside a shape, from its distance to the shape. softness: pixel size, in the same unit."""
     return np.minimum(np.maximum(0.5 - distances / softness, 0), 1)
 
